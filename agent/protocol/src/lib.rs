@@ -1,0 +1,48 @@
+//! The messages the Borealis agent and the engine exchange, and the small wire layers under them.
+//!
+//! * [`rest`]: bodies of the `/api/agent/*` routes.
+//! * [`events`]: Socket.IO events between agent and engine.
+//! * [`envelope`]: how a script is signed and how an agent checks it.
+//! * [`keys`]: Ed25519 keys as they travel, fingerprints and the enrollment proof.
+//! * [`framing`]: Engine.IO 4 and Socket.IO packets as text frames.
+//!
+//! Everything here is pure: no I/O, no clock, no randomness.
+
+pub mod canonical;
+pub mod envelope;
+pub mod events;
+pub mod framing;
+pub mod keys;
+pub mod rest;
+
+/// Header naming the context an agent process speaks for.
+pub const HEADER_AGENT_CONTEXT: &str = "X-Borealis-Agent-Context";
+
+/// Context of the agent's system service, as it stands in the header and at the end of an agent id.
+pub const CONTEXT_SYSTEM: &str = "SYSTEM";
+
+/// Agent id of a device: `<HOSTNAME>_<GUID>_<CONTEXT>`, hostname upper-case with spaces as dashes (contract remote 1.2).
+#[must_use]
+pub fn agent_id(hostname: &str, guid: &str, context: &str) -> String {
+    let host = hostname.trim().to_uppercase().replace(' ', "-");
+    let host = if host.is_empty() { "UNKNOWN-HOST" } else { &host };
+    format!("{host}_{}_{context}", normalise_guid(guid))
+}
+
+/// A GUID as it is stored and compared: upper-case, without braces and surrounding space.
+#[must_use]
+pub fn normalise_guid(guid: &str) -> String {
+    guid.trim().trim_start_matches('{').trim_end_matches('}').to_uppercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agent_ids_follow_the_contract() {
+        let id = agent_id("web 01.example", "{0d2f7b1a-0000-4000-8000-00000000abcd}", CONTEXT_SYSTEM);
+        assert_eq!(id, "WEB-01.EXAMPLE_0D2F7B1A-0000-4000-8000-00000000ABCD_SYSTEM");
+        assert_eq!(agent_id("  ", "A", CONTEXT_SYSTEM), "UNKNOWN-HOST_A_SYSTEM");
+    }
+}
