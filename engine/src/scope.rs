@@ -1,0 +1,76 @@
+//! Who asks, and which sites they may see. Every store function that reads or changes what belongs to a site takes a
+//! [`Scope`] and puts it inside its query, so that out of scope and absent are the same 404.
+
+/// The sites a caller may see.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Scope {
+    /// Everything: an administrator, or the engine itself.
+    All,
+    /// These sites only; none is nothing at all.
+    Sites(Vec<i64>),
+}
+
+impl Scope {
+    /// The site ids for a query of the form `($1::bigint[] IS NULL OR site_id = ANY($1))`: `None` means no bound.
+    /// A device without a site is seen by [`Scope::All`] only, since `NULL = ANY(...)` is not true.
+    #[must_use]
+    pub fn site_ids(&self) -> Option<&[i64]> {
+        match self {
+            Self::All => None,
+            Self::Sites(ids) => Some(ids),
+        }
+    }
+
+    /// Whether `site` is inside. No site is inside [`Scope::All`] only.
+    #[must_use]
+    pub fn contains(&self, site: Option<i64>) -> bool {
+        match (self, site) {
+            (Self::All, _) => true,
+            (Self::Sites(ids), Some(site)) => ids.contains(&site),
+            (Self::Sites(_), None) => false,
+        }
+    }
+}
+
+/// Who did something, for the audit and for `requested_by` columns.
+#[derive(Debug, Clone, Default)]
+pub struct Actor {
+    /// `anonymous`, `operator`, `device`, `worker` or `system`.
+    pub kind: ActorKind,
+    /// The user id, device GUID or worker id, as text.
+    pub id: String,
+    /// The username or hostname, as text.
+    pub name: String,
+    /// The client's address, as text.
+    pub ip: String,
+}
+
+/// The kinds of actor; the same set is a CHECK of `audit_events`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ActorKind {
+    /// Nobody we know.
+    #[default]
+    Anonymous,
+    /// A signed-in person.
+    Operator,
+    /// A managed machine.
+    Device,
+    /// A worker process.
+    Worker,
+    /// The engine itself.
+    System,
+}
+
+impl ActorKind {
+    /// The text stored.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Anonymous => "anonymous",
+            Self::Operator => "operator",
+            Self::Device => "device",
+            Self::Worker => "worker",
+            Self::System => "system",
+        }
+    }
+}
