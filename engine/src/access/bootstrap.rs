@@ -1,0 +1,398 @@
+//! The first set-up: which phase the engine is in, and how its first administrator comes to be.
+
+use std::path::{Path, PathBuf};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use chrono::Utc;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use subtle::ConstantTimeEq;
+use zeroize::ZeroizeOnDrop;
+
+use super::{
+    Access, Client, aegis,
+    aegis::Vault,
+    challenges::{self, Purpose},
+    limits, mfa,
+    passwords::{self, Sent},
+    sessions,
+    sign_in::{MFA_SECRET, PASSWORD, Pending, SignedIn, Stage, record_refusal},
+    users,
+};
+use crate::{
+    audit::{self, Entry},
+    db,
+    error::{Error, Kind, Result},
+    secret::Secret,
+};
+
+/// How far the set-up is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// There is no secret store yet.
+    AegisSetupRequired,
+    /// The secret store is there and its key is not in this process's memory.
+    AegisUnlockRequired,
+    /// There is no administrator.
+    AdminSetupRequired,
+    /// There are administrators, and none of them can sign in.
+    AdminRecoveryRequired,
+    /// Normal work.
+    LoginRequired,
+}
+
+/// The public state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct State {
+    /// How far the set-up is.
+    pub phase: Phase,
+    /// Whether there is a secret store.
+    pub configured: bool,
+    /// Whether it is locked in this process.
+    pub locked: bool,
+}
+
+impl State {
+    fn of(configured: bool, open: bool, admins: bool, ready_admins: bool) -> Self {
+        let phase = match () {
+            () if !configured => Phase::AegisSetupRequired,
+            () if !open => Phase::AegisUnlockRequired,
+            () if !admins => Phase::AdminSetupRequired,
+            () if !ready_admins => Phase::AdminRecoveryRequired,
+            () => Phase::LoginRequired,
+        };
+        Self { phase, configured, locked: configured && !open }
+    }
+
+    /// Adds the state to an error, as the contract asks.
+    #[must_use]
+    pub fn explain(&self, error: Error) -> Error {
+        error.with("phase", json!(self.phase)).with("configured", self.configured).with("locked", self.locked)
+    }
+
+    /// Refuses unless the set-up is complete.
+    ///
+    /// # Errors
+    /// 423 `bootstrap_required` with the state.
+    pub fn require_login_phase(&self) -> Result<()> {
+        if self.phase == Phase::LoginRequired {
+            return Ok(());
+        }
+        Err(self.explain(Error::new(Kind::Locked, "bootstrap_required", "The engine's set-up is not complete.")))
+    }
+
+    /// Refuses unless this is the phase.
+    ///
+    /// # Errors
+    /// 409 `invalid_phase` with the state.
+    pub fn require(&self, phase: Phase) -> Result<()> {
+        if self.phase == phase {
+            return Ok(());
+        }
+        Err(self.explain(Error::conflict("invalid_phase", "The engine's set-up is not at this step.")))
+    }
+}
+
+/// The present state. A locked process opens itself with the unseal file on the way, if it may.
+///
+/// # Errors
+/// When the database is away.
+pub async fn state(pool: &db::Pool, vault: &Vault) -> Result<State> {
+    let row = sqlx::query!(
+        r#"SELECT EXISTS (SELECT 1 FROM aegis) AS "configured!",
+                  EXISTS (SELECT 1 FROM users WHERE role = 'Admin') AS "admins!",
+                  EXISTS (SELECT 1 FROM users WHERE role = 'Admin' AND auth_source = 'local'
+                          AND NOT auth_reset_required AND password_sealed IS NOT NULL) AS "ready!""#
+    )
+    .fetch_one(pool)
+    .await?;
+    let open = row.configured && vault.unseal_from_file(pool).await?;
+    Ok(State::of(row.configured, open, row.admins, row.ready))
+}
+
+fn setup_token_file(state_dir: &Path) -> PathBuf {
+    state_dir.join("secrets").join("setup.token")
+}
+
+/// Makes the setup token (`<state>/secrets/setup.token`, 0600) if it is not there: what somebody who does not sit at the
+/// machine must present during the set-up.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn ensure_setup_token(state_dir: &Path) -> Result<()> {
+    let path = setup_token_file(state_dir);
+    if path.exists() {
+        return Ok(());
+    }
+    aegis::write_private(&path, format!("{}\n", sessions::new_token().expose()).as_bytes())
+}
+
+/// Removes the setup token: the set-up is complete.
+pub fn remove_setup_token(state_dir: &Path) {
+    let path = setup_token_file(state_dir);
+    if let Err(error) = std::fs::remove_file(&path)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!(%error, path = %path.display(), "the setup token could not be removed");
+    }
+}
+
+/// Whether `presented` is the setup token; compared in constant time. Without a file, nothing is.
+#[must_use]
+pub fn setup_token_fits(state_dir: &Path, presented: &[u8]) -> bool {
+    let Ok(expected) = std::fs::read_to_string(setup_token_file(state_dir)).map(Secret::new) else { return false };
+    let expected = expected.expose().trim();
+    // A damaged file must not open with an empty header.
+    URL_SAFE_NO_PAD.decode(expected).is_ok_and(|bytes| bytes.len() == 32) && expected.as_bytes().ct_eq(presented).into()
+}
+
+#[derive(Serialize, Deserialize, ZeroizeOnDrop)]
+#[serde(tag = "flow", rename_all = "lowercase")]
+enum AdminState {
+    Setup { username: String, display_name: String, verifier: String, secret: String },
+    Recover { verifier: String, secret: String },
+}
+
+fn password(sent: &Sent) -> Result<passwords::Digest> {
+    sent.chosen().map_err(|why| why.into_error("username and password are required", "password"))
+}
+
+fn already_initialized() -> Error {
+    Error::conflict("bootstrap_already_initialized", "There is an account already.")
+}
+
+impl Access<'_> {
+    /// Makes the secret store.
+    ///
+    /// # Errors
+    /// 400 `invalid_request`; 409 `invalid_phase`, `already_configured`.
+    pub async fn set_up_aegis(&self, client: &Client, cipher: &Secret<String>) -> Result<State> {
+        aegis::cipher("cipher", cipher)?;
+        state(self.pool, self.vault).await?.require(Phase::AegisSetupRequired)?;
+        let mut tx = self.pool.begin().await?;
+        let fresh = self.vault.set_up(&mut tx, cipher, &client.anonymous()).await?;
+        tx.commit().await?;
+        fresh.keep();
+        state(self.pool, self.vault).await
+    }
+
+    /// Opens the secret store in this process.
+    ///
+    /// # Errors
+    /// 400 `invalid_request`; 401 `invalid_cipher`; 409 `invalid_phase`; 429 `rate_limited`; 500 `corrupt_secret_store`.
+    pub async fn unlock_aegis(&self, client: &Client, cipher: &Secret<String>) -> Result<State> {
+        if cipher.expose().is_empty() {
+            return Err(Error::field("invalid_request", "cipher", "is required."));
+        }
+        state(self.pool, self.vault).await?.require(Phase::AegisUnlockRequired)?;
+        let limits = [(limits::UNLOCK, "aegis".to_owned()), (limits::ADDRESS, limits::address(client.ip))];
+        let attempt = limits::attempt(self.pool, &limits).await?;
+        let mut tx = self.pool.begin().await?;
+        match self.vault.unlock(&mut tx, cipher, &client.anonymous()).await {
+            Ok(fresh) => {
+                tx.commit().await?;
+                fresh.keep();
+                limits::give_back(self.pool, attempt).await?;
+                state(self.pool, self.vault).await
+            }
+            Err(error) => {
+                tx.rollback().await?;
+                if error.code == "invalid_cipher" {
+                    record_refusal(*self, &client.anonymous(), "aegis.unlock", None, "wrong cipher").await?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Begins the set-up of the first administrator, who exists only once a code has been typed.
+    ///
+    /// # Errors
+    /// 400 `username and password are required`, `invalid_username`, `invalid_display_name`, `password_too_short`;
+    /// 409 `invalid_phase`, `bootstrap_already_initialized`.
+    pub async fn set_up_admin(&self, username: &str, display_name: Option<&str>, sent: &Sent) -> Result<Pending> {
+        if username.trim().is_empty() {
+            return Err(Error::field("username and password are required", "username", "is required."));
+        }
+        let username = users::username(username)?;
+        let display_name = users::display_name(display_name, &username)?;
+        let digest = password(sent)?;
+        state(self.pool, self.vault).await?.require(Phase::AdminSetupRequired)?;
+        if sqlx::query_scalar!(r#"SELECT EXISTS (SELECT 1 FROM users) AS "any!""#).fetch_one(self.pool).await? {
+            return Err(already_initialized());
+        }
+        let verifier = passwords::verifier(&digest).await?;
+        let secret = mfa::new_secret();
+        let admin = AdminState::Setup {
+            username: username.clone(),
+            display_name,
+            verifier: verifier.expose().clone(),
+            secret: secret.expose().clone(),
+        };
+        self.begin_admin(None, username, secret, &admin).await
+    }
+
+    /// Begins the recovery of an administrator when none can sign in.
+    ///
+    /// # Errors
+    /// 400 as [`Access::set_up_admin`]; 404 `admin_not_found`; 409 `invalid_phase`, `admin_recovery_not_required`.
+    pub async fn recover_admin(&self, username: &str, sent: &Sent) -> Result<Pending> {
+        if username.trim().is_empty() {
+            return Err(Error::field("username and password are required", "username", "is required."));
+        }
+        let digest = password(sent)?;
+        state(self.pool, self.vault).await?.require(Phase::AdminRecoveryRequired)?;
+        let row = sqlx::query!(
+            "SELECT id, username, auth_reset_required, password_sealed IS NOT NULL AS \"has_password!\" FROM users
+             WHERE lower(username) = lower($1) AND role = 'Admin' AND auth_source = 'local'",
+            username.trim(),
+        )
+        .fetch_optional(self.pool)
+        .await?
+        .ok_or_else(|| Error::new(Kind::NotFound, "admin_not_found", "There is no such administrator."))?;
+        if row.has_password && !row.auth_reset_required {
+            return Err(Error::conflict("admin_recovery_not_required", "This administrator can sign in."));
+        }
+        let verifier = passwords::verifier(&digest).await?;
+        let secret = mfa::new_secret();
+        let admin = AdminState::Recover { verifier: verifier.expose().clone(), secret: secret.expose().clone() };
+        self.begin_admin(Some(row.id), row.username, secret, &admin).await
+    }
+
+    async fn begin_admin(
+        &self,
+        user_id: Option<i64>,
+        username: String,
+        secret: Secret<String>,
+        admin: &AdminState,
+    ) -> Result<Pending> {
+        let mut tx = self.pool.begin().await?;
+        let token = challenges::begin(&mut tx, self.vault, Purpose::BootstrapAdmin, user_id, admin).await?;
+        tx.commit().await?;
+        let enrollment = Some(self.enrollment(secret, &username)?);
+        Ok(Pending { stage: Stage::Setup, token, username, role: "Admin".to_owned(), enrollment })
+    }
+
+    /// Takes the code that proves the administrator's second factor, writes the account and signs it in.
+    ///
+    /// # Errors
+    /// 400 `invalid_code` when it is no code; 401 `bootstrap_pending`, `invalid_session`, `expired`, `invalid_code`;
+    /// 404 `admin_not_found`; 409 `bootstrap_already_initialized`, `username already exists`; 423 `bootstrap_required`;
+    /// 429 `rate_limited`.
+    pub async fn verify_admin(&self, client: &Client, token: &Secret<String>, code: &str) -> Result<SignedIn> {
+        if token.expose().is_empty() {
+            return Err(Error::new(
+                Kind::Unauthenticated,
+                "bootstrap_pending",
+                "No set-up waits for a code; pending_token is required.",
+            ));
+        }
+        let code = mfa::digits(code)?;
+        let state = state(self.pool, self.vault).await?;
+        if matches!(state.phase, Phase::AegisSetupRequired | Phase::AegisUnlockRequired) {
+            return Err(state.explain(Error::new(Kind::Locked, "bootstrap_required", "The secret store is not open.")));
+        }
+        challenges::owner(self.pool, Purpose::BootstrapAdmin, token).await?.ok_or_else(challenges::invalid)?;
+        let limits = [(limits::MFA, "bootstrap".to_owned()), (limits::ADDRESS, limits::address(client.ip))];
+        let attempt = limits::attempt(self.pool, &limits).await?;
+        let mut tx = self.pool.begin().await?;
+        let challenge = challenges::find::<AdminState>(&mut tx, self.vault, Purpose::BootstrapAdmin, token).await?;
+        let (AdminState::Setup { secret, .. } | AdminState::Recover { secret, .. }) = &challenge.state;
+        let secret = Secret::new(secret.clone());
+        let Some(step) = mfa::accepted_step(&secret, &code, Utc::now(), 0)? else {
+            challenges::failed(&mut tx, challenge.id).await?;
+            let entry =
+                Entry { action: "bootstrap.admin", failed: true, detail: json!({ "reason": "wrong code" }), ..Entry::default() };
+            audit::record(&mut tx, &client.anonymous(), entry).await?;
+            tx.commit().await?;
+            let mut error = Error::new(Kind::Unauthenticated, "invalid_code", "The code is wrong.");
+            error.fields.insert("code".to_owned(), "is wrong.".to_owned());
+            return Err(error);
+        };
+        challenges::used(&mut tx, challenge.id).await?;
+        // Two set-ups at the same moment: the second waits, and then sees the first one's account.
+        sqlx::query!("LOCK TABLE users IN SHARE ROW EXCLUSIVE MODE").execute(&mut *tx).await?;
+        let (user_id, verifier, action) = match (&challenge.state, challenge.user_id) {
+            (AdminState::Setup { username, display_name, verifier, .. }, _) => {
+                if sqlx::query_scalar!(r#"SELECT EXISTS (SELECT 1 FROM users) AS "any!""#).fetch_one(&mut *tx).await? {
+                    return Err(already_initialized());
+                }
+                (users::insert(&mut tx, username, display_name, users::Role::Admin).await?, verifier, "bootstrap.admin")
+            }
+            (AdminState::Recover { verifier, .. }, user_id) => {
+                let ready = sqlx::query_scalar!(
+                    r#"SELECT EXISTS (SELECT 1 FROM users WHERE role = 'Admin' AND auth_source = 'local'
+                       AND NOT auth_reset_required AND password_sealed IS NOT NULL) AS "ready!""#
+                )
+                .fetch_one(&mut *tx)
+                .await?;
+                if ready {
+                    return Err(Error::conflict("admin_recovery_not_required", "An administrator can sign in."));
+                }
+                let user_id = sqlx::query_scalar!(
+                    "UPDATE users SET auth_reset_required = false, mfa_disabled = false, password_change_required = false
+                     WHERE id = $1 AND role = 'Admin' AND auth_source = 'local' RETURNING id",
+                    user_id,
+                )
+                .fetch_optional(&mut *tx)
+                .await?
+                .ok_or_else(|| Error::new(Kind::NotFound, "admin_not_found", "There is no such administrator."))?;
+                sessions::end_all(&mut tx, user_id, None).await?;
+                (user_id, verifier, "bootstrap.recover")
+            }
+        };
+        sqlx::query!(
+            "UPDATE users SET password_sealed = $2, mfa_secret_sealed = $3, mfa_last_step = $4, updated_at = now() WHERE id = $1",
+            user_id,
+            self.vault.seal(PASSWORD, user_id, verifier)?,
+            self.vault.seal(MFA_SECRET, user_id, secret.expose())?,
+            step,
+        )
+        .execute(&mut *tx)
+        .await?;
+        let entry = Entry { action, object_kind: "user", object_id: user_id.to_string(), ..Entry::default() };
+        audit::record(&mut tx, &client.anonymous(), entry).await?;
+        let signed_in = self.complete_new(&mut tx, client, user_id).await?;
+        tx.commit().await?;
+        limits::give_back(self.pool, attempt).await?;
+        Ok(signed_in)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_condition_that_holds_is_the_phase() {
+        let phase = |configured, open, admins, ready| State::of(configured, open, admins, ready).phase;
+        assert_eq!(phase(false, false, true, true), Phase::AegisSetupRequired);
+        assert_eq!(phase(true, false, true, true), Phase::AegisUnlockRequired);
+        assert_eq!(phase(true, true, false, false), Phase::AdminSetupRequired);
+        assert_eq!(phase(true, true, true, false), Phase::AdminRecoveryRequired);
+        assert_eq!(phase(true, true, true, true), Phase::LoginRequired);
+        assert!(State::of(true, false, true, true).locked && !State::of(false, false, false, false).locked);
+        assert_eq!(
+            json!(State::of(true, true, true, true)),
+            json!({"phase": "login_required", "configured": true, "locked": false})
+        );
+        let error = State::of(true, false, true, true).require_login_phase().unwrap_err();
+        assert_eq!((error.code, error.extra["phase"].as_str()), ("bootstrap_required", Some("aegis_unlock_required")));
+    }
+
+    #[test]
+    fn the_setup_token_is_made_once_and_only_it_fits() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(!setup_token_fits(folder.path(), b""));
+        ensure_setup_token(folder.path()).unwrap();
+        let token = std::fs::read_to_string(setup_token_file(folder.path())).unwrap();
+        ensure_setup_token(folder.path()).unwrap();
+        assert!(setup_token_fits(folder.path(), token.trim().as_bytes()));
+        assert!(!setup_token_fits(folder.path(), b"") && !setup_token_fits(folder.path(), b"x"));
+        std::fs::write(setup_token_file(folder.path()), "").unwrap();
+        assert!(!setup_token_fits(folder.path(), b""));
+        remove_setup_token(folder.path());
+        assert!(!setup_token_fits(folder.path(), token.trim().as_bytes()));
+    }
+}

@@ -1,0 +1,76 @@
+//! Who may do what: operators, their sessions and second factors, and the key everything secret is sealed under.
+
+use std::net::IpAddr;
+
+use crate::{
+    db,
+    scope::{Actor, ActorKind},
+    secret::Secret,
+};
+
+pub mod aegis;
+pub mod bootstrap;
+pub mod challenges;
+pub mod limits;
+pub mod mfa;
+pub mod passwords;
+pub mod sessions;
+pub mod sign_in;
+pub mod users;
+
+/// Settings of sign-in.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// How long sessions live.
+    pub sessions: sessions::Lifetimes,
+    /// The name an authenticator app shows. `BOREALIS_MFA_ISSUER`.
+    pub mfa_issuer: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { sessions: sessions::Lifetimes::default(), mfa_issuer: "Borealis".to_owned() }
+    }
+}
+
+/// What sign-in works with.
+#[derive(Debug, Clone, Copy)]
+pub struct Access<'a> {
+    /// The database.
+    pub pool: &'a db::Pool,
+    /// What seals and opens secrets.
+    pub vault: &'a aegis::Vault,
+    /// Settings.
+    pub settings: &'a Settings,
+}
+
+/// Who knocks: what is known of a client before it has signed in.
+#[derive(Debug, Clone, Default)]
+pub struct Client {
+    /// Its address, as the connection shows it.
+    pub ip: Option<IpAddr>,
+    /// Its `User-Agent`.
+    pub user_agent: String,
+    /// The cookie of a former sign-in from the same browser; proves nothing but that.
+    pub device: Option<Secret<String>>,
+}
+
+impl Client {
+    /// The address as text; empty when unknown.
+    #[must_use]
+    pub fn ip_text(&self) -> String {
+        self.ip.map(|ip| ip.to_canonical().to_string()).unwrap_or_default()
+    }
+
+    /// For the audit: nobody we know, from this address.
+    #[must_use]
+    pub fn anonymous(&self) -> Actor {
+        Actor { kind: ActorKind::Anonymous, ip: self.ip_text(), ..Actor::default() }
+    }
+
+    /// For the audit: this user, from this address.
+    #[must_use]
+    pub fn acting_as(&self, user_id: i64, username: &str) -> Actor {
+        Actor { kind: ActorKind::Operator, id: user_id.to_string(), name: username.to_owned(), ip: self.ip_text() }
+    }
+}

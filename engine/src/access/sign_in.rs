@@ -1,0 +1,537 @@
+//! Signing in, proving it anew, and the own account's password and second factor.
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use chrono::Utc;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use zeroize::ZeroizeOnDrop;
+
+use super::{
+    Access, Client,
+    challenges::{self, Purpose},
+    limits::{self, Attempt},
+    mfa,
+    passwords::{self, Digest, Sent},
+    sessions::{self, Session},
+};
+use crate::{
+    audit::{self, Entry},
+    db,
+    error::{Error, Kind, Result},
+    scope::Actor,
+    secret::Secret,
+};
+
+pub(super) const PASSWORD: &str = "users.password";
+pub(super) const MFA_SECRET: &str = "users.mfa_secret";
+const DEVICE_COOKIE: &str = "device-cookie";
+const LIMIT_SUBJECT: &str = "limit-subject";
+
+/// A completed sign-in.
+#[derive(Debug)]
+pub struct SignedIn {
+    /// The user's name, as stored.
+    pub username: String,
+    /// `Admin` or `User`.
+    pub role: String,
+    /// `local` or `directory`.
+    pub auth_source: String,
+    /// The session's token.
+    pub token: Secret<String>,
+    /// Marks this browser as one the user has signed in from; see [`Client::device`].
+    pub device: Secret<String>,
+}
+
+/// Which second step a sign-in waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// The user has no second factor yet and is given one.
+    Setup,
+    /// The user types a code of the second factor they have.
+    Verify,
+}
+
+/// A sign-in whose password was right and that waits for a code.
+#[derive(Debug)]
+pub struct Pending {
+    /// Which step.
+    pub stage: Stage,
+    /// Names the challenge; opens nothing else.
+    pub token: Secret<String>,
+    /// The user's name.
+    pub username: String,
+    /// `Admin` or `User`.
+    pub role: String,
+    /// For [`Stage::Setup`]: the new secret and its URL.
+    pub enrollment: Option<Enrollment>,
+}
+
+/// A new second factor.
+#[derive(Debug)]
+pub struct Enrollment {
+    /// Base32.
+    pub secret: Secret<String>,
+    /// `otpauth://totp/...`.
+    pub url: Secret<String>,
+}
+
+/// How a sign-in goes on.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The user is in.
+    SignedIn(SignedIn),
+    /// A code is needed.
+    Pending(Pending),
+}
+
+#[derive(Serialize, Deserialize, ZeroizeOnDrop)]
+#[serde(tag = "stage", rename_all = "lowercase")]
+enum MfaState {
+    Setup { secret: String },
+    Verify,
+}
+
+pub(super) struct Account {
+    pub id: i64,
+    pub username: String,
+    pub role: String,
+    pub auth_source: String,
+    pub password_sealed: Option<String>,
+    mfa_secret_sealed: Option<String>,
+    mfa_disabled: bool,
+    mfa_last_step: i64,
+    auth_reset_required: bool,
+    directory_disabled: bool,
+}
+
+async fn by_name(pool: &db::Pool, username: &str) -> Result<Option<Account>> {
+    Ok(sqlx::query_as!(
+        Account,
+        "SELECT id, username, role, auth_source, password_sealed, mfa_secret_sealed, mfa_disabled, mfa_last_step,
+                auth_reset_required, directory_disabled
+         FROM users WHERE lower(username) = lower($1)",
+        username.trim(),
+    )
+    .fetch_optional(pool)
+    .await?)
+}
+
+async fn by_id(pool: &db::Pool, id: i64) -> Result<Option<Account>> {
+    Ok(sqlx::query_as!(
+        Account,
+        "SELECT id, username, role, auth_source, password_sealed, mfa_secret_sealed, mfa_disabled, mfa_last_step,
+                auth_reset_required, directory_disabled
+         FROM users WHERE id = $1",
+        id,
+    )
+    .fetch_optional(pool)
+    .await?)
+}
+
+async fn lock(tx: &mut db::Tx<'_>, id: i64) -> Result<Option<Account>> {
+    Ok(sqlx::query_as!(
+        Account,
+        "SELECT id, username, role, auth_source, password_sealed, mfa_secret_sealed, mfa_disabled, mfa_last_step,
+                auth_reset_required, directory_disabled
+         FROM users WHERE id = $1 FOR UPDATE",
+        id,
+    )
+    .fetch_optional(&mut **tx)
+    .await?)
+}
+
+fn refused() -> Error {
+    Error::new(Kind::Unauthenticated, "invalid username or password", "The username or the password is wrong.")
+}
+
+fn wrong_code() -> Error {
+    let mut error = Error::new(Kind::Unauthenticated, "invalid_code", "The code is wrong, or has been used already.");
+    error.fields.insert("code".to_owned(), "is wrong, or has been used already.".to_owned());
+    error
+}
+
+fn disabled() -> Error {
+    Error::new(Kind::Forbidden, "user_disabled", "This account may not sign in.")
+}
+
+/// Writes one row of the audit about something that was refused.
+pub(super) async fn record_refusal(
+    access: Access<'_>,
+    actor: &Actor,
+    action: &str,
+    user_id: Option<i64>,
+    reason: &str,
+) -> Result<()> {
+    let mut connection = access.pool.acquire().await?;
+    let entry = Entry {
+        action,
+        object_kind: "user",
+        // Never what was typed as a name: people type passwords there.
+        object_id: user_id.map(|id| id.to_string()).unwrap_or_default(),
+        failed: true,
+        detail: json!({ "reason": reason }),
+        ..Entry::default()
+    };
+    audit::record(&mut connection, actor, entry).await
+}
+
+impl Access<'_> {
+    /// The subject failures of `account` are counted under: the browser itself if it has signed in to the same account
+    /// before, so that strangers cannot lock its user out.
+    fn subject(&self, client: &Client, account: Option<&Account>, name: &str) -> Result<String> {
+        let known = account.and_then(|account| {
+            let text = client.device.as_ref()?.expose();
+            let (marked, tag) = text.rsplit_once('.')?;
+            let tag = URL_SAFE_NO_PAD.decode(tag).ok()?;
+            let (user, id) = marked.split_once('.')?;
+            (user == account.id.to_string() && self.vault.tag_fits(DEVICE_COOKIE, marked, &tag)).then(|| format!("device:{id}"))
+        });
+        known.map_or_else(|| self.name_subject(name), Ok)
+    }
+
+    /// A name as a subject of limits: keyed, because people type passwords where a name is asked for.
+    fn name_subject(&self, name: &str) -> Result<String> {
+        Ok(format!("name:{}", hex::encode(self.vault.tag(LIMIT_SUBJECT, &limits::account(name))?)))
+    }
+
+    fn device_mark(&self, user_id: i64) -> Result<Secret<String>> {
+        let marked = format!("{user_id}.{}", uuid::Uuid::new_v4().simple());
+        let tag = URL_SAFE_NO_PAD.encode(self.vault.tag(DEVICE_COOKIE, &marked)?);
+        Ok(Secret::new(format!("{marked}.{tag}")))
+    }
+
+    async fn attempt(&self, client: &Client, first: limits::Limit, account: Option<&Account>, name: &str) -> Result<Attempt> {
+        let subject = self.subject(client, account, name)?;
+        let known_device = subject.starts_with("device:");
+        let mut limits = vec![(first, subject), (limits::ACCOUNT_HOUR, self.name_subject(name)?)];
+        // Strangers behind the same address must not keep out a browser that has signed in before.
+        if !known_device {
+            limits.push((limits::ADDRESS, limits::address(client.ip)));
+        }
+        limits::attempt(self.pool, &limits).await
+    }
+
+    fn verifier(&self, account: &Account) -> Result<Option<Secret<String>>> {
+        if account.auth_source != "local" {
+            return Ok(None);
+        }
+        account.password_sealed.as_deref().map(|sealed| self.vault.open(PASSWORD, account.id, sealed)).transpose()
+    }
+
+    /// Signs in with name and password. Unknown names, wrong passwords and accounts that may not sign in get the same
+    /// answer after the same work; anything else is said only after a right password.
+    ///
+    /// # Errors
+    /// 400 `missing credentials`; 401 `invalid username or password`; 423 `auth_reset_required`; 429 `rate_limited`.
+    pub async fn sign_in(&self, client: &Client, username: &str, sent: &Sent) -> Result<Outcome> {
+        if username.trim().is_empty() {
+            return Err(Error::field("missing credentials", "username", "is required."));
+        }
+        let digest = match sent.presented() {
+            Ok(digest) => digest,
+            Err(passwords::Unusable::Missing) => {
+                return Err(passwords::Unusable::Missing.into_error("missing credentials", "password"));
+            }
+            // A password nobody can have is a wrong one.
+            Err(_) => Digest::of(""),
+        };
+        let account = by_name(self.pool, username).await?;
+        let attempt = self.attempt(client, limits::ACCOUNT, account.as_ref(), username).await?;
+        let verifier = account.as_ref().map(|account| self.verifier(account)).transpose()?.flatten();
+        let right = passwords::verify(&digest, verifier).await?;
+        let Some(account) = account.as_ref().filter(|account| right && !account.directory_disabled) else {
+            let user_id = account.as_ref().map(|account| account.id);
+            record_refusal(*self, &client.anonymous(), "session.login", user_id, "wrong name or password").await?;
+            return Err(refused());
+        };
+        limits::give_back(self.pool, attempt).await?;
+        if account.auth_reset_required {
+            return Err(Error::new(Kind::Locked, "auth_reset_required", "This account must be recovered first."));
+        }
+        let mut tx = self.pool.begin().await?;
+        // What was proven may have changed while the password was being checked.
+        let now =
+            lock(&mut tx, account.id).await?.filter(|now| now.password_sealed == account.password_sealed).ok_or_else(refused)?;
+        if now.mfa_disabled {
+            let signed_in = self.complete(&mut tx, client, &now, "password").await?;
+            tx.commit().await?;
+            return Ok(Outcome::SignedIn(signed_in));
+        }
+        let pending = if now.mfa_secret_sealed.is_some() {
+            let token = challenges::begin(&mut tx, self.vault, Purpose::Mfa, Some(now.id), &MfaState::Verify).await?;
+            Pending { stage: Stage::Verify, token, username: now.username, role: now.role, enrollment: None }
+        } else {
+            let secret = mfa::new_secret();
+            let state = MfaState::Setup { secret: secret.expose().clone() };
+            let token = challenges::begin(&mut tx, self.vault, Purpose::Mfa, Some(now.id), &state).await?;
+            let enrollment = Some(self.enrollment(secret, &now.username)?);
+            Pending { stage: Stage::Setup, token, username: now.username, role: now.role, enrollment }
+        };
+        tx.commit().await?;
+        Ok(Outcome::Pending(pending))
+    }
+
+    pub(super) fn enrollment(&self, secret: Secret<String>, username: &str) -> Result<Enrollment> {
+        let url = Secret::new(mfa::otpauth_url(&secret, &self.settings.mfa_issuer, username)?);
+        Ok(Enrollment { secret, url })
+    }
+
+    /// Opens the session of a user who has proven everything.
+    pub(super) async fn complete(&self, tx: &mut db::Tx<'_>, client: &Client, account: &Account, by: &str) -> Result<SignedIn> {
+        let token = sessions::create(tx, account.id, self.settings.sessions, &client.ip_text(), &client.user_agent).await?;
+        sqlx::query!("UPDATE users SET last_login = now() WHERE id = $1", account.id).execute(&mut **tx).await?;
+        let entry = Entry {
+            action: "session.login",
+            object_kind: "user",
+            object_id: account.id.to_string(),
+            detail: json!({ "by": by }),
+            ..Entry::default()
+        };
+        audit::record(tx, &client.acting_as(account.id, &account.username), entry).await?;
+        Ok(SignedIn {
+            username: account.username.clone(),
+            role: account.role.clone(),
+            auth_source: account.auth_source.clone(),
+            token,
+            device: self.device_mark(account.id)?,
+        })
+    }
+
+    /// As [`Access::complete`], for an account written in the same transaction.
+    pub(super) async fn complete_new(&self, tx: &mut db::Tx<'_>, client: &Client, user_id: i64) -> Result<SignedIn> {
+        let account = lock(tx, user_id).await?.ok_or_else(|| Error::bug("an account vanished while it was written"))?;
+        self.complete(tx, client, &account, "bootstrap").await
+    }
+
+    /// Takes the code of the second step.
+    ///
+    /// # Errors
+    /// 400 `invalid_code` when it is no code; 401 `mfa_pending`, `invalid_session`, `expired`, `invalid_code`;
+    /// 403 `mfa_not_configured`, `user_disabled`; 429 `rate_limited`.
+    pub async fn verify(&self, client: &Client, token: &Secret<String>, code: &str) -> Result<SignedIn> {
+        if token.expose().is_empty() {
+            return Err(Error::new(
+                Kind::Unauthenticated,
+                "mfa_pending",
+                "No sign-in waits for a code; pending_token is required.",
+            ));
+        }
+        let code = mfa::digits(code)?;
+        let user_id = challenges::owner(self.pool, Purpose::Mfa, token).await?.flatten().ok_or_else(challenges::invalid)?;
+        let account = by_id(self.pool, user_id).await?.ok_or_else(challenges::invalid)?;
+        let attempt = self.attempt(client, limits::MFA, Some(&account), &account.username).await?;
+        let mut tx = self.pool.begin().await?;
+        let challenge = challenges::find::<MfaState>(&mut tx, self.vault, Purpose::Mfa, token).await?;
+        let account = lock(&mut tx, user_id).await?.ok_or_else(challenges::invalid)?;
+        if account.directory_disabled || account.auth_reset_required {
+            return Err(disabled());
+        }
+        let (secret, last_step) = match (&challenge.state, &account.mfa_secret_sealed) {
+            (MfaState::Verify, Some(sealed)) => (self.vault.open(MFA_SECRET, user_id, sealed)?, account.mfa_last_step),
+            (MfaState::Verify, None) => {
+                return Err(Error::new(
+                    Kind::Forbidden,
+                    "mfa_not_configured",
+                    "This account has no second factor; sign in again.",
+                ));
+            }
+            (MfaState::Setup { secret }, None) => (Secret::new(secret.clone()), 0),
+            // Another sign-in has enrolled one in the meantime; this one's secret must not replace it.
+            (MfaState::Setup { .. }, Some(_)) => return Err(challenges::invalid()),
+        };
+        let Some(step) = mfa::accepted_step(&secret, &code, Utc::now(), last_step)? else {
+            challenges::failed(&mut tx, challenge.id).await?;
+            let entry = Entry {
+                action: "session.mfa",
+                object_kind: "user",
+                object_id: user_id.to_string(),
+                failed: true,
+                detail: json!({ "reason": "wrong code" }),
+                ..Entry::default()
+            };
+            audit::record(&mut tx, &client.anonymous(), entry).await?;
+            tx.commit().await?;
+            return Err(wrong_code());
+        };
+        challenges::used(&mut tx, challenge.id).await?;
+        match challenge.state {
+            MfaState::Setup { .. } => {
+                let sealed = self.vault.seal(MFA_SECRET, user_id, secret.expose())?;
+                sqlx::query!(
+                    "UPDATE users SET mfa_secret_sealed = $2, mfa_last_step = $3, mfa_disabled = false, updated_at = now()
+                     WHERE id = $1",
+                    user_id,
+                    sealed,
+                    step,
+                )
+                .execute(&mut *tx)
+                .await?;
+                let entry =
+                    Entry { action: "mfa.enroll", object_kind: "user", object_id: user_id.to_string(), ..Entry::default() };
+                audit::record(&mut tx, &client.acting_as(user_id, &account.username), entry).await?;
+            }
+            MfaState::Verify => use_step(&mut tx, user_id, step).await?,
+        }
+        let signed_in = self.complete(&mut tx, client, &account, "totp").await?;
+        tx.commit().await?;
+        limits::give_back(self.pool, attempt).await?;
+        Ok(signed_in)
+    }
+
+    /// Proves anew who a signed-in user is, with the password or a code.
+    ///
+    /// # Errors
+    /// 400 `password_or_code_required`, `invalid_code`; 401 `invalid current password`, `invalid_code`;
+    /// 403 `mfa_not_configured`; 429 `rate_limited`.
+    pub async fn step_up(&self, client: &Client, session: &Session, sent: &Sent, code: Option<&str>) -> Result<()> {
+        let account = by_id(self.pool, session.user_id).await?.ok_or_else(user_not_found)?;
+        let actor = client.acting_as(account.id, &account.username);
+        let (attempt, mut tx) = if let Some(code) = code {
+            let code = mfa::digits(code)?;
+            let attempt = self.attempt(client, limits::MFA, Some(&account), &account.username).await?;
+            let mut tx = self.pool.begin().await?;
+            let account = lock(&mut tx, session.user_id).await?.ok_or_else(user_not_found)?;
+            let Some(sealed) = &account.mfa_secret_sealed else {
+                return Err(Error::new(Kind::Forbidden, "mfa_not_configured", "This account has no second factor."));
+            };
+            let secret = self.vault.open(MFA_SECRET, account.id, sealed)?;
+            let Some(step) = mfa::accepted_step(&secret, &code, Utc::now(), account.mfa_last_step)? else {
+                drop(tx);
+                record_refusal(*self, &actor, "session.step_up", Some(account.id), "wrong code").await?;
+                return Err(wrong_code());
+            };
+            use_step(&mut tx, account.id, step).await?;
+            (attempt, tx)
+        } else {
+            let digest = sent.presented().map_err(|why| why.into_error("password_or_code_required", "password"))?;
+            let attempt = self.attempt(client, limits::ACCOUNT, Some(&account), &account.username).await?;
+            if !passwords::verify(&digest, self.verifier(&account)?).await? {
+                record_refusal(*self, &actor, "session.step_up", Some(account.id), "wrong password").await?;
+                return Err(wrong_password());
+            }
+            (attempt, self.pool.begin().await?)
+        };
+        sessions::stepped_up(&mut tx, session.id).await?;
+        let entry =
+            Entry { action: "session.step_up", object_kind: "user", object_id: account.id.to_string(), ..Entry::default() };
+        audit::record(&mut tx, &actor, entry).await?;
+        tx.commit().await?;
+        limits::give_back(self.pool, attempt).await
+    }
+
+    /// Changes the own password and ends all other sessions, whose ids are returned.
+    ///
+    /// # Errors
+    /// 400 `invalid current password`, `invalid new password`, `password_too_short`, `password_too_long`,
+    /// `new password must differ from the current password`; 401 `invalid current password`;
+    /// 403 `directory_user_local_action_disabled`; 429 `rate_limited`.
+    pub async fn change_password(
+        &self,
+        client: &Client,
+        session: &Session,
+        current: &Sent,
+        new: &Sent,
+    ) -> Result<Vec<uuid::Uuid>> {
+        let old = current.presented().map_err(|why| why.into_error("invalid current password", "current_password"))?;
+        let new = new.chosen().map_err(|why| why.into_error("invalid new password", "new_password"))?;
+        let account = by_id(self.pool, session.user_id).await?.ok_or_else(user_not_found)?;
+        if account.auth_source != "local" {
+            return Err(directory_user());
+        }
+        let actor = client.acting_as(account.id, &account.username);
+        let attempt = self.attempt(client, limits::ACCOUNT, Some(&account), &account.username).await?;
+        if !passwords::verify(&old, self.verifier(&account)?).await? {
+            record_refusal(*self, &actor, "user.change_password", Some(account.id), "wrong password").await?;
+            return Err(wrong_password());
+        }
+        limits::give_back(self.pool, attempt).await?;
+        if old.is(&new) {
+            return Err(Error::field(
+                "new password must differ from the current password",
+                "new_password",
+                "must differ from the current password.",
+            ));
+        }
+        let verifier = passwords::verifier(&new).await?;
+        let sealed = self.vault.seal(PASSWORD, account.id, verifier.expose())?;
+        let mut tx = self.pool.begin().await?;
+        let changed = sqlx::query!(
+            "UPDATE users SET password_sealed = $2, password_change_required = false, updated_at = now()
+             WHERE id = $1 AND password_sealed = $3",
+            account.id,
+            sealed,
+            account.password_sealed,
+        )
+        .execute(&mut *tx)
+        .await?;
+        if changed.rows_affected() == 0 {
+            return Err(wrong_password());
+        }
+        let ended = sessions::end_all(&mut tx, account.id, Some(session.id)).await?;
+        challenges::end_all(&mut tx, account.id).await?;
+        let entry =
+            Entry { action: "user.change_password", object_kind: "user", object_id: account.id.to_string(), ..Entry::default() };
+        audit::record(&mut tx, &actor, entry).await?;
+        tx.commit().await?;
+        Ok(ended)
+    }
+
+    /// Forgets the own second factor and ends all other sessions, whose ids are returned beside whether a new factor
+    /// must be set up at the next sign-in. The caller has asked for a step-up.
+    ///
+    /// # Errors
+    /// 403 `step_up_required`; 404 `user not found`.
+    pub async fn reset_mfa(&self, client: &Client, session: &Session) -> Result<(bool, Vec<uuid::Uuid>)> {
+        session.require_step_up()?;
+        let mut tx = self.pool.begin().await?;
+        let disabled = sqlx::query_scalar!(
+            "UPDATE users SET mfa_secret_sealed = NULL, mfa_last_step = 0, updated_at = now() WHERE id = $1 RETURNING mfa_disabled",
+            session.user_id,
+        )
+        .fetch_optional(&mut *tx)
+        .await?
+        .ok_or_else(user_not_found)?;
+        let ended = sessions::end_all(&mut tx, session.user_id, Some(session.id)).await?;
+        challenges::end_all(&mut tx, session.user_id).await?;
+        let entry =
+            Entry { action: "mfa.reset", object_kind: "user", object_id: session.user_id.to_string(), ..Entry::default() };
+        audit::record(&mut tx, &client.acting_as(session.user_id, &session.username), entry).await?;
+        tx.commit().await?;
+        Ok((!disabled, ended))
+    }
+
+    /// Ends the session.
+    ///
+    /// # Errors
+    /// When the database is away.
+    pub async fn sign_out(&self, client: &Client, session: &Session) -> Result<()> {
+        let mut tx = self.pool.begin().await?;
+        sessions::end(&mut tx, session.id).await?;
+        let entry =
+            Entry { action: "session.logout", object_kind: "user", object_id: session.user_id.to_string(), ..Entry::default() };
+        audit::record(&mut tx, &client.acting_as(session.user_id, &session.username), entry).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+}
+
+/// Uses a step up. The row is locked, and the condition holds even if it were not.
+async fn use_step(tx: &mut db::Tx<'_>, user_id: i64, step: i64) -> Result<()> {
+    let used = sqlx::query!("UPDATE users SET mfa_last_step = $2 WHERE id = $1 AND mfa_last_step < $2", user_id, step)
+        .execute(&mut **tx)
+        .await?;
+    if used.rows_affected() == 0 { Err(wrong_code()) } else { Ok(()) }
+}
+
+pub(super) fn user_not_found() -> Error {
+    Error::new(Kind::NotFound, "user not found", "There is no such user.")
+}
+
+pub(super) fn directory_user() -> Error {
+    Error::new(Kind::Forbidden, "directory_user_local_action_disabled", "The directory manages this account.")
+}
+
+fn wrong_password() -> Error {
+    Error::new(Kind::Unauthenticated, "invalid current password", "The password is wrong.")
+}

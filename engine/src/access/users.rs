@@ -1,0 +1,513 @@
+//! Operator accounts and the sites they may see. Administrators only.
+
+use std::collections::BTreeSet;
+
+use chrono::{DateTime, Utc};
+use serde_json::json;
+use uuid::Uuid;
+
+use super::{
+    aegis::Vault,
+    challenges,
+    passwords::{self, Sent},
+    sessions,
+    sign_in::{PASSWORD, directory_user, user_not_found},
+};
+use crate::{
+    audit::{self, Entry},
+    db,
+    error::{Error, Kind, Result},
+    scope::Actor,
+};
+
+/// The most characters of a username.
+pub const USERNAME_MAX_CHARS: usize = 64;
+/// The most characters of a display name.
+pub const DISPLAY_NAME_MAX_CHARS: usize = 200;
+/// The most names or sites in one request.
+pub const BATCH_MAX: usize = 1000;
+
+/// What a user may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Everything, everywhere.
+    Admin,
+    /// Work on the sites assigned.
+    User,
+}
+
+impl Role {
+    /// The text stored and shown.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Admin => "Admin",
+            Self::User => "User",
+        }
+    }
+
+    /// Reads a role, any case.
+    ///
+    /// # Errors
+    /// 400 `invalid role`.
+    pub fn parse(text: &str) -> Result<Self> {
+        match text.trim().to_ascii_lowercase().as_str() {
+            "admin" => Ok(Self::Admin),
+            "user" => Ok(Self::User),
+            _ => Err(Error::field("invalid role", "role", "must be Admin or User.")),
+        }
+    }
+}
+
+/// Checks a new username and trims it.
+///
+/// # Errors
+/// 400 `invalid_username`.
+pub fn username(text: &str) -> Result<String> {
+    let name = text.trim();
+    let refuse = |why: &str| Err(Error::field("invalid_username", "username", why));
+    if name.is_empty() || name.chars().count() > USERNAME_MAX_CHARS {
+        return refuse("must have 1 to 64 characters.");
+    }
+    // A slash or a dot segment could not be named in a path.
+    if name.chars().any(|c| c == '/' || c == '\\' || c.is_control()) || name == "." || name == ".." {
+        return refuse("must not contain /, \\ or control characters.");
+    }
+    Ok(name.to_owned())
+}
+
+/// Checks a new display name and trims it; without one it is the username.
+///
+/// # Errors
+/// 400 `invalid_display_name`.
+pub fn display_name(text: Option<&str>, username: &str) -> Result<String> {
+    let name = text.map(str::trim).filter(|name| !name.is_empty()).unwrap_or(username);
+    if name.chars().count() > DISPLAY_NAME_MAX_CHARS || name.chars().any(char::is_control) {
+        return Err(Error::field(
+            "invalid_display_name",
+            "display_name",
+            "must have at most 200 characters, and no control characters.",
+        ));
+    }
+    Ok(name.to_owned())
+}
+
+/// One line of the user list.
+#[derive(Debug, Clone)]
+pub struct User {
+    /// Its id.
+    pub id: i64,
+    /// The name to sign in with.
+    pub username: String,
+    /// The name to show.
+    pub display_name: String,
+    /// `Admin` or `User`.
+    pub role: String,
+    /// The last completed sign-in.
+    pub last_login: Option<DateTime<Utc>>,
+    /// When the account was made.
+    pub created_at: DateTime<Utc>,
+    /// When it was last changed.
+    pub updated_at: DateTime<Utc>,
+    /// Whether a second factor is waived.
+    pub mfa_disabled: bool,
+    /// Whether the account must be recovered before it can sign in.
+    pub auth_reset_required: bool,
+    /// Whether the user must choose a password before anything else.
+    pub password_change_required: bool,
+    /// `local` or `directory`.
+    pub auth_source: String,
+    /// The directory it comes from.
+    pub directory_provider_id: Option<i64>,
+    /// Whether the directory has disabled it.
+    pub directory_disabled: bool,
+}
+
+/// Every user, by name.
+///
+/// # Errors
+/// When the database is away.
+pub async fn list(pool: &db::Pool) -> Result<Vec<User>> {
+    Ok(sqlx::query_as!(
+        User,
+        "SELECT id, username, display_name, role, last_login, created_at, updated_at, mfa_disabled, auth_reset_required,
+                password_change_required, auth_source, directory_provider_id, directory_disabled
+         FROM users ORDER BY lower(username)"
+    )
+    .fetch_all(pool)
+    .await?)
+}
+
+/// One user.
+///
+/// # Errors
+/// 404 `user not found`.
+pub async fn get(pool: &db::Pool, id: i64) -> Result<User> {
+    sqlx::query_as!(
+        User,
+        "SELECT id, username, display_name, role, last_login, created_at, updated_at, mfa_disabled, auth_reset_required,
+                password_change_required, auth_source, directory_provider_id, directory_disabled
+         FROM users WHERE id = $1",
+        id,
+    )
+    .fetch_optional(pool)
+    .await?
+    .ok_or_else(user_not_found)
+}
+
+/// Writes the row of a new local account, without a password.
+///
+/// # Errors
+/// 409 `username already exists`.
+pub(super) async fn insert(tx: &mut db::Tx<'_>, username: &str, display_name: &str, role: Role) -> Result<i64> {
+    sqlx::query_scalar!(
+        "INSERT INTO users (username, display_name, role) VALUES ($1, $2, $3) RETURNING id",
+        username,
+        display_name,
+        role.as_str(),
+    )
+    .fetch_one(&mut **tx)
+    .await
+    .map_err(|error| {
+        Error::from(error).on_constraint("users_username_key", || {
+            Error::conflict("username already exists", "There is a user of this name already.")
+        })
+    })
+}
+
+/// What a new account is made of.
+#[derive(Debug, Clone, Default)]
+pub struct New {
+    /// The name to sign in with.
+    pub username: String,
+    /// The name to show.
+    pub display_name: Option<String>,
+    /// The role; `User` when absent.
+    pub role: Option<String>,
+    /// The first password.
+    pub password: Sent,
+}
+
+/// Makes an account. Its user sets a second factor up at the first sign-in.
+///
+/// # Errors
+/// 400 `username and password are required`, `invalid_username`, `invalid_display_name`, `invalid role`,
+/// `password_too_short`; 409 `username already exists`.
+pub async fn create(pool: &db::Pool, vault: &Vault, actor: &Actor, new: &New) -> Result<i64> {
+    const REQUIRED: &str = "username and password are required";
+    if new.username.trim().is_empty() {
+        return Err(Error::field(REQUIRED, "username", "is required."));
+    }
+    let name = username(&new.username)?;
+    let display_name = display_name(new.display_name.as_deref(), &name)?;
+    let role = new.role.as_deref().map_or(Ok(Role::User), Role::parse)?;
+    let digest = new.password.chosen().map_err(|why| why.into_error(REQUIRED, "password"))?;
+    let verifier = passwords::verifier(&digest).await?;
+    let mut tx = pool.begin().await?;
+    let id = insert(&mut tx, &name, &display_name, role).await?;
+    let sealed = vault.seal(PASSWORD, id, verifier.expose())?;
+    sqlx::query!("UPDATE users SET password_sealed = $2 WHERE id = $1", id, sealed).execute(&mut *tx).await?;
+    let detail = json!({ "username": name, "role": role.as_str() });
+    record(&mut tx, actor, "user.create", id, detail).await?;
+    tx.commit().await?;
+    Ok(id)
+}
+
+async fn record(tx: &mut db::Tx<'_>, actor: &Actor, action: &str, id: i64, detail: serde_json::Value) -> Result<()> {
+    audit::record(tx, actor, Entry { action, object_kind: "user", object_id: id.to_string(), detail, ..Entry::default() }).await
+}
+
+struct Named {
+    id: i64,
+    username: String,
+    role: String,
+    auth_source: String,
+}
+
+/// Locks the named user, after every administrator's row: so of two requests that would each take away one of the last
+/// two administrators, the second sees what the first did.
+async fn lock_with_admins(tx: &mut db::Tx<'_>, username: &str) -> Result<Named> {
+    sqlx::query_scalar!("SELECT id FROM users WHERE role = 'Admin' ORDER BY id FOR UPDATE").fetch_all(&mut **tx).await?;
+    lock(tx, username).await
+}
+
+async fn lock(tx: &mut db::Tx<'_>, username: &str) -> Result<Named> {
+    sqlx::query_as!(
+        Named,
+        "SELECT id, username, role, auth_source FROM users WHERE lower(username) = lower($1) FOR UPDATE",
+        username.trim(),
+    )
+    .fetch_optional(&mut **tx)
+    .await?
+    .ok_or_else(user_not_found)
+}
+
+/// Whether a local administrator who can sign in is left when `id` is none any more.
+async fn admin_left_without(tx: &mut db::Tx<'_>, id: i64) -> Result<bool> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT 1 FROM users WHERE id <> $1 AND role = 'Admin' AND auth_source = 'local'
+           AND NOT auth_reset_required AND password_sealed IS NOT NULL) AS "left!""#,
+        id,
+    )
+    .fetch_one(&mut **tx)
+    .await?)
+}
+
+/// Removes an account with its sessions and site assignments; the ids of the sessions are returned.
+///
+/// # Errors
+/// 400 `cannot_delete_self`, `last_user`, `last_admin`; 403 `directory_user_local_action_disabled`; 404 `user not found`.
+pub async fn delete(pool: &db::Pool, actor: &Actor, own_id: i64, username: &str) -> Result<Vec<Uuid>> {
+    let mut tx = pool.begin().await?;
+    let user = lock_with_admins(&mut tx, username).await?;
+    let others = sqlx::query_scalar!(r#"SELECT EXISTS (SELECT 1 FROM users WHERE id <> $1) AS "others!""#, user.id)
+        .fetch_one(&mut *tx)
+        .await?;
+    if !others {
+        return Err(Error::invalid("last_user", "The only user cannot be deleted."));
+    }
+    if user.id == own_id {
+        return Err(Error::invalid("cannot_delete_self", "You cannot delete your own account."));
+    }
+    if user.auth_source != "local" {
+        return Err(directory_user());
+    }
+    if user.role == "Admin" && !admin_left_without(&mut tx, user.id).await? {
+        return Err(Error::invalid("last_admin", "The last local administrator cannot be deleted."));
+    }
+    let ended = sessions::end_all(&mut tx, user.id, None).await?;
+    sqlx::query!("DELETE FROM users WHERE id = $1", user.id).execute(&mut *tx).await?;
+    record(&mut tx, actor, "user.delete", user.id, json!({ "username": user.username, "role": user.role })).await?;
+    tx.commit().await?;
+    Ok(ended)
+}
+
+/// Changes a role; it counts from the user's next request.
+///
+/// # Errors
+/// 400 `invalid role`, `cannot demote the last admin`; 403 `directory_user_local_action_disabled`; 404 `user not found`.
+pub async fn set_role(pool: &db::Pool, actor: &Actor, username: &str, role: &str) -> Result<()> {
+    let role = Role::parse(role)?;
+    let mut tx = pool.begin().await?;
+    let user = lock_with_admins(&mut tx, username).await?;
+    if user.auth_source != "local" {
+        return Err(directory_user());
+    }
+    if user.role == "Admin" && role == Role::User && !admin_left_without(&mut tx, user.id).await? {
+        return Err(Error::invalid("cannot demote the last admin", "The last local administrator cannot be demoted."));
+    }
+    sqlx::query!("UPDATE users SET role = $2, updated_at = now() WHERE id = $1", user.id, role.as_str())
+        .execute(&mut *tx)
+        .await?;
+    let detail = json!({ "username": user.username, "before": user.role, "after": role.as_str() });
+    record(&mut tx, actor, "user.role", user.id, detail).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Gives a user a password to begin with: the second factor is forgotten, all sessions end (their ids are returned), and
+/// the user must choose a password of their own after signing in.
+///
+/// # Errors
+/// 400 `invalid password`, `password_too_short`, `cannot_reset_self`; 403 `directory_user_local_action_disabled`;
+/// 404 `user not found`.
+pub async fn reset_password(
+    pool: &db::Pool,
+    vault: &Vault,
+    actor: &Actor,
+    own_id: i64,
+    username: &str,
+    password: &Sent,
+) -> Result<Vec<Uuid>> {
+    let digest = password.chosen().map_err(|why| why.into_error("invalid password", "password"))?;
+    let verifier = passwords::verifier(&digest).await?;
+    let mut tx = pool.begin().await?;
+    let user = lock(&mut tx, username).await?;
+    if user.id == own_id {
+        // Else a stolen session could take the account without knowing its password.
+        return Err(Error::invalid("cannot_reset_self", "Change your own password with POST /api/auth/password/reset."));
+    }
+    if user.auth_source != "local" {
+        return Err(directory_user());
+    }
+    sqlx::query!(
+        "UPDATE users SET password_sealed = $2, mfa_secret_sealed = NULL, mfa_disabled = false, mfa_last_step = 0,
+                auth_reset_required = false, password_change_required = true, updated_at = now()
+         WHERE id = $1",
+        user.id,
+        vault.seal(PASSWORD, user.id, verifier.expose())?,
+    )
+    .execute(&mut *tx)
+    .await?;
+    let ended = sessions::end_all(&mut tx, user.id, None).await?;
+    challenges::end_all(&mut tx, user.id).await?;
+    record(&mut tx, actor, "user.reset_password", user.id, json!({ "username": user.username })).await?;
+    tx.commit().await?;
+    Ok(ended)
+}
+
+/// A user named in a request about site assignments.
+#[derive(Debug, Clone)]
+pub struct Selected {
+    /// Its id.
+    pub id: i64,
+    /// The name to sign in with.
+    pub username: String,
+    /// The name to show.
+    pub display_name: String,
+    /// `Admin` or `User`.
+    pub role: String,
+    /// The sites it may see: id and name, by name.
+    pub sites: Vec<(i64, String)>,
+}
+
+/// The names of a request, trimmed, without repetitions (any case), in their order.
+fn distinct(usernames: &[String]) -> Result<Vec<String>> {
+    let mut seen = BTreeSet::new();
+    let names: Vec<String> = usernames
+        .iter()
+        .map(|name| name.trim())
+        .filter(|name| !name.is_empty() && seen.insert(name.to_lowercase()))
+        .map(str::to_owned)
+        .collect();
+    if names.is_empty() {
+        return Err(Error::field("users_required", "usernames", "must name at least one user."));
+    }
+    if names.len() > BATCH_MAX {
+        return Err(Error::field("too_many_users", "usernames", format!("must name at most {BATCH_MAX} users.")));
+    }
+    Ok(names)
+}
+
+async fn select(tx: &mut db::Tx<'_>, usernames: &[String]) -> Result<Vec<Selected>> {
+    let names = distinct(usernames)?;
+    let rows = sqlx::query!(
+        r#"SELECT u.id, u.username, u.display_name, u.role,
+                  ARRAY(SELECT s.id FROM user_site_assignments a JOIN sites s ON s.id = a.site_id
+                        WHERE a.user_id = u.id ORDER BY lower(s.name)) AS "site_ids!",
+                  ARRAY(SELECT s.name FROM user_site_assignments a JOIN sites s ON s.id = a.site_id
+                        WHERE a.user_id = u.id ORDER BY lower(s.name)) AS "site_names!"
+           FROM users u
+           WHERE u.id IN (SELECT u2.id FROM unnest($1::text[]) n (name) JOIN users u2 ON lower(u2.username) = lower(n.name))
+           ORDER BY array_position(ARRAY(SELECT lower(n.name) FROM unnest($1::text[]) WITH ORDINALITY n (name, place) ORDER BY n.place),
+                                   lower(u.username))
+           FOR UPDATE OF u"#,
+        &names,
+    )
+    .fetch_all(&mut **tx)
+    .await?;
+    let users: Vec<Selected> = rows
+        .into_iter()
+        .map(|row| Selected {
+            id: row.id,
+            username: row.username,
+            display_name: row.display_name,
+            role: row.role,
+            sites: row.site_ids.into_iter().zip(row.site_names).collect(),
+        })
+        .collect();
+    let missing: Vec<&String> =
+        names.iter().filter(|name| !users.iter().any(|user| user.username.to_lowercase() == name.to_lowercase())).collect();
+    if !missing.is_empty() {
+        return Err(
+            Error::new(Kind::NotFound, "user_not_found", "Some of these users do not exist.").with("usernames", json!(missing))
+        );
+    }
+    if let Some(admin) = users.iter().find(|user| user.role == "Admin") {
+        return Err(Error::field(
+            "admin_selected",
+            "usernames",
+            format!("{} is an administrator and sees every site.", admin.username),
+        ));
+    }
+    Ok(users)
+}
+
+/// The named users with the sites they may see.
+///
+/// # Errors
+/// 400 `users_required`, `too_many_users`, `admin_selected`; 404 `user_not_found`.
+pub async fn selection(pool: &db::Pool, usernames: &[String]) -> Result<Vec<Selected>> {
+    let mut tx = pool.begin().await?;
+    let users = select(&mut tx, usernames).await?;
+    tx.rollback().await?;
+    Ok(users)
+}
+
+/// Replaces the sites of every named user. Returns how many users there were and the sites they have now.
+///
+/// # Errors
+/// As [`selection`]; 400 `too_many_sites`; 404 `site_not_found`.
+pub async fn assign(pool: &db::Pool, actor: &Actor, usernames: &[String], site_ids: &[i64]) -> Result<(usize, Vec<i64>)> {
+    let sites: Vec<i64> = site_ids.iter().copied().filter(|id| *id > 0).collect::<BTreeSet<_>>().into_iter().collect();
+    if sites.len() > BATCH_MAX {
+        return Err(Error::field("too_many_sites", "site_ids", format!("must name at most {BATCH_MAX} sites.")));
+    }
+    let mut tx = pool.begin().await?;
+    // The sites are held against deletion until this is committed.
+    let known =
+        sqlx::query_scalar!("SELECT id FROM sites WHERE id = ANY($1) ORDER BY id FOR SHARE", &sites).fetch_all(&mut *tx).await?;
+    let missing: Vec<i64> = sites.iter().copied().filter(|id| !known.contains(id)).collect();
+    if !missing.is_empty() {
+        return Err(
+            Error::new(Kind::NotFound, "site_not_found", "Some of these sites do not exist.").with("site_ids", json!(missing))
+        );
+    }
+    let users = select(&mut tx, usernames).await?;
+    let ids: Vec<i64> = users.iter().map(|user| user.id).collect();
+    sqlx::query!("DELETE FROM user_site_assignments WHERE user_id = ANY($1) AND site_id <> ALL($2)", &ids, &sites)
+        .execute(&mut *tx)
+        .await?;
+    sqlx::query!(
+        "INSERT INTO user_site_assignments (user_id, site_id)
+         SELECT u, s FROM unnest($1::bigint[]) u CROSS JOIN unnest($2::bigint[]) s ON CONFLICT DO NOTHING",
+        &ids,
+        &sites,
+    )
+    .execute(&mut *tx)
+    .await?;
+    for user in &users {
+        let before: Vec<i64> = user.sites.iter().map(|(id, _)| *id).collect();
+        let detail = json!({ "username": user.username, "before": before, "after": sites });
+        record(&mut tx, actor, "user.sites", user.id, detail).await?;
+    }
+    tx.commit().await?;
+    Ok((users.len(), sites))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn usernames_can_be_named_in_a_path() {
+        assert_eq!(username(" ada ").unwrap(), "ada");
+        assert_eq!(username("ada@example.org").unwrap(), "ada@example.org");
+        for bad in ["", "  ", "a/b", "a\\b", "a\nb", ".", "..", &"x".repeat(65)] {
+            let error = username(bad).unwrap_err();
+            assert!(error.code == "invalid_username" && error.fields.contains_key("username"), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn roles_are_two_in_any_case() {
+        assert_eq!(Role::parse(" aDMIN").unwrap(), Role::Admin);
+        assert_eq!(Role::parse("user").unwrap(), Role::User);
+        assert_eq!(Role::parse("root").unwrap_err().code, "invalid role");
+    }
+
+    #[test]
+    fn display_names_default_to_the_username() {
+        assert_eq!(display_name(None, "ada").unwrap(), "ada");
+        assert_eq!(display_name(Some(" "), "ada").unwrap(), "ada");
+        assert_eq!(display_name(Some(" Ada L. "), "ada").unwrap(), "Ada L.");
+        assert!(display_name(Some(&"x".repeat(201)), "ada").is_err());
+    }
+
+    #[test]
+    fn names_are_taken_once_in_their_order() {
+        let names = |list: &[&str]| distinct(&list.iter().map(|&name| name.to_owned()).collect::<Vec<_>>());
+        assert_eq!(names(&["Bob", " ada", "bob", ""]).unwrap(), ["Bob", "ada"]);
+        assert_eq!(names(&["", " "]).unwrap_err().code, "users_required");
+    }
+}
