@@ -1,0 +1,697 @@
+//! What agents report of themselves (contract devices 2). A device is its GUID, from its token; nothing in a body decides
+//! whose row is written.
+
+use chrono::{DateTime, TimeDelta, Utc};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use uuid::Uuid;
+
+use super::{
+    clean,
+    role_health::{self, Document, Role},
+};
+use crate::{
+    db,
+    enrollment::{requests, tokens::DeviceIdentity},
+    error::{Error, Kind, Result},
+    keys::guid_text,
+};
+
+/// How long an identical status is only noted, in seconds.
+pub const STATUS_WINDOW_S: i64 = 30;
+/// At most one status event in this many seconds.
+pub const STATUS_EVENT_S: i64 = 10;
+/// How long identical details are only noted, in seconds.
+pub const DETAILS_WINDOW_S: i64 = 60;
+
+const MAX_TEXT_CHARS: usize = 512;
+
+/// What every report is answered with.
+#[derive(Debug, Clone)]
+pub struct Noted {
+    /// The device's site.
+    pub site_id: Option<i64>,
+    /// The site's name, or nothing.
+    pub site_name: String,
+    /// The report repeated the one before.
+    pub coalesced: bool,
+}
+
+fn gone() -> Error {
+    Error::new(Kind::NotFound, "device_not_registered", "There is no such device.")
+}
+
+/// The first of `names` that is a non-empty text or a number, as one line.
+fn first(map: &Map<String, Value>, names: &[&str]) -> Option<String> {
+    names.iter().find_map(|name| match map.get(*name)? {
+        Value::String(text) => Some(clean::line(text, MAX_TEXT_CHARS)).filter(|text| !text.is_empty()),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
+    })
+}
+
+fn object<'a>(map: &'a Map<String, Value>, name: &str) -> Option<&'a Map<String, Value>> {
+    map.get(name).and_then(Value::as_object)
+}
+
+fn number(map: &Map<String, Value>, name: &str) -> Option<f64> {
+    map.get(name).and_then(|value| value.as_f64().or_else(|| value.as_str()?.trim().parse().ok())).filter(|n| n.is_finite())
+}
+
+fn percent(map: &Map<String, Value>, name: &str) -> Option<f64> {
+    number(map, name).map(|n| n.clamp(0.0, 100.0))
+}
+
+fn seconds(map: &Map<String, Value>, names: &[&str]) -> Option<i64> {
+    names.iter().find_map(|name| number(map, name)).filter(|n| (0.0..1e15).contains(n)).map(|n| n as i64)
+}
+
+/// Whether a branch name is one (contract devices 3.6).
+#[must_use]
+pub fn is_branch(text: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._/-".contains(c);
+    !text.is_empty()
+        && text.len() <= 160
+        && text.chars().all(allowed)
+        && !text.starts_with(['/', '.'])
+        && !text.ends_with(['/', '.'])
+        && !text.contains("..")
+        && !text.contains("//")
+}
+
+/// `system` or `currentuser`: from the body, else from the context header.
+#[must_use]
+pub fn service_mode(stated: Option<&str>, header: &str) -> &'static str {
+    let mode = stated.map(str::trim).filter(|mode| !mode.is_empty()).unwrap_or(header);
+    if role_health::context(mode) == "currentuser" { "currentuser" } else { "system" }
+}
+
+/// The scalar columns a report may set; nothing means keep.
+#[derive(Debug, Default, PartialEq)]
+struct Scalars {
+    hostname: Option<String>,
+    agent_id: Option<String>,
+    build: Option<String>,
+    device_type: Option<String>,
+    domain: Option<String>,
+    external_ip: Option<String>,
+    internal_ip: Option<String>,
+    last_reboot: Option<String>,
+    last_user: Option<String>,
+    operating_system: Option<String>,
+    uptime: Option<i64>,
+    cpu_percent: Option<f64>,
+    memory_percent: Option<f64>,
+    connection_type: Option<String>,
+    connection_endpoint: Option<String>,
+    channel: Option<String>,
+    branch: Option<String>,
+}
+
+const BUILD: [&str; 3] = ["agent_build_id", "installed_build_id", "agent_hash"];
+
+impl Scalars {
+    fn of_heartbeat(body: &Map<String, Value>) -> Self {
+        let empty = Map::new();
+        let metrics = object(body, "metrics").unwrap_or(&empty);
+        Self {
+            hostname: body.get("hostname").and_then(Value::as_str).and_then(requests::hostname),
+            build: first(body, &BUILD),
+            device_type: first(body, &["device_type"]),
+            domain: first(metrics, &["domain"]),
+            external_ip: first(body, &["external_ip"]),
+            internal_ip: first(body, &["internal_ip"]),
+            last_reboot: first(metrics, &["last_reboot"]),
+            last_user: first(metrics, &["last_user"]),
+            operating_system: first(metrics, &["operating_system"]),
+            uptime: seconds(metrics, &["uptime"]),
+            cpu_percent: percent(metrics, "cpu_percent"),
+            memory_percent: percent(metrics, "memory_percent"),
+            channel: first(body, &["agent_release_channel"]),
+            branch: first(body, &["agent_branch"]).filter(|branch| is_branch(branch)),
+            ..Self::default()
+        }
+    }
+
+    fn of_details(body: &Map<String, Value>, summary: &Map<String, Value>, guid: Uuid) -> Self {
+        let hostname = body.get("hostname").or_else(|| summary.get("hostname"));
+        Self {
+            hostname: hostname.and_then(Value::as_str).and_then(requests::hostname),
+            // An agent id names its device; one that names another is not taken.
+            agent_id: first(body, &["agent_id"]).filter(|id| id.to_uppercase().contains(&guid_text(guid))),
+            build: first(body, &BUILD).or_else(|| first(summary, &BUILD)),
+            device_type: first(summary, &["device_type", "type"]),
+            domain: first(summary, &["domain"]),
+            external_ip: first(summary, &["external_ip", "public_ip"]),
+            internal_ip: first(summary, &["internal_ip", "private_ip"]),
+            last_reboot: first(summary, &["last_reboot", "last_boot"]),
+            last_user: first(summary, &["last_user", "last_user_name", "username"]),
+            operating_system: first(summary, &["operating_system", "agent_operating_system", "os"]),
+            uptime: seconds(summary, &["uptime_sec", "uptime_seconds", "uptime"]),
+            cpu_percent: percent(summary, "cpu_percent"),
+            memory_percent: percent(summary, "memory_percent"),
+            connection_type: first(summary, &["connection_type", "remote_type"]),
+            connection_endpoint: first(
+                summary,
+                &["connection_endpoint", "connection_address", "address", "external_ip", "internal_ip"],
+            ),
+            channel: first(body, &["agent_release_channel"])
+                .or_else(|| first(summary, &["agent_release_channel", "release_channel"])),
+            branch: first(body, &["agent_branch"])
+                .or_else(|| first(summary, &["agent_branch", "branch", "repo_ref", "repo_branch"]))
+                .filter(|branch| is_branch(branch)),
+        }
+    }
+
+    /// Writes them, in one statement on the narrow row. `alive` says whether the report is a sign of life.
+    async fn store(&self, db: &mut sqlx::PgConnection, guid: Uuid, alive: bool) -> Result<Noted> {
+        let row = sqlx::query!(
+            r#"UPDATE devices AS d SET
+                   last_seen = CASE WHEN $2 THEN now() ELSE d.last_seen END,
+                   hostname = coalesce($3, d.hostname), agent_id = coalesce($4, d.agent_id),
+                   agent_build_id = coalesce($5, d.agent_build_id), device_type = coalesce($6, d.device_type),
+                   domain = coalesce($7, d.domain), external_ip = coalesce($8, d.external_ip),
+                   internal_ip = coalesce($9, d.internal_ip), last_reboot = coalesce($10, d.last_reboot),
+                   last_user = coalesce($11, d.last_user), operating_system = coalesce($12, d.operating_system),
+                   uptime = coalesce($13, d.uptime), cpu_percent = coalesce($14, d.cpu_percent),
+                   memory_percent = coalesce($15, d.memory_percent), connection_type = coalesce($16, d.connection_type),
+                   connection_endpoint = coalesce($17, d.connection_endpoint),
+                   agent_release_channel = coalesce($18, d.agent_release_channel), agent_branch = coalesce($19, d.agent_branch)
+               WHERE d.guid = $1
+               RETURNING d.site_id, coalesce((SELECT s.name FROM sites AS s WHERE s.id = d.site_id), '') AS "site_name!""#,
+            guid,
+            alive,
+            self.hostname,
+            self.agent_id,
+            self.build,
+            self.device_type,
+            self.domain,
+            self.external_ip,
+            self.internal_ip,
+            self.last_reboot,
+            self.last_user,
+            self.operating_system,
+            self.uptime,
+            self.cpu_percent,
+            self.memory_percent,
+            self.connection_type,
+            self.connection_endpoint,
+            self.channel,
+            self.branch,
+        )
+        .fetch_optional(db)
+        .await?
+        .ok_or_else(gone)?;
+        Ok(Noted { site_id: row.site_id, site_name: row.site_name, coalesced: false })
+    }
+}
+
+/// All five members, empty ones included (contract devices 2.1).
+fn agent_update(body: &Map<String, Value>) -> Option<Value> {
+    let update = object(body, "agent_update_status")?;
+    let text = |names: &[&str]| first(update, names).unwrap_or_default();
+    Some(json!({
+        "operation_id": text(&["operation_id"]),
+        "channel": text(&["target_channel", "effective_channel"]),
+        "target_branch": text(&["target_branch"]),
+        "target_build_id": text(&["target_build_id"]),
+        "state": text(&["state", "status"]),
+        "error": text(&["last_error"]),
+        "source": text(&["last_source"]),
+    }))
+}
+
+/// A heartbeat: the sign of life, with whatever scalars, lists and role health it brings. Software in it is ignored; that
+/// comes with the details.
+///
+/// # Errors
+/// 404 `device_not_registered`.
+pub async fn heartbeat(pool: &db::Pool, device: &DeviceIdentity, context: &str, body: &Map<String, Value>) -> Result<Noted> {
+    let scalars = Scalars::of_heartbeat(body);
+    let empty = Map::new();
+    let inventory = object(body, "inventory").unwrap_or(&empty);
+    let part = |name: &str, fits: fn(&Value) -> bool| inventory.get(name).filter(|v| fits(v)).cloned().map(clean::json);
+    let memory = part("memory", Value::is_array);
+    let network = part("network", Value::is_array);
+    let storage = part("storage", Value::is_array);
+    let cpu = part("cpu", Value::is_object);
+    let update = agent_update(body);
+    let health = body.get("agent_role_health").filter(|value| value.is_object() || value.is_array());
+    let nothing_more = memory.is_none() && network.is_none() && storage.is_none() && cpu.is_none() && update.is_none();
+    if nothing_more && health.is_none() {
+        return scalars.store(&mut *pool.acquire().await?, device.guid, true).await;
+    }
+    let mode = stated_mode(body, context);
+    let mut tx = pool.begin().await?;
+    let noted = scalars.store(&mut tx, device.guid, true).await?;
+    // The device's row is locked by the update above, so the read and the write of the document are one.
+    let role_health = match health {
+        Some(report) => Some(merged_health(&mut tx, device.guid, report, mode).await?),
+        None => None,
+    };
+    sqlx::query!(
+        "INSERT INTO device_details AS x (device_guid, memory, network, storage, cpu, agent_update, role_health)
+         VALUES ($1, coalesce($2::jsonb, '[]'), coalesce($3::jsonb, '[]'), coalesce($4::jsonb, '[]'), coalesce($5::jsonb, '{}'),
+                 coalesce($6::jsonb, '{}'), coalesce($7::jsonb, '{}'))
+         ON CONFLICT (device_guid) DO UPDATE SET memory = coalesce($2, x.memory), network = coalesce($3, x.network),
+             storage = coalesce($4, x.storage), cpu = coalesce($5, x.cpu), agent_update = coalesce($6, x.agent_update),
+             role_health = coalesce($7, x.role_health)",
+        device.guid,
+        memory,
+        network,
+        storage,
+        cpu,
+        update,
+        role_health,
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(noted)
+}
+
+fn stated_mode(body: &Map<String, Value>, context: &str) -> &'static str {
+    let stated = body.get("service_mode").or_else(|| object(body, "metrics")?.get("service_mode")).and_then(Value::as_str);
+    service_mode(stated, context)
+}
+
+async fn stored_health(db: &mut sqlx::PgConnection, guid: Uuid) -> Result<Document> {
+    let stored =
+        sqlx::query_scalar!("SELECT role_health FROM device_details WHERE device_guid = $1", guid).fetch_optional(db).await?;
+    // What cannot be read is older than this form and is replaced.
+    Ok(stored.and_then(|stored| serde_json::from_value(stored).ok()).unwrap_or_default())
+}
+
+async fn merged_health(db: &mut sqlx::PgConnection, guid: Uuid, report: &Value, mode: &str) -> Result<Value> {
+    let stored = stored_health(db, guid).await?;
+    let report = Document::read(report, mode, Utc::now().timestamp());
+    Ok(serde_json::to_value(stored.merge(report, mode))?)
+}
+
+/// A status report, read.
+#[derive(Debug, Clone, PartialEq)]
+struct Status {
+    mode: &'static str,
+    boot_id: String,
+    phase: String,
+    status: &'static str,
+    message: String,
+    milestones: Value,
+    last_error: Value,
+}
+
+/// The five words operators see (contract devices 2.2).
+fn normal_status(text: &str) -> &'static str {
+    match text.trim().to_lowercase().as_str() {
+        "healthy" | "ok" | "online" | "complete" | "completed" | "ready" => "healthy",
+        "unhealthy" | "failed" | "error" => "unhealthy",
+        "unknown" => "unknown",
+        _ => "recovering",
+    }
+}
+
+impl Status {
+    fn read(body: &Map<String, Value>, context: &str) -> Self {
+        let text = |name: &str| first(body, &[name]).unwrap_or_default();
+        let milestones = body.get("milestones").filter(|value| value.is_array()).cloned().map(clean::json);
+        let last_error = body.get("last_error").filter(|v| v.is_object() || v.is_array() || v.is_string()).cloned();
+        Self {
+            mode: stated_mode(body, context),
+            boot_id: text("boot_id"),
+            phase: text("phase"),
+            status: normal_status(&text("status")),
+            message: text("message"),
+            milestones: milestones.unwrap_or_else(|| json!([])),
+            last_error: last_error.map(clean::json).unwrap_or_default(),
+        }
+    }
+
+    fn signature(&self) -> Result<Vec<u8>> {
+        let all = serde_json::to_vec(&(
+            (self.mode, &self.boot_id, &self.phase, &self.message),
+            (self.status, &self.milestones, &self.last_error),
+        ))?;
+        Ok(Sha256::digest(all).to_vec())
+    }
+
+    fn role(&self, now: i64) -> Role {
+        let detail = [&self.message, &self.phase].into_iter().find(|text| !text.is_empty());
+        let details = [
+            ("boot_id", self.boot_id.clone()),
+            ("phase", self.phase.clone()),
+            ("message", self.message.clone()),
+            ("milestones_json", self.milestones.to_string()),
+            ("last_error_json", self.last_error.to_string()),
+        ];
+        let status = match self.status {
+            "healthy" => "Healthy",
+            "unhealthy" => "Unhealthy",
+            "unknown" => "Unknown",
+            _ => "Recovering",
+        };
+        Role {
+            role_id: format!("system:{}", role_health::STARTUP_ROLE),
+            role_name: role_health::STARTUP_ROLE.to_owned(),
+            role_label: "Startup Timeline".to_owned(),
+            context: "system".to_owned(),
+            status_code: self.status.to_owned(),
+            status: status.to_owned(),
+            detail: detail.cloned().unwrap_or_else(|| "The agent reported its status.".to_owned()),
+            details: details.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+            last_checked_at: now,
+            more: Map::new(),
+        }
+    }
+}
+
+/// What a status report leads to.
+#[derive(Debug, Clone)]
+pub struct StatusNoted {
+    /// The answer.
+    pub noted: Noted,
+    /// The event for the operators of the site, if one is due.
+    pub event: Option<Value>,
+}
+
+/// A status report: the sign of life and the startup role. Identical reports within [`STATUS_WINDOW_S`] of the last accepted
+/// one are only noted.
+///
+/// # Errors
+/// 404 `device_not_registered`.
+pub async fn status(pool: &db::Pool, device: &DeviceIdentity, context: &str, body: &Map<String, Value>) -> Result<StatusNoted> {
+    let report = Status::read(body, context);
+    let signature = report.signature()?;
+    let scalars =
+        Scalars { hostname: body.get("hostname").and_then(Value::as_str).and_then(requests::hostname), ..Scalars::default() };
+    let mut tx = pool.begin().await?;
+    let noted = scalars.store(&mut tx, device.guid, true).await?;
+    let before = sqlx::query!(
+        r#"SELECT status_signature, status_accepted_at, status_event_at, now() AS "now!" FROM device_details WHERE device_guid = $1"#,
+        device.guid,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let now = before.as_ref().map_or_else(Utc::now, |before| before.now);
+    let within = |at: Option<DateTime<Utc>>, seconds: i64| at.is_some_and(|at| now - at < TimeDelta::seconds(seconds));
+    if let Some(before) = &before
+        && before.status_signature.as_deref() == Some(signature.as_slice())
+        && within(before.status_accepted_at, STATUS_WINDOW_S)
+    {
+        tx.commit().await?;
+        return Ok(StatusNoted { noted: Noted { coalesced: true, ..noted }, event: None });
+    }
+    let announce = !within(before.and_then(|before| before.status_event_at), STATUS_EVENT_S);
+    let health = stored_health(&mut tx, device.guid).await?.with(report.role(now.timestamp()), now.timestamp());
+    sqlx::query!(
+        "INSERT INTO device_details AS x (device_guid, role_health, status_signature, status_accepted_at, status_event_at)
+         VALUES ($1, $2, $3, now(), CASE WHEN $4 THEN now() END)
+         ON CONFLICT (device_guid) DO UPDATE SET role_health = $2, status_signature = $3, status_accepted_at = now(),
+             status_event_at = CASE WHEN $4 THEN now() ELSE x.status_event_at END",
+        device.guid,
+        serde_json::to_value(health)?,
+        signature,
+        announce,
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    let event = announce.then(|| {
+        json!({
+            "hostname": scalars.hostname.as_ref().unwrap_or(&device.hostname), "guid": guid_text(device.guid),
+            "phase": report.phase, "status": report.status, "changed_at": now.timestamp(),
+        })
+    });
+    Ok(StatusNoted { noted, event })
+}
+
+/// The documents of a details report; nothing means keep, empty means clear.
+#[derive(Debug, Default, PartialEq)]
+struct Parts {
+    memory: Option<Value>,
+    network: Option<Value>,
+    software: Option<Value>,
+    services: Option<Value>,
+    storage: Option<Value>,
+    cpu: Option<Value>,
+    sessions: Option<Value>,
+    processes: Option<Value>,
+}
+
+impl Parts {
+    fn read(details: &Map<String, Value>, summary: &Map<String, Value>) -> Self {
+        let list = |name: &str| details.get(name).filter(|value| value.is_array()).cloned().map(clean::json);
+        // Sessions and processes come as a list, or as a document with the list and the time of the report in it.
+        let either = |name: &str| details.get(name).filter(|v| v.is_array() || v.is_object()).cloned().map(clean::json);
+        let cpu = [summary.get("cpu"), details.get("cpu")].into_iter().flatten().find(|value| value.is_object());
+        Self {
+            memory: list("memory"),
+            network: list("network"),
+            software: list("software").map(software),
+            services: list("services"),
+            storage: list("storage"),
+            cpu: cpu.cloned().map(clean::json),
+            sessions: either("sessions"),
+            processes: either("processes"),
+        }
+    }
+}
+
+/// Software rows in one form: named, from a known source, each once, in order (contract devices 2.3).
+fn software(rows: Value) -> Value {
+    const KNOWN: [&str; 4] = ["name", "version", "source", "metadata"];
+    let Value::Array(rows) = rows else { return json!([]) };
+    let mut sorted = std::collections::BTreeMap::new();
+    for row in rows {
+        let Value::Object(row) = row else { continue };
+        let Some(name) = first(&row, &["name"]) else { continue };
+        let version = first(&row, &["version"]).unwrap_or_default();
+        let source = match first(&row, &["source"]).unwrap_or_default().to_lowercase().as_str() {
+            "" | "local" | "installed" | "registry" | "uninstall_registry" | "local_installed" => "local_installed".to_owned(),
+            "appx" | "ms_store" | "store" | "windows_store" => "windows_store".to_owned(),
+            other => other.to_owned(),
+        };
+        if source == "windows_store" && Uuid::try_parse(&name).is_ok() {
+            continue;
+        }
+        let mut metadata = object(&row, "metadata").cloned().unwrap_or_default();
+        metadata.extend(row.iter().filter(|(name, _)| !KNOWN.contains(&name.as_str())).map(|(k, v)| (k.clone(), v.clone())));
+        let key = (name.to_lowercase(), source.clone(), version.to_lowercase());
+        sorted.entry(key).or_insert_with(|| json!({"name": name, "version": version, "source": source, "metadata": metadata}));
+    }
+    sorted.into_values().collect()
+}
+
+/// `patch` over `stored`: objects merge, everything else replaces, null keeps.
+fn merge(stored: Value, patch: Value) -> Value {
+    match (stored, patch) {
+        (stored, Value::Null) => stored,
+        (Value::Object(mut stored), Value::Object(patch)) => {
+            for (name, value) in patch {
+                let before = stored.remove(&name).unwrap_or_default();
+                stored.insert(name, merge(before, value));
+            }
+            Value::Object(stored)
+        }
+        (_, patch) => patch,
+    }
+}
+
+/// What a details report leads to.
+#[derive(Debug, Clone, Copy)]
+pub struct DetailsNoted {
+    /// The device's site.
+    pub site_id: Option<i64>,
+    /// The same body was accepted a moment ago.
+    pub coalesced: bool,
+    /// The services differ from before.
+    pub services_changed: bool,
+    /// The software differs from before.
+    pub software_changed: bool,
+}
+
+/// A details report. It is not a sign of life.
+///
+/// # Errors
+/// 400 `invalid payload`; 403 `guid_mismatch`, `fingerprint_mismatch` when the body speaks of another device; 404
+/// `device_not_registered`.
+pub async fn details(pool: &db::Pool, device: &DeviceIdentity, context: &str, raw: &[u8]) -> Result<DetailsNoted> {
+    let invalid = || Error::invalid("invalid payload", "Details need an object `details` and a hostname.");
+    let Ok(Value::Object(body)) = serde_json::from_slice(raw) else { return Err(invalid()) };
+    let details = object(&body, "details").ok_or_else(invalid)?;
+    let empty = Map::new();
+    let summary = object(details, "summary").unwrap_or(&empty);
+    let scalars = Scalars::of_details(&body, summary, device.guid);
+    if scalars.hostname.is_none() {
+        return Err(invalid());
+    }
+    let says_other = |names: &[&str], own: &str| first(&body, names).is_some_and(|said| !said.eq_ignore_ascii_case(own));
+    if says_other(&["guid", "agent_guid"], &guid_text(device.guid)) {
+        return Err(Error::new(Kind::Forbidden, "guid_mismatch", "The report speaks of another device."));
+    }
+    if says_other(&["ssl_key_fingerprint", "fingerprint"], &device.fingerprint) {
+        return Err(Error::new(Kind::Forbidden, "fingerprint_mismatch", "The report speaks of another key."));
+    }
+    let mode = stated_mode(&body, context);
+    let hash = Sha256::new().chain_update(mode).chain_update([0]).chain_update(raw).finalize().to_vec();
+    let parts = Parts::read(details, summary);
+
+    let mut tx = pool.begin().await?;
+    let noted = scalars.store(&mut tx, device.guid, summary.contains_key("last_seen")).await?;
+    let before = sqlx::query!(
+        r#"SELECT summary, coalesce(details_hash = $2 AND details_accepted_at > now() - make_interval(secs => $3), false) AS "same!",
+                  $4::jsonb IS NOT NULL AND services IS DISTINCT FROM $4 AS "services_changed!",
+                  $5::jsonb IS NOT NULL AND software IS DISTINCT FROM $5 AS "software_changed!"
+           FROM device_details WHERE device_guid = $1"#,
+        device.guid,
+        hash,
+        DETAILS_WINDOW_S as f64,
+        parts.services,
+        parts.software,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let site_id = noted.site_id;
+    if before.as_ref().is_some_and(|before| before.same) {
+        tx.commit().await?;
+        return Ok(DetailsNoted { site_id, coalesced: true, services_changed: false, software_changed: false });
+    }
+    let stored = before.as_ref().map_or_else(|| json!({}), |before| before.summary.clone());
+    let summary = merge(stored, clean::json(Value::Object(summary.clone())));
+    let role_health = match body.get("agent_role_health").or_else(|| body.get("role_health")) {
+        Some(report) if report.is_object() || report.is_array() => Some(merged_health(&mut tx, device.guid, report, mode).await?),
+        _ => None,
+    };
+    sqlx::query!("INSERT INTO device_details (device_guid) VALUES ($1) ON CONFLICT DO NOTHING", device.guid)
+        .execute(&mut *tx)
+        .await?;
+    sqlx::query!(
+        "UPDATE device_details SET summary = $2, memory = coalesce($3, memory), network = coalesce($4, network),
+                software = coalesce($5, software), services = coalesce($6, services), storage = coalesce($7, storage),
+                cpu = coalesce($8, cpu), sessions = coalesce($9, sessions), processes = coalesce($10, processes),
+                agent_update = coalesce($11, agent_update), role_health = coalesce($12, role_health),
+                services_reported_at = CASE WHEN $6::jsonb IS NULL THEN services_reported_at ELSE now() END,
+                sessions_reported_at = CASE WHEN $9::jsonb IS NULL THEN sessions_reported_at ELSE now() END,
+                processes_reported_at = CASE WHEN $10::jsonb IS NULL THEN processes_reported_at ELSE now() END,
+                details_hash = $13, details_accepted_at = now()
+         WHERE device_guid = $1",
+        device.guid,
+        summary,
+        parts.memory,
+        parts.network,
+        parts.software,
+        parts.services,
+        parts.storage,
+        parts.cpu,
+        parts.sessions,
+        parts.processes,
+        agent_update(&body),
+        role_health,
+        hash,
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    // Without a row before, every list that came is news.
+    let (services_changed, software_changed) = before.map_or((parts.services.is_some(), parts.software.is_some()), |before| {
+        (before.services_changed, before.software_changed)
+    });
+    Ok(DetailsNoted { site_id, coalesced: false, services_changed, software_changed })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(value: Value) -> Map<String, Value> {
+        value.as_object().unwrap().clone()
+    }
+
+    #[test]
+    fn a_heartbeat_takes_what_fits_and_keeps_the_rest() {
+        let body = map(json!({
+            "hostname": " web ", "external_ip": "", "internal_ip": "10.0.0.4\n", "agent_hash": "b1", "agent_branch": "../x",
+            "metrics": {"uptime": "77", "cpu_percent": 150.5, "memory_percent": "x", "operating_system": "Debian\0 12", "last_user": 5},
+        }));
+        let scalars = Scalars::of_heartbeat(&body);
+        let expected = Scalars {
+            hostname: Some("web".into()),
+            internal_ip: Some("10.0.0.4".into()),
+            build: Some("b1".into()),
+            uptime: Some(77),
+            cpu_percent: Some(100.0),
+            operating_system: Some("Debian 12".into()),
+            last_user: Some("5".into()),
+            ..Scalars::default()
+        };
+        assert_eq!(scalars, expected);
+        assert_eq!(Scalars::of_heartbeat(&map(json!({"hostname": 4, "metrics": []}))), Scalars::default());
+    }
+
+    #[test]
+    fn an_agent_id_of_another_device_is_not_taken() {
+        let guid = Uuid::from_u128(7);
+        let own = format!("WEB_{}_SYSTEM", guid_text(guid));
+        let take = |id: &str| Scalars::of_details(&map(json!({"agent_id": id})), &Map::new(), guid).agent_id;
+        assert_eq!(take(&own), Some(own.clone()));
+        assert_eq!(take(&format!("WEB_{}_SYSTEM", guid_text(Uuid::from_u128(8)))), None);
+    }
+
+    #[test]
+    fn branches_follow_the_grammar() {
+        for good in ["main", "release/1.2", "a-b_c.d"] {
+            assert!(is_branch(good), "{good}");
+        }
+        for bad in ["", "/a", "a/", ".a", "a.", "a..b", "a//b", "a@{b", "a b", "a:b", "a\\b", "ä", &"x".repeat(161)] {
+            assert!(!is_branch(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn status_words_have_one_form() {
+        for (text, normal) in [
+            ("OK", "healthy"),
+            ("ready", "healthy"),
+            ("pending", "recovering"),
+            ("error", "unhealthy"),
+            ("", "recovering"),
+            ("unknown", "unknown"),
+        ] {
+            assert_eq!(normal_status(text), normal);
+        }
+        let body = map(json!({"status": "ok", "phase": "p", "milestones": [{"key": "new_one"}], "last_error": 5}));
+        let one = Status::read(&body, "SYSTEM");
+        assert_eq!(one.role(1).details["milestones_json"], r#"[{"key":"new_one"}]"#);
+        assert_eq!((one.role(1).detail.as_str(), one.role(1).details["last_error_json"].as_str()), ("p", "null"));
+        let other = Status::read(&body, "CURRENTUSER");
+        assert_ne!(one.signature().unwrap(), other.signature().unwrap());
+        assert_eq!(one.signature().unwrap(), Status::read(&body, "").signature().unwrap());
+    }
+
+    #[test]
+    fn absent_keeps_and_empty_clears() {
+        let read = |details: Value| Parts::read(&map(details), &Map::new());
+        assert_eq!(read(json!({})), Parts::default());
+        assert_eq!(read(json!({"software": [], "memory": null})), Parts { software: Some(json!([])), ..Parts::default() });
+        let stored = json!({"a": {"b": 1, "c": 2}, "d": "x", "e": 5});
+        let merged = merge(stored, json!({"a": {"b": 9}, "d": "", "e": null, "f": true}));
+        assert_eq!(merged, json!({"a": {"b": 9, "c": 2}, "d": "", "e": 5, "f": true}));
+    }
+
+    #[test]
+    fn software_rows_are_one_per_program() {
+        let rows = json!([
+            {"name": "Zed", "version": "2", "source": "Registry", "publisher": "Z"},
+            {"name": "zed", "version": "2", "source": "installed"},
+            {"name": "Alpha", "version": 1, "source": "appx"},
+            {"name": "6F9619FF-8B86-D011-B42D-00C04FC964FF", "source": "store"},
+            {"version": "3"},
+            {"name": "bash", "source": "dpkg", "metadata": {"a": 1}},
+        ]);
+        let expected = json!([
+            {"name": "Alpha", "version": "1", "source": "windows_store", "metadata": {}},
+            {"name": "bash", "version": "", "source": "dpkg", "metadata": {"a": 1}},
+            {"name": "Zed", "version": "2", "source": "local_installed", "metadata": {"publisher": "Z"}},
+        ]);
+        assert_eq!(software(rows), expected);
+    }
+}

@@ -1,0 +1,390 @@
+//! Devices as operators see them (contract devices 3.1, 3.2). The caller's sites are part of every query.
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use chrono::{DateTime, SecondsFormat, Utc};
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use super::{role_health::Document, sockets::PROCESS_SILENCE_S};
+use crate::{
+    db,
+    error::{Error, Result},
+    keys::guid_text,
+    scope::Scope,
+};
+
+/// The most devices one answer holds.
+pub const MAX_ROWS: i64 = 10_000;
+/// A device not seen for this many seconds is offline.
+pub const ONLINE_S: i64 = 300;
+/// A device seen within this many seconds is being collected from.
+pub const COLLECTING_S: i64 = 130;
+
+/// Which devices.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    /// This one only.
+    pub guid: Option<Uuid>,
+    /// With exactly this hostname, in any case.
+    pub hostname: Option<String>,
+    /// With this connection type, in any case.
+    pub connection_type: Option<String>,
+    /// Only machines with an agent, that is without a connection type.
+    pub only_agents: bool,
+    /// Without the large documents.
+    pub slim: bool,
+    /// The most rows; [`MAX_ROWS`] unless less.
+    pub limit: Option<i64>,
+    /// Where the page before ended, as it answered.
+    pub cursor: Option<String>,
+}
+
+/// One page.
+#[derive(Debug)]
+pub struct Page {
+    /// The devices, by hostname.
+    pub devices: Vec<Value>,
+    /// For the next page, when there is more.
+    pub next_cursor: Option<String>,
+}
+
+struct Row {
+    guid: Uuid,
+    hostname: String,
+    sort_name: String,
+    site_id: Option<i64>,
+    site_name: Option<String>,
+    site_description: Option<String>,
+    agent_id: String,
+    status: String,
+    description: String,
+    created_at: DateTime<Utc>,
+    last_enrollment_at: DateTime<Utc>,
+    last_seen: Option<DateTime<Utc>>,
+    agent_build_id: String,
+    device_type: String,
+    domain: String,
+    external_ip: String,
+    internal_ip: String,
+    last_reboot: String,
+    last_user: String,
+    operating_system: String,
+    uptime: i64,
+    cpu_percent: Option<f64>,
+    memory_percent: Option<f64>,
+    connection_type: String,
+    connection_endpoint: String,
+    agent_release_channel: String,
+    agent_branch: String,
+    summary: Option<Value>,
+    memory: Option<Value>,
+    network: Option<Value>,
+    software: Option<Value>,
+    services: Option<Value>,
+    storage: Option<Value>,
+    cpu: Option<Value>,
+    sessions: Option<Value>,
+    processes: Option<Value>,
+    role_health: Option<Value>,
+    agent_update: Option<Value>,
+    services_reported_at: Option<DateTime<Utc>>,
+    sessions_reported_at: Option<DateTime<Utc>>,
+    processes_reported_at: Option<DateTime<Utc>>,
+}
+
+/// Epoch seconds, 0 for never.
+fn epoch(at: Option<DateTime<Utc>>) -> i64 {
+    at.map_or(0, |at| at.timestamp())
+}
+
+/// RFC 3339, empty for never.
+fn iso(at: Option<DateTime<Utc>>) -> String {
+    at.map(|at| at.to_rfc3339_opts(SecondsFormat::Secs, true)).unwrap_or_default()
+}
+
+/// `Online` or `Offline`.
+#[must_use]
+pub fn presence(last_seen: Option<DateTime<Utc>>, now: DateTime<Utc>) -> &'static str {
+    if last_seen.is_some_and(|at| (now - at).num_seconds() <= ONLINE_S) { "Online" } else { "Offline" }
+}
+
+impl Row {
+    fn into_object(self, slim: bool, now: DateTime<Utc>) -> Value {
+        let last_seen = self.last_seen;
+        let update = |name: &str| self.agent_update.as_ref().and_then(|all| all.get(name)).and_then(Value::as_str).unwrap_or("");
+        let guid = guid_text(self.guid);
+        let scalars = json!({
+            "hostname": self.hostname,
+            "description": self.description,
+            "created_at": self.created_at.timestamp(),
+            "created_at_iso": iso(Some(self.created_at)),
+            "last_enrollment_at": self.last_enrollment_at.timestamp(),
+            "last_enrollment_at_iso": iso(Some(self.last_enrollment_at)),
+            "agent_hash": self.agent_build_id,
+            "agent_build_id": self.agent_build_id,
+            "agent_guid": guid,
+            "guid": guid,
+            "agent_id": self.agent_id,
+            "device_type": self.device_type,
+            "domain": self.domain,
+            "external_ip": self.external_ip,
+            "internal_ip": self.internal_ip,
+            "last_reboot": self.last_reboot,
+            "last_seen": epoch(last_seen),
+            "last_seen_iso": iso(last_seen),
+            "cpu_percent": self.cpu_percent,
+            "memory_percent": self.memory_percent,
+            "last_user": self.last_user,
+            "operating_system": self.operating_system,
+            "uptime": self.uptime,
+            "connection_type": self.connection_type,
+            "connection_endpoint": self.connection_endpoint,
+            "agent_release_channel_override": "",
+            "agent_release_channel": self.agent_release_channel,
+            "agent_branch": self.agent_branch,
+            "agent_update_channel": update("channel"),
+            "agent_update_target_build_id": update("target_build_id"),
+            "agent_update_state": update("state"),
+            "agent_update_error": update("error"),
+            "agent_update_source": update("source"),
+            "site_id": self.site_id,
+            "site_name": self.site_name.unwrap_or_default(),
+            "site_description": self.site_description.unwrap_or_default(),
+            "status": presence(last_seen, now),
+            "enrollment_status": self.status,
+        });
+        let Value::Object(scalars) = scalars else { return Value::Null };
+        let mut device = scalars.clone();
+        if slim {
+            return Value::Object(device);
+        }
+        let list = |value: Option<Value>| value.unwrap_or_else(|| json!([]));
+        let mut summary = match self.summary {
+            Some(Value::Object(summary)) => summary,
+            _ => Map::new(),
+        };
+        summary.extend(scalars);
+        let mut documents = Map::new();
+        for (name, value) in [
+            ("memory", list(self.memory)),
+            ("network", list(self.network)),
+            ("software", list(self.software)),
+            ("services", list(self.services)),
+            ("storage", list(self.storage)),
+            ("cpu", self.cpu.unwrap_or_else(|| json!({}))),
+            ("sessions", list(self.sessions)),
+            ("processes", list(self.processes)),
+        ] {
+            documents.insert(name.to_owned(), value);
+        }
+        let health: Document = self.role_health.and_then(|stored| serde_json::from_value(stored).ok()).unwrap_or_default();
+        device.extend(documents.clone());
+        documents.insert("summary".to_owned(), Value::Object(summary.clone()));
+        device.insert("details".to_owned(), Value::Object(documents));
+        device.insert("summary".to_owned(), Value::Object(summary));
+        device.insert("agent_role_health".to_owned(), health.shown(now.timestamp()));
+        for (name, at) in [
+            ("services_reported_at", self.services_reported_at),
+            ("sessions_reported_at", self.sessions_reported_at),
+            ("processes_reported_at", self.processes_reported_at),
+        ] {
+            device.insert(name.to_owned(), epoch(at).into());
+        }
+        Value::Object(device)
+    }
+}
+
+fn encode_cursor(name: &str, guid: Uuid) -> String {
+    URL_SAFE_NO_PAD.encode(format!("{guid}{name}"))
+}
+
+fn decode_cursor(cursor: &str) -> Result<(String, Uuid)> {
+    let text = URL_SAFE_NO_PAD.decode(cursor).ok().and_then(|bytes| String::from_utf8(bytes).ok());
+    text.as_deref()
+        .and_then(|text| Some((text.get(36..)?.to_owned(), Uuid::try_parse(text.get(..36)?).ok()?)))
+        .filter(|(name, _)| !name.contains('\0'))
+        .ok_or_else(|| Error::field("invalid_cursor", "cursor", "is not one this list gave out"))
+}
+
+/// The devices in `scope` that pass the filter, by hostname.
+///
+/// # Errors
+/// 400 `invalid_cursor`, `invalid_limit`.
+pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Page> {
+    let limit = match filter.limit {
+        None => MAX_ROWS,
+        Some(limit) if (1..=MAX_ROWS).contains(&limit) => limit,
+        Some(_) => return Err(Error::field("invalid_limit", "limit", format!("must be 1 to {MAX_ROWS}"))),
+    };
+    let (after_name, after_guid) = filter.cursor.as_deref().map(decode_cursor).transpose()?.unzip();
+    let mut rows = sqlx::query_as!(
+        Row,
+        r#"SELECT d.guid, d.hostname, lower(d.hostname) AS "sort_name!", d.site_id, s.name AS "site_name?",
+                  s.description AS "site_description?", d.agent_id, d.status, d.description, d.created_at, d.last_enrollment_at,
+                  d.last_seen, d.agent_build_id, d.device_type, d.domain, d.external_ip, d.internal_ip, d.last_reboot, d.last_user,
+                  d.operating_system, d.uptime, d.cpu_percent, d.memory_percent, d.connection_type, d.connection_endpoint,
+                  d.agent_release_channel, d.agent_branch,
+                  x.summary AS "summary?", x.memory AS "memory?", x.network AS "network?", x.software AS "software?",
+                  x.services AS "services?", x.storage AS "storage?", x.cpu AS "cpu?", x.sessions AS "sessions?",
+                  x.processes AS "processes?", x.role_health AS "role_health?", x.agent_update AS "agent_update?",
+                  x.services_reported_at AS "services_reported_at?", x.sessions_reported_at AS "sessions_reported_at?",
+                  x.processes_reported_at AS "processes_reported_at?"
+           FROM devices AS d
+           LEFT JOIN sites AS s ON s.id = d.site_id
+           LEFT JOIN device_details AS x ON x.device_guid = d.guid AND NOT $8
+           WHERE ($1::bigint[] IS NULL OR d.site_id = ANY($1))
+             AND ($2::uuid IS NULL OR d.guid = $2)
+             AND ($3::text IS NULL OR lower(d.hostname) = lower($3))
+             AND ($4::text IS NULL OR lower(d.connection_type) = lower($4))
+             AND (NOT $5 OR d.connection_type = '')
+             AND ($6::text IS NULL OR (lower(d.hostname), d.guid) > ($6, $7))
+           ORDER BY lower(d.hostname), d.guid
+           LIMIT $9"#,
+        scope.site_ids(),
+        filter.guid,
+        filter.hostname,
+        filter.connection_type,
+        filter.only_agents,
+        after_name,
+        after_guid,
+        filter.slim,
+        limit + 1,
+    )
+    .fetch_all(pool)
+    .await?;
+    let more = i64::try_from(rows.len()).unwrap_or(i64::MAX) > limit;
+    rows.truncate(usize::try_from(limit).unwrap_or_default());
+    let next_cursor = rows.last().filter(|_| more).map(|last| encode_cursor(&last.sort_name, last.guid));
+    let now = Utc::now();
+    Ok(Page { devices: rows.into_iter().map(|row| row.into_object(filter.slim, now)).collect(), next_cursor })
+}
+
+/// One device in `scope`.
+///
+/// # Errors
+/// 404 `not found`.
+pub async fn one(pool: &db::Pool, scope: &Scope, guid: Uuid) -> Result<Value> {
+    let filter = Filter { guid: Some(guid), limit: Some(1), ..Filter::default() };
+    page(pool, scope, &filter).await?.devices.pop().map(with_version).ok_or_else(Error::not_found)
+}
+
+/// The device in `scope` that a path names by hostname or GUID.
+///
+/// # Errors
+/// 404 `not found`; 409 `ambiguous_hostname` with `guids` when several have the name.
+pub async fn named(pool: &db::Pool, scope: &Scope, name: &str) -> Result<Value> {
+    if let Some(guid) = crate::keys::parse_guid(name) {
+        return one(pool, scope, guid).await;
+    }
+    let filter = Filter { hostname: Some(name.trim().replace('\0', "")), limit: Some(20), ..Filter::default() };
+    let mut found = page(pool, scope, &filter).await?.devices;
+    if found.len() > 1 {
+        let guids: Vec<Value> = found.iter().filter_map(|device| device.get("guid").cloned()).collect();
+        let message = "Several devices have this hostname; use the GUID of the one you mean.";
+        return Err(Error::conflict("ambiguous_hostname", message).with("guids", guids));
+    }
+    found.pop().map(with_version).ok_or_else(Error::not_found)
+}
+
+/// What reads of a single device add. There is no published build to compare with yet: the installed one is the target.
+fn with_version(mut device: Value) -> Value {
+    let text = |device: &Value, name: &str| device.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let (build, channel) = (text(&device, "agent_build_id"), text(&device, "agent_release_channel"));
+    let extra = json!({
+        "agent_version_status": if build.is_empty() { "Needs Updated" } else { "Up-to-Date" },
+        "agent_target_build_id": build,
+        "agent_target_published_at": 0,
+        "agent_release_channel_override": null,
+        "agent_release_channel": channel,
+        "agent_branch": text(&device, "agent_branch"),
+        "agent_release_channel_effective": if channel.is_empty() { "stable" } else { channel.as_str() },
+        "agent_build_id": build,
+    });
+    for place in ["", "/summary", "/details/summary"] {
+        if let (Some(Value::Object(target)), Value::Object(extra)) = (device.pointer_mut(place), &extra) {
+            target.extend(extra.clone());
+        }
+    }
+    device
+}
+
+/// The agents that are online in `scope`, keyed by agent id: one entry per live socket.
+///
+/// # Errors
+/// When the database is away.
+pub async fn agents(pool: &db::Pool, scope: &Scope) -> Result<Map<String, Value>> {
+    let rows = sqlx::query!(
+        r#"SELECT k.agent_id, k.service_mode, k.helper_contexts, d.agent_id AS device_agent_id, d.guid, d.hostname, d.site_id,
+                  s.name AS "site_name?", s.description AS "site_description?", d.last_seen, d.agent_build_id, d.device_type,
+                  d.connection_type, d.connection_endpoint, d.domain, d.external_ip, d.internal_ip, d.last_reboot, d.last_user,
+                  d.operating_system, d.uptime
+           FROM device_sockets AS k
+           JOIN api_processes AS p ON p.id = k.api_process AND p.last_seen_at > now() - make_interval(secs => $2)
+           JOIN devices AS d ON d.guid = k.device_guid
+           LEFT JOIN sites AS s ON s.id = d.site_id
+           WHERE ($1::bigint[] IS NULL OR d.site_id = ANY($1)) AND d.connection_type = ''
+           ORDER BY lower(d.hostname), d.guid, k.service_mode
+           LIMIT $3"#,
+        scope.site_ids(),
+        PROCESS_SILENCE_S,
+        MAX_ROWS * 2,
+    )
+    .fetch_all(pool)
+    .await?;
+    let now = Utc::now();
+    let mut agents = Map::new();
+    for row in rows {
+        let guid = guid_text(row.guid);
+        let id = [row.agent_id, row.device_agent_id].into_iter().find(|id| !id.is_empty()).unwrap_or_else(|| guid.clone());
+        let collecting = row.last_seen.is_some_and(|at| (now - at).num_seconds() < COLLECTING_S);
+        let entry = json!({
+            "hostname": row.hostname,
+            "agent_hostname": row.hostname,
+            "service_mode": row.service_mode,
+            "collector_active": collecting,
+            "collector_active_ts": epoch(row.last_seen),
+            "last_seen": epoch(row.last_seen),
+            "status": "Online",
+            "agent_id": id,
+            "agent_guid": guid,
+            "agent_hash": row.agent_build_id,
+            "connection_type": row.connection_type,
+            "connection_endpoint": row.connection_endpoint,
+            "device_type": row.device_type,
+            "domain": row.domain,
+            "external_ip": row.external_ip,
+            "internal_ip": row.internal_ip,
+            "last_reboot": row.last_reboot,
+            "last_user": row.last_user,
+            "operating_system": row.operating_system,
+            "uptime": row.uptime,
+            "site_id": row.site_id,
+            "site_name": row.site_name.unwrap_or_default(),
+            "site_description": row.site_description.unwrap_or_default(),
+            "helper_contexts": row.helper_contexts,
+        });
+        agents.insert(id, entry);
+    }
+    Ok(agents)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cursor_is_what_was_given_out() {
+        let guid = Uuid::from_u128(5);
+        assert_eq!(decode_cursor(&encode_cursor("wéb", guid)).unwrap(), ("wéb".to_owned(), guid));
+        for bad in ["", "?", "YWJj", &URL_SAFE_NO_PAD.encode("é".repeat(40)), &encode_cursor("a\0", guid)] {
+            assert_eq!(decode_cursor(bad).unwrap_err().code, "invalid_cursor");
+        }
+    }
+
+    #[test]
+    fn a_device_is_offline_after_five_minutes() {
+        let now = Utc::now();
+        let ago = |seconds| Some(now - chrono::TimeDelta::seconds(seconds));
+        assert_eq!((presence(ago(300), now), presence(ago(301), now), presence(None, now)), ("Online", "Offline", "Offline"));
+    }
+}

@@ -1,0 +1,7 @@
+//! What is known of a machine.
+
+pub mod clean;
+pub mod ingest;
+pub mod list;
+pub mod role_health;
+pub mod sockets;
