@@ -1,0 +1,101 @@
+//! The scheduler's cursor: which jobs are due, and moving them on.
+
+use chrono::{DateTime, NaiveDateTime, Utc};
+use sqlx::PgConnection;
+
+use super::schedule::{MisfirePolicy, OverlapPolicy, Schedule, ScheduleRow};
+use crate::Result;
+
+/// A job whose next instant has come. Its row is locked by the transaction that asked.
+#[derive(Debug)]
+pub struct DueJob {
+    /// The job.
+    pub id: i64,
+    /// The instant that has come.
+    pub next_due_at: DateTime<Utc>,
+    /// How many instants the schedule has used up.
+    pub occurrences_used: i64,
+    /// The schedule, or why the stored one cannot be read.
+    pub schedule: Result<Schedule>,
+    /// What happens to missed instants.
+    pub misfire_policy: MisfirePolicy,
+    /// What happens while an earlier occurrence has not ended.
+    pub overlap_policy: OverlapPolicy,
+}
+
+/// Locks up to `limit` due jobs, the longest due first. Jobs another process is deciding are left to it.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn due(conn: &mut PgConnection, limit: i64) -> Result<Vec<DueJob>> {
+    let rows = sqlx::query!(
+        r#"SELECT id, next_due_at AS "next_due_at!", occurrences_used, schedule_type, start_at, start_wall, timezone, cron, end_at,
+                  max_occurrences, created_at, misfire_policy, overlap_policy
+           FROM scheduled_jobs WHERE enabled AND next_due_at <= now()
+           ORDER BY next_due_at LIMIT $1 FOR UPDATE SKIP LOCKED"#,
+        limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let start_wall: Option<NaiveDateTime> = row.start_wall;
+            DueJob {
+                id: row.id,
+                next_due_at: row.next_due_at,
+                occurrences_used: row.occurrences_used,
+                schedule: Schedule::from_row(&ScheduleRow {
+                    schedule_type: row.schedule_type,
+                    start_at: row.start_at,
+                    start_wall,
+                    timezone: row.timezone,
+                    cron: row.cron,
+                    end_at: row.end_at,
+                    max_occurrences: row.max_occurrences,
+                    created_at: row.created_at,
+                }),
+                misfire_policy: row.misfire_policy.parse().unwrap_or_default(),
+                overlap_policy: row.overlap_policy.parse().unwrap_or_default(),
+            }
+        })
+        .collect())
+}
+
+/// Moves a locked job's cursor on: past `used` instants, to `next_due_at`.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn advance(
+    conn: &mut PgConnection,
+    job_id: i64,
+    next_due_at: Option<DateTime<Utc>>,
+    used: i64,
+    last: Option<DateTime<Utc>>,
+) -> Result<()> {
+    sqlx::query!(
+        "UPDATE scheduled_jobs
+         SET next_due_at = $2, occurrences_used = occurrences_used + $3, last_occurrence_at = coalesce($4, last_occurrence_at)
+         WHERE id = $1",
+        job_id,
+        next_due_at,
+        used,
+        last,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// The nearest instant any enabled job is due, as seconds from now by the database's clock.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn nearest(conn: &mut PgConnection) -> Result<Option<f64>> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT extract(epoch FROM min(next_due_at) - clock_timestamp())::float8 AS "seconds"
+           FROM scheduled_jobs WHERE enabled AND next_due_at IS NOT NULL"#
+    )
+    .fetch_one(conn)
+    .await?)
+}

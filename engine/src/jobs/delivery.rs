@@ -1,0 +1,348 @@
+//! How a script reaches its device: one path, whether it is dispatched while the device is connected or waits for it.
+//!
+//! A row is marked `sent` before it is written to a socket, so a crash in between loses the dispatch and never doubles
+//! it. An agent that announces `dedup` is sent the row again when it reconnects; another agent never is.
+
+use std::collections::BTreeSet;
+
+use borealis_protocol::{
+    envelope::{self, Envelope},
+    events::QuickJobRun,
+};
+use chrono::Utc;
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::results::{self, Change, Settled, Status};
+use crate::{
+    Error, Result,
+    db::{Pool, Tx},
+    keys::{Keys, guid_text},
+};
+
+/// The channel on which API processes tell each other that there is something to send.
+pub const CHANNEL: &str = "borealis_deliver";
+/// The most rows taken in one transaction.
+pub const BATCH: i64 = 1000;
+/// The most dispatches taken at once: each carries its whole script.
+pub const DELIVERIES: i64 = 64;
+/// How long a signed dispatch may take to reach its agent, in seconds; wide, because clocks of machines are off.
+const REACH_S: i64 = 24 * 3600;
+/// What an agent may take beyond a script's limit before it counts as silent, in seconds.
+pub const SILENCE_GRACE_S: i32 = 60;
+
+/// Something to write to a socket of this process.
+#[derive(Debug, Clone)]
+pub struct Delivery {
+    /// What the agent calls `job_id`.
+    pub activity_id: i64,
+    /// The device.
+    pub device: Uuid,
+    /// The socket that is the device's now.
+    pub socket_id: String,
+    /// Whether the agent was sent it before.
+    pub again: bool,
+    /// The row's request: everything but id and signatures.
+    pub request: Value,
+    /// What operators see of the row now.
+    pub change: Change,
+}
+
+/// A request to stop a script.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cancel {
+    /// The activity.
+    pub activity_id: i64,
+    /// The device.
+    pub device: Uuid,
+    /// The socket that is the device's now.
+    pub socket_id: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// Devices with a socket at `process` for which something is ready or to be cancelled: the poll behind the notifications.
+///
+/// # Errors
+/// When the database is away.
+pub async fn due(pool: &Pool, process: Uuid) -> Result<Vec<Uuid>> {
+    let devices = sqlx::query_scalar!(
+        "SELECT DISTINCT s.device_guid FROM device_sockets s JOIN activity_history a ON a.device_guid = s.device_guid
+         WHERE s.api_process = $1 AND a.delivery IN ('ready', 'sent', 'accepted')
+           AND ((a.delivery = 'ready' AND a.cancel_requested_at IS NULL AND (a.deliver_until IS NULL OR a.deliver_until > now()))
+             OR (a.delivery <> 'ready' AND a.cancel_requested_at IS NOT NULL AND a.cancel_sent_at IS NULL
+                 AND coalesce(s.capabilities -> 'cancel' = 'true', false)))",
+        process
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(devices)
+}
+
+/// Takes what is ready for those of `devices` whose socket is at `process`, oldest first, and marks it sent. With
+/// `reconnected`, also what was sent before and has not ended, to agents that announce `dedup`. Up to [`DELIVERIES`] rows; the
+/// caller commits, writes them, and comes back while the batch is full.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconnected: bool) -> Result<Vec<Delivery>> {
+    let rows = sqlx::query!(
+        r#"WITH picked AS (
+               SELECT a.id, s.socket_id, s.dedup, a.delivery <> 'ready' AS again
+               FROM activity_history a
+               JOIN devices d ON d.guid = a.device_guid AND d.status = 'active'
+                    -- A device that has moved takes nothing along that was meant for it where it was.
+                    AND d.site_id IS NOT DISTINCT FROM a.site_id
+               CROSS JOIN LATERAL (
+                   -- The mode asked for; a service socket also serves its helpers, a helper never the service.
+                   SELECT o.socket_id, o.api_process, o.connected_at, coalesce(o.capabilities -> 'dedup' = 'true', false) AS dedup
+                   FROM device_sockets o WHERE o.device_guid = a.device_guid
+                     AND (o.service_mode = 'system' OR a.request ->> 'run_mode' = 'currentuser')
+                   ORDER BY (o.service_mode = 'currentuser') = (coalesce(a.request ->> 'run_mode', '') = 'currentuser') DESC LIMIT 1
+                   -- A newer socket of the device waits with its registration until this is committed.
+                   FOR KEY SHARE) s
+               LEFT JOIN scheduled_job_runs r ON r.id = a.run_id
+               WHERE a.device_guid = ANY($2) AND s.api_process = $1 AND a.cancel_requested_at IS NULL
+                 AND ((a.delivery = 'ready' AND (a.deliver_until IS NULL OR a.deliver_until > now()))
+                   OR ($3 AND a.delivery IN ('sent', 'accepted') AND s.dedup AND a.sent_at < s.connected_at))
+                 -- A run that is gone takes its dispatch with it.
+                 AND (r.status IN ('Pending', 'Running') AND r.cancel_requested_at IS NULL
+                      OR a.run_id IS NULL AND NOT coalesce(a.request -> 'context' ? 'scheduled_job_run_id', false))
+               ORDER BY a.id LIMIT $4 FOR UPDATE OF a SKIP LOCKED)
+           UPDATE activity_history a SET delivery = CASE WHEN picked.again THEN a.delivery ELSE 'sent' END,
+                  delivery_count = a.delivery_count + 1, sent_at = now(), updated_at = now()
+           FROM picked WHERE a.id = picked.id
+           RETURNING a.id, a.device_guid, a.hostname, a.site_id, a.run_id, a.status, a.queue_lane, a.activity_kind, a.request,
+                     picked.socket_id, picked.dedup AS "dedup!", picked.again AS "again!""#,
+        process,
+        devices,
+        reconnected,
+        DELIVERIES
+    )
+    .fetch_all(&mut **tx)
+    .await?;
+    // An agent that never says it has accepted a script has begun with it as far as anybody can know.
+    let begun: BTreeSet<i64> = rows.iter().filter(|row| !row.dedup).filter_map(|row| row.run_id).collect();
+    results::begin_runs(tx, &begun.into_iter().collect::<Vec<_>>()).await?;
+    let mut deliveries: Vec<Delivery> = rows
+        .into_iter()
+        .map(|row| Delivery {
+            activity_id: row.id,
+            device: row.device_guid,
+            socket_id: row.socket_id,
+            again: row.again,
+            request: row.request,
+            change: Change {
+                activity_id: row.id,
+                device: row.device_guid,
+                hostname: row.hostname,
+                site_id: row.site_id,
+                status: Status::parse(&row.status).unwrap_or(Status::Queued),
+                queue_lane: row.queue_lane,
+                activity_kind: row.activity_kind,
+                by_result: false,
+            },
+        })
+        .collect();
+    deliveries.sort_by_key(|delivery| delivery.activity_id);
+    Ok(deliveries)
+}
+
+/// Gives back what could not be written to its socket, and so was certainly not sent.
+///
+/// # Errors
+/// When the database is away; the rows then end by their time limit, or are sent again to an agent with `dedup`.
+pub async fn give_back(pool: &Pool, activities: &[i64]) -> Result<()> {
+    sqlx::query!(
+        "UPDATE activity_history SET delivery = 'ready', delivery_count = delivery_count - 1, sent_at = NULL, updated_at = now()
+         WHERE id = ANY($1) AND delivery = 'sent' AND delivery_count = 1",
+        activities
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
+/// Takes the cancels that are to be written to sockets of `process`, and marks them sent. With `reconnected` those are
+/// included that were sent before: they may have been lost with the old socket.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn take_cancels(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconnected: bool) -> Result<Vec<Cancel>> {
+    let cancels = sqlx::query_as!(
+        Cancel,
+        r#"WITH picked AS (
+               SELECT a.id, s.socket_id FROM activity_history a
+               JOIN device_sockets s ON s.device_guid = a.device_guid AND s.service_mode = 'system' AND s.api_process = $1
+               WHERE a.device_guid = ANY($2) AND a.delivery IN ('sent', 'accepted') AND a.cancel_requested_at IS NOT NULL
+                 AND (a.cancel_sent_at IS NULL OR ($3 AND a.cancel_sent_at < s.connected_at))
+                 AND coalesce(s.capabilities -> 'cancel' = 'true', false)
+               ORDER BY a.id LIMIT $4 FOR UPDATE OF a SKIP LOCKED)
+           UPDATE activity_history a SET cancel_sent_at = now(), updated_at = now() FROM picked WHERE a.id = picked.id
+           RETURNING a.id AS activity_id, a.device_guid AS device, picked.socket_id,
+                     coalesce((SELECT nullif(r.cancel_reason, '') FROM scheduled_job_runs r WHERE r.id = a.run_id), 'cancelled_by_operator') AS "reason!""#,
+        process,
+        devices,
+        reconnected,
+        BATCH
+    )
+    .fetch_all(&mut **tx)
+    .await?;
+    Ok(cancels)
+}
+
+/// The payload of `quick_job_run`: the request with its id, the legacy signature and the signed envelope.
+///
+/// # Errors
+/// A bug when the stored request is not what a dispatch writes.
+pub fn payload(keys: &Keys, delivery: &Delivery) -> Result<Value> {
+    let mut payload = delivery.request.clone();
+    let object = payload.as_object_mut().ok_or_else(|| Error::bug("the request of an activity is not an object"))?;
+    object.insert("job_id".into(), delivery.activity_id.into());
+    let run: QuickJobRun = serde_json::from_value(Value::Object(object.clone()))?;
+    let script = borealis_protocol::keys::from_base64(&run.script_content).map_err(Error::bug)?;
+    let envelope = Envelope {
+        v: envelope::VERSION,
+        job_id: run.job_id,
+        device_guid: guid_text(delivery.device),
+        script_sha256: borealis_protocol::canonical::sha256_hex(&script),
+        env_sha256: envelope::env_sha256(&run.environment, &run.variables),
+        timeout_seconds: run.timeout_seconds,
+        run_mode: run.run_mode,
+        not_after: Utc::now().timestamp() + REACH_S,
+    };
+    object.insert("signature".into(), keys.sign_script(&script).into());
+    object.insert("sig_alg".into(), "ed25519".into());
+    object.insert("signing_key".into(), keys.script_public_spki_base64().into());
+    object.insert("envelope_signature".into(), keys.sign_script(&envelope.to_sign()).into());
+    object.insert("envelope".into(), serde_json::to_value(envelope)?);
+    Ok(payload)
+}
+
+/// Ends what was not delivered in time as `Expired`, with its runs. Up to [`BATCH`] rows; to be called again while any come.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn expire_undelivered(tx: &mut Tx<'_>) -> Result<Settled> {
+    let ids = sqlx::query_scalar!(
+        "SELECT id FROM activity_history WHERE delivery = 'ready' AND deliver_until <= now() ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED",
+        BATCH
+    )
+    .fetch_all(&mut **tx)
+    .await?;
+    end(tx, &ids, Status::Expired, "not_delivered").await
+}
+
+/// Ends what is ready for a device that has moved to another site since, as `Expired`: [`take_ready`] never takes it. Up to
+/// [`BATCH`] rows. Looks at every row that is ready, so it is not for every second.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn expire_moved(tx: &mut Tx<'_>) -> Result<Settled> {
+    let ids = sqlx::query_scalar!(
+        "SELECT a.id FROM activity_history a JOIN devices d ON d.guid = a.device_guid
+         WHERE a.delivery = 'ready' AND d.site_id IS DISTINCT FROM a.site_id ORDER BY a.id LIMIT $1 FOR UPDATE OF a SKIP LOCKED",
+        BATCH
+    )
+    .fetch_all(&mut **tx)
+    .await?;
+    end(tx, &ids, Status::Expired, "device_moved").await
+}
+
+/// Ends what has been silent beyond its time limit as `Timed Out` with `outcome_unknown`, with its runs. The limit counts
+/// from the start of the script; of a script that waits behind another on its device, from the end of that one. A limit
+/// of 0 is none; a job's own limit is kept by [`super::run::enforce_limits`]. Up to [`BATCH`] rows; to be called again while any come.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn time_out_silent(tx: &mut Tx<'_>) -> Result<Settled> {
+    let ids = sqlx::query_scalar!(
+        "SELECT a.id FROM activity_history a
+         WHERE a.delivery IN ('sent', 'accepted') AND (
+               a.timeout_seconds > 0
+                AND coalesce(a.started_at, greatest(a.sent_at, (SELECT max(b.finished_at) FROM activity_history b
+                                                               WHERE b.device_guid = a.device_guid AND b.finished_at > a.sent_at)))
+                    < now() - make_interval(secs => a.timeout_seconds + $1)
+                AND (a.started_at IS NOT NULL OR NOT EXISTS (SELECT 1 FROM activity_history b
+                         WHERE b.device_guid = a.device_guid AND b.id < a.id AND b.delivery IN ('sent', 'accepted'))))
+         ORDER BY a.id LIMIT $2 FOR UPDATE SKIP LOCKED",
+        SILENCE_GRACE_S,
+        BATCH
+    )
+    .fetch_all(&mut **tx)
+    .await?;
+    end(tx, &ids, Status::TimedOut, "outcome_unknown").await
+}
+
+async fn end(tx: &mut Tx<'_>, ids: &[i64], status: Status, error: &str) -> Result<Settled> {
+    if ids.is_empty() {
+        return Ok(Settled::default());
+    }
+    let rows = sqlx::query!(
+        "UPDATE activity_history SET status = $2, delivery = 'done', error = $3, finished_at = now(), updated_at = now()
+         WHERE id = ANY($1) RETURNING id, device_guid, hostname, site_id, run_id, queue_lane, activity_kind",
+        ids,
+        status.as_str(),
+        error
+    )
+    .fetch_all(&mut **tx)
+    .await?;
+    let runs: BTreeSet<i64> = rows.iter().filter_map(|row| row.run_id).collect();
+    let finished = results::end_runs(tx, &runs.into_iter().collect::<Vec<_>>()).await?;
+    let changes = rows
+        .into_iter()
+        .map(|row| Change {
+            activity_id: row.id,
+            device: row.device_guid,
+            hostname: row.hostname,
+            site_id: row.site_id,
+            status,
+            queue_lane: row.queue_lane,
+            activity_kind: row.activity_kind,
+            by_result: true,
+        })
+        .collect();
+    Ok(Settled { outcomes: Vec::new(), changes, finished })
+}
+
+/// Splits device ids into payloads for [`CHANNEL`].
+#[must_use]
+pub fn notices(devices: &[Uuid]) -> Vec<String> {
+    // A simple UUID and a comma are 33 bytes.
+    devices
+        .chunks(crate::bus::PAYLOAD_LIMIT_BYTES / 33)
+        .map(|chunk| chunk.iter().map(|device| device.simple().to_string()).collect::<Vec<_>>().join(","))
+        .collect()
+}
+
+/// Reads such a payload; what is no id is left out.
+#[must_use]
+pub fn read_notice(payload: &str) -> Vec<Uuid> {
+    payload.split(',').filter_map(|text| Uuid::try_parse(text).ok()).collect()
+}
+
+/// Tells every API process, in this transaction, that there is something to send to these devices.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn announce(tx: &mut Tx<'_>, devices: &[Uuid]) -> Result<()> {
+    sqlx::query!("SELECT pg_notify($1, n.payload) AS sent FROM unnest($2::text[]) AS n (payload)", CHANNEL, &notices(devices))
+        .fetch_all(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notices_are_short_and_read_back() {
+        let devices: Vec<Uuid> = (0..1000).map(Uuid::from_u128).collect();
+        let notices = notices(&devices);
+        assert!(notices.len() > 1 && notices.iter().all(|text| text.len() < 8000));
+        assert_eq!(notices.iter().flat_map(|text| read_notice(text)).collect::<Vec<_>>(), devices);
+        assert!(super::notices(&[]).is_empty());
+        assert!(read_notice("x,,1").is_empty());
+    }
+}

@@ -1,0 +1,592 @@
+//! Occurrences: from a due instant to frozen targets.
+//!
+//! The scheduler's decision is [`plan`], a pure function of the job's cursor, its policies and the clock. It is applied with
+//! [`advance`] in the transaction that moves the cursor, so an instant is decided once, whoever asks and however often.
+
+use chrono::{DateTime, Duration, Utc};
+use serde_json::json;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::{
+    schedule::{Expiration, MisfirePolicy, OverlapPolicy},
+    spec, targets,
+};
+use crate::{
+    Error, Result,
+    assemblies::{self, RunMode},
+};
+
+/// The lane agents and operators see for scripts of scheduled jobs (jobs 4.3).
+const QUEUE_LANE: &str = "scheduled_job_system";
+/// The kind of activity they see for them.
+const ACTIVITY_KIND: &str = "scheduled_job";
+
+/// An instant decided later than this after it was due counts as missed. Longer than the minute to which a job that runs
+/// at once is floored.
+pub const MISFIRE_GRACE: Duration = Duration::seconds(90);
+/// The most missed instants that are run again (`run_all`) and that leave a record of their own.
+pub const CATCH_UP_MAX: usize = 10;
+/// The most occurrences of a job that wait for the one before them (`queue`).
+pub const QUEUE_MAX: i64 = 10;
+/// The most instants one decision looks at; a longer outage is caught up with by jumping.
+const INSTANTS_MAX: usize = 100_000;
+
+/// What becomes of one due instant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// It runs.
+    Fire {
+        /// The instant it was due.
+        at: DateTime<Utc>,
+        /// True when it makes up for an outage.
+        catch_up: bool,
+    },
+    /// It does not run and leaves a record.
+    Skip {
+        /// The instant it was due.
+        at: DateTime<Utc>,
+        /// `misfire`.
+        reason: &'static str,
+        /// How many further instants this record stands for.
+        more: usize,
+    },
+}
+
+/// What the scheduler does with a job whose cursor has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// In order of their instants.
+    pub decisions: Vec<Decision>,
+    /// The next instant; none when nothing more will come.
+    pub next_due_at: Option<DateTime<Utc>>,
+    /// How many instants the schedule used up with this.
+    pub used: i64,
+}
+
+/// Decides what to do with every instant from `due` up to `now`. `next` gives the instant after one; `left` is how many the
+/// schedule may still use.
+#[must_use]
+pub fn plan(
+    due: DateTime<Utc>,
+    now: DateTime<Utc>,
+    left: Option<i64>,
+    misfire: MisfirePolicy,
+    next: impl Fn(DateTime<Utc>) -> Option<DateTime<Utc>>,
+) -> Plan {
+    let left = left.map_or(INSTANTS_MAX, |left| usize::try_from(left).unwrap_or(0)).min(INSTANTS_MAX);
+    let mut instants = Vec::new();
+    let mut cursor = Some(due);
+    while let Some(at) = cursor.filter(|at| *at <= now && instants.len() < left) {
+        instants.push(at);
+        cursor = next(at).filter(|after| *after > at);
+    }
+    let used = instants.len();
+    let next_due_at = cursor.filter(|_| used < left || left == INSTANTS_MAX);
+    let missed = instants.iter().take_while(|at| now - **at > MISFIRE_GRACE).count();
+    // How many of the missed run after all; the others leave a record.
+    let run = match misfire {
+        MisfirePolicy::Skip => 0,
+        MisfirePolicy::RunOnce => usize::from(missed == used).min(missed),
+        MisfirePolicy::RunAll => missed.min(CATCH_UP_MAX),
+    };
+    let skipped = missed - run;
+    let unseen = skipped.saturating_sub(CATCH_UP_MAX);
+    let mut decisions = Vec::new();
+    for (index, at) in instants.into_iter().enumerate() {
+        if index < unseen {
+            continue;
+        }
+        decisions.push(if index < skipped {
+            Decision::Skip { at, reason: "misfire", more: if index == unseen { unseen } else { 0 } }
+        } else {
+            Decision::Fire { at, catch_up: index < missed }
+        });
+    }
+    Plan { decisions, next_due_at, used: i64::try_from(used).unwrap_or(i64::MAX) }
+}
+
+/// An occurrence to be opened.
+#[derive(Debug, Clone)]
+pub struct NewOccurrence {
+    /// The job.
+    pub job_id: i64,
+    /// The instant, unique in the job. For a manual one: now, moved on past any instant that is taken.
+    pub scheduled_at: DateTime<Utc>,
+    /// `schedule`, `catch_up`, `rerun` or `retry`.
+    pub cause: &'static str,
+    /// The sites it may reach, when narrower than the job's; none: the job's.
+    pub scope_site_ids: Option<Vec<i64>>,
+    /// For a retry: the only devices it is for.
+    pub only_devices: Option<Vec<Uuid>>,
+    /// Who asked, or empty for the schedule.
+    pub requested_by: String,
+    /// True to wait until the occurrences before it have ended.
+    pub queued: bool,
+}
+
+/// Opens an occurrence. `None` when the job has one at that instant already: then nothing happened.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn open(conn: &mut PgConnection, new: &NewOccurrence) -> Result<Option<i64>> {
+    let manual = matches!(new.cause, "rerun" | "retry");
+    let mut at = new.scheduled_at;
+    loop {
+        let id = sqlx::query_scalar!(
+            "INSERT INTO job_occurrences (job_id, scheduled_at, cause, state, only_devices, scope_site_ids, requested_by)
+             VALUES ($1, $2, $3, $4, $5, $6, $7)
+             ON CONFLICT ON CONSTRAINT job_occurrences_instant_key DO NOTHING RETURNING id",
+            new.job_id,
+            at,
+            new.cause,
+            if new.queued { "queued" } else { "open" },
+            new.only_devices.as_deref(),
+            new.scope_site_ids.as_deref(),
+            new.requested_by,
+        )
+        .fetch_optional(&mut *conn)
+        .await?;
+        if id.is_some() || !manual {
+            return Ok(id);
+        }
+        // Two manual starts within one second of each other are two occurrences.
+        at += Duration::seconds(1);
+    }
+}
+
+/// Records that an instant did not run, as a Skipped run (jobs 7.1).
+///
+/// # Errors
+/// When the database refuses.
+pub async fn record_skip(
+    conn: &mut PgConnection,
+    job_id: i64,
+    at: DateTime<Utc>,
+    reason: &str,
+    error: Option<&str>,
+) -> Result<()> {
+    sqlx::query!(
+        "WITH occurrence AS (
+             INSERT INTO job_occurrences (job_id, scheduled_at, cause, state, frozen_at, finished_at)
+             VALUES ($1, $2, 'schedule', 'closed', now(), now())
+             ON CONFLICT ON CONSTRAINT job_occurrences_instant_key DO NOTHING RETURNING id
+         )
+         INSERT INTO scheduled_job_runs (job_id, occurrence_id, scheduled_at, status, skip_reason, error, resolution_status, resolution_reason, finished_at)
+         SELECT $1, id, $2, 'Skipped', $3, $4, 'skipped', $3, now() FROM occurrence",
+        job_id,
+        at,
+        reason,
+        error,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Whether the job has an occurrence that has not ended, and how many of them wait.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn unfinished(conn: &mut PgConnection, job_id: i64) -> Result<(bool, i64)> {
+    let row = sqlx::query!(
+        r#"SELECT count(*) AS "open!", count(*) FILTER (WHERE state = 'queued') AS "queued!" FROM job_occurrences WHERE job_id = $1 AND state <> 'closed'"#,
+        job_id
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok((row.open > 0, row.queued))
+}
+
+/// Whether an occurrence that is due runs now, waits or is skipped, given what else of the job has not ended. Pure.
+///
+/// Catching up on several missed instants (`run_all`) runs them one after another, also under `skip`.
+#[must_use]
+pub fn overlap(policy: OverlapPolicy, unfinished: bool, queued: i64, catching_up: bool) -> Overlap {
+    match policy {
+        _ if !unfinished => Overlap::Run,
+        OverlapPolicy::Allow => Overlap::Run,
+        OverlapPolicy::Queue if queued < QUEUE_MAX => Overlap::Wait,
+        OverlapPolicy::Skip if catching_up && queued < QUEUE_MAX => Overlap::Wait,
+        OverlapPolicy::Queue | OverlapPolicy::Skip => Overlap::Skip,
+    }
+}
+
+/// The answer of [`overlap`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overlap {
+    /// It runs now.
+    Run,
+    /// It runs when those before it have ended.
+    Wait,
+    /// It is recorded as skipped.
+    Skip,
+}
+
+/// Remembers the workflow run that carries an occurrence out.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn carried_by(conn: &mut PgConnection, occurrence_id: i64, workflow_run_id: Uuid) -> Result<()> {
+    sqlx::query!("UPDATE job_occurrences SET workflow_run_id = $2, state = 'open' WHERE id = $1", occurrence_id, workflow_run_id)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+/// How an occurrence went.
+#[derive(Debug, Clone, Default, serde::Serialize)]
+pub struct Summary {
+    /// How many runs ended in each status.
+    pub statuses: std::collections::BTreeMap<String, i64>,
+    /// The occurrence of the same job that waited for this one, now due.
+    #[serde(skip)]
+    pub next_queued: Option<i64>,
+}
+
+/// How many runs of an occurrence have not ended.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn open_runs(conn: &mut PgConnection, occurrence_id: i64) -> Result<i64> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT count(*) AS "open!" FROM scheduled_job_runs WHERE occurrence_id = $1 AND status IN ('Pending', 'Running')"#,
+        occurrence_id
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Closes an occurrence and names the one that waited for it.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn close(conn: &mut PgConnection, occurrence_id: i64) -> Result<Summary> {
+    let closed = sqlx::query!(
+        "UPDATE job_occurrences SET state = 'closed', finished_at = coalesce(finished_at, now()) WHERE id = $1 RETURNING job_id",
+        occurrence_id
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some(closed) = closed else { return Ok(Summary::default()) };
+    // The job's row orders the closers, so that of two that end together one sees the other.
+    sqlx::query!("SELECT id FROM scheduled_jobs WHERE id = $1 FOR UPDATE", closed.job_id).fetch_optional(&mut *conn).await?;
+    let statuses = sqlx::query!(
+        r#"SELECT status, count(*) AS "count!" FROM scheduled_job_runs WHERE occurrence_id = $1 GROUP BY status"#,
+        occurrence_id
+    )
+    .fetch_all(&mut *conn)
+    .await?
+    .into_iter()
+    .map(|row| (row.status, row.count))
+    .collect();
+    let next_queued = sqlx::query_scalar!(
+        "SELECT id FROM job_occurrences o WHERE job_id = $1 AND state = 'queued'
+           AND NOT EXISTS (SELECT FROM job_occurrences other WHERE other.job_id = $1 AND other.state = 'open')
+         ORDER BY scheduled_at, id LIMIT 1 FOR UPDATE",
+        closed.job_id
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    Ok(Summary { statuses, next_queued })
+}
+
+/// Cancels every unfinished occurrence of a job that is about to go. Answers the workflow runs to be cancelled with them
+/// and the devices to be told.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn cancel_all(conn: &mut PgConnection, job_id: i64) -> Result<(Vec<Uuid>, Vec<Uuid>)> {
+    let unfinished = sqlx::query!(
+        "SELECT id, workflow_run_id FROM job_occurrences WHERE job_id = $1 AND state <> 'closed' ORDER BY id FOR UPDATE",
+        job_id
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let (mut workflows, mut devices) = (Vec::new(), Vec::new());
+    for occurrence in unfinished {
+        devices.extend(super::run::cancel_open(conn, occurrence.id, None, super::run::CANCELLED_BY_OPERATOR).await?.devices);
+        workflows.extend(occurrence.workflow_run_id);
+    }
+    Ok((workflows, devices))
+}
+
+/// What the workflow of an occurrence is started with.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// The job.
+    pub job_id: i64,
+    /// The sites whose operators may see the run; none: administrators only.
+    pub site_ids: Vec<i64>,
+}
+
+/// The facts of an occurrence.
+///
+/// # Errors
+/// 404 when there is none.
+pub async fn facts(conn: &mut PgConnection, occurrence_id: i64) -> Result<Facts> {
+    sqlx::query_as!(
+        Facts,
+        r#"SELECT o.job_id, coalesce(job_site_ids(j.targets), '{}') AS "site_ids!" FROM job_occurrences o JOIN scheduled_jobs j ON j.id = o.job_id
+           WHERE o.id = $1"#,
+        occurrence_id
+    )
+    .fetch_optional(conn)
+    .await?
+    .ok_or_else(Error::not_found)
+}
+
+/// Freezes the targets of an occurrence: one Pending run per device, as things are now. Doing it again changes nothing.
+/// Answers the ids of its runs. Without any device there is one run, Skipped with `no_devices_targeted`.
+///
+/// # Errors
+/// 404 when the occurrence or its job is gone.
+pub async fn freeze(conn: &mut PgConnection, occurrence_id: i64) -> Result<Vec<i64>> {
+    let occurrence = sqlx::query!(
+        "SELECT o.job_id, o.scheduled_at, o.state, o.frozen_at, o.only_devices, o.scope_site_ids, j.targets, j.expiration, j.stop_after,
+                j.duration_stop_enabled, j.components
+         FROM job_occurrences o JOIN scheduled_jobs j ON j.id = o.job_id WHERE o.id = $1 FOR NO KEY UPDATE OF o",
+        occurrence_id
+    )
+    .fetch_optional(&mut *conn)
+    .await?
+    .ok_or_else(Error::not_found)?;
+    if occurrence.state == "closed" {
+        return Err(Error::conflict("occurrence_closed", "The occurrence has been closed; run the job again."));
+    }
+    if occurrence.frozen_at.is_none() {
+        let owner = targets::owner_scope(&mut *conn, occurrence.job_id).await?;
+        let scope = targets::narrow(&owner, occurrence.scope_site_ids.as_deref());
+        let mut devices = targets::resolve(&mut *conn, &occurrence.targets, &scope).await?;
+        if let Some(only) = &occurrence.only_devices {
+            devices.retain(|device| only.contains(&device.device_guid));
+        }
+        let expiration = occurrence.expiration.parse::<Expiration>()?;
+        // What caught up or waited in the queue was due long ago; its expiry counts from now.
+        let now = sqlx::query_scalar!(r#"SELECT now() AS "now!""#).fetch_one(&mut *conn).await?;
+        let expires_at = expiration.from(occurrence.scheduled_at.max(now));
+        let stop_after_s =
+            spec::stop_limit(occurrence.duration_stop_enabled, occurrence.stop_after.as_deref(), &occurrence.expiration)
+                .and_then(|limit| i32::try_from(limit.num_seconds()).ok());
+        let name = spec::components(&occurrence.components)?.first().map(|component| component.name.clone()).unwrap_or_default();
+        let guids: Vec<Uuid> = devices.iter().map(|device| device.device_guid).collect();
+        let hostnames: Vec<String> = devices.iter().map(|device| device.hostname.clone()).collect();
+        let sites: Vec<Option<i64>> = devices.iter().map(|device| device.site_id).collect();
+        sqlx::query!(
+            "INSERT INTO scheduled_job_runs
+                 (job_id, occurrence_id, scheduled_at, device_guid, target_hostname, site_id, component_name, resolution_status, expires_at, stop_after_s)
+             SELECT $1, $2, $3, t.guid, t.hostname, t.site_id, $4, 'eligible', $5, $6
+             FROM unnest($7::uuid[], $8::text[], $9::bigint[]) AS t(guid, hostname, site_id)",
+            occurrence.job_id,
+            occurrence_id,
+            occurrence.scheduled_at,
+            name,
+            expires_at,
+            stop_after_s,
+            &guids,
+            &hostnames,
+            &sites as &[Option<i64>],
+        )
+        .execute(&mut *conn)
+        .await?;
+        if devices.is_empty() {
+            sqlx::query!(
+                "INSERT INTO scheduled_job_runs
+                     (job_id, occurrence_id, scheduled_at, status, skip_reason, component_name, resolution_status, resolution_reason)
+                 VALUES ($1, $2, $3, 'Skipped', 'no_devices_targeted', $4, 'skipped', 'no_devices_targeted')",
+                occurrence.job_id,
+                occurrence_id,
+                occurrence.scheduled_at,
+                name,
+            )
+            .execute(&mut *conn)
+            .await?;
+        }
+        sqlx::query!("UPDATE job_occurrences SET frozen_at = now() WHERE id = $1", occurrence_id).execute(&mut *conn).await?;
+    }
+    Ok(sqlx::query_scalar!("SELECT id FROM scheduled_job_runs WHERE occurrence_id = $1 ORDER BY id", occurrence_id)
+        .fetch_all(conn)
+        .await?)
+}
+
+/// Writes what is to be sent to each device of a frozen occurrence: one activity per open run and component, with the
+/// script as it is now. Doing it again writes nothing new. Answers the devices.
+///
+/// A component whose script cannot be had fails the runs that would need it, with the reason.
+///
+/// # Errors
+/// 404 when the occurrence or its job is gone.
+pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64) -> Result<Vec<Uuid>> {
+    let job = sqlx::query!(
+        "SELECT j.id, j.components, j.execution_context, o.scheduled_at, o.requested_by FROM job_occurrences o
+         JOIN scheduled_jobs j ON j.id = o.job_id WHERE o.id = $1",
+        occurrence_id
+    )
+    .fetch_optional(&mut *conn)
+    .await?
+    .ok_or_else(Error::not_found)?;
+    let run_mode = if job.execution_context == "current_user" { RunMode::CurrentUser } else { RunMode::System };
+    // A cancel either came before, and its runs are not Pending, or waits and finds the activities written here.
+    sqlx::query!(
+        "SELECT id FROM scheduled_job_runs WHERE occurrence_id = $1 AND status = 'Pending' ORDER BY id FOR UPDATE",
+        occurrence_id
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    for (index, component) in spec::components(&job.components)?.iter().enumerate() {
+        let reference = assemblies::ComponentRef { assembly_guid: component.assembly_guid.clone(), path: component.path.clone() };
+        let script = match assemblies::script_for_run(&mut *conn, &reference, &component.variable_values).await {
+            Ok(script) => script,
+            Err(error) if error.is_transient() || error.kind == crate::Kind::Bug => return Err(error),
+            Err(error) => {
+                fail_unsent(&mut *conn, occurrence_id, &format!("{}: {}", error.code, error.message)).await?;
+                break;
+            }
+        };
+        let context = json!({
+            "assembly_source": script.assembly_source, "assembly_guid": script.assembly_guid, "scheduled_job_id": job.id,
+            "scheduled_ts": job.scheduled_at.timestamp(), "queue_lane": QUEUE_LANE, "activity_kind": ACTIVITY_KIND,
+        });
+        sqlx::query!(
+            "INSERT INTO activity_history
+                 (device_guid, hostname, site_id, run_id, component_index, component_kind, script_name, script_path, script_type,
+                  activity_kind, queue_lane, request, content_hash, timeout_seconds, metadata, requested_by, deliver_until)
+             SELECT r.device_guid, r.target_hostname, r.site_id, r.id, $2, 'script', $3, $4, $5, $6, $7,
+                    $8::jsonb || jsonb_build_object('target_hostname', r.target_hostname, 'context',
+                        $9::jsonb || jsonb_build_object('scheduled_job_run_id', r.id)),
+                    $10, $11, $9::jsonb || jsonb_build_object('scheduled_job_run_id', r.id), $12, r.expires_at
+             FROM scheduled_job_runs r JOIN devices d ON d.guid = r.device_guid
+             WHERE r.occurrence_id = $1 AND r.status = 'Pending' AND r.cancel_requested_at IS NULL
+             ORDER BY r.id
+             ON CONFLICT (run_id, component_index) WHERE run_id IS NOT NULL DO NOTHING",
+            occurrence_id,
+            i32::try_from(index).unwrap_or(i32::MAX),
+            script.script_name,
+            script.script_path,
+            script.script_type,
+            ACTIVITY_KIND,
+            QUEUE_LANE,
+            script.request(run_mode),
+            context,
+            script.content_hash,
+            i32::try_from(script.timeout_seconds).unwrap_or(i32::MAX),
+            job.requested_by,
+        )
+        .execute(&mut *conn)
+        .await?;
+    }
+    // A device that went away between freezing and now has no activity, and so nothing that could end its run.
+    sqlx::query!(
+        "UPDATE scheduled_job_runs r SET status = 'Failed', error = 'device_gone: The device was removed.', finished_at = now(), updated_at = now()
+         WHERE r.occurrence_id = $1 AND r.status = 'Pending' AND NOT EXISTS (SELECT FROM activity_history a WHERE a.run_id = r.id)",
+        occurrence_id
+    )
+    .execute(&mut *conn)
+    .await?;
+    Ok(sqlx::query_scalar!(
+        r#"SELECT DISTINCT device_guid AS "device!" FROM scheduled_job_runs WHERE occurrence_id = $1 AND status = 'Pending' AND device_guid IS NOT NULL"#,
+        occurrence_id
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// Fails those open runs of an occurrence of which no device has anything.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn fail_unsent(conn: &mut PgConnection, occurrence_id: i64, error: &str) -> Result<()> {
+    super::run::lock(&mut *conn, occurrence_id, None).await?;
+    sqlx::query!(
+        "UPDATE scheduled_job_runs r SET status = 'Failed', error = left($2, 512), finished_at = now(), updated_at = now()
+         WHERE r.occurrence_id = $1 AND r.status IN ('Pending', 'Running')
+           AND NOT EXISTS (SELECT FROM activity_history a WHERE a.run_id = r.id AND a.delivery IN ('sent', 'accepted'))",
+        occurrence_id,
+        error,
+    )
+    .execute(&mut *conn)
+    .await?;
+    sqlx::query!(
+        "UPDATE activity_history a SET status = 'Failed', error = left($2, 512), delivery = 'done', finished_at = now(), updated_at = now()
+         FROM scheduled_job_runs r
+         WHERE r.id = a.run_id AND r.occurrence_id = $1 AND r.status = 'Failed' AND a.delivery IN ('waiting', 'ready')",
+        occurrence_id,
+        error,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(minute: i64) -> DateTime<Utc> {
+        DateTime::from_timestamp(1_700_000_000 / 300 * 300 + minute * 60, 0).unwrap()
+    }
+
+    fn every_5(at: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        Some(at + Duration::minutes(5))
+    }
+
+    fn fires(plan: &Plan) -> Vec<DateTime<Utc>> {
+        plan.decisions.iter().filter_map(|d| if let Decision::Fire { at, .. } = d { Some(*at) } else { None }).collect()
+    }
+
+    #[test]
+    fn on_time_is_one_fire_and_the_next_instant() {
+        for policy in [MisfirePolicy::Skip, MisfirePolicy::RunOnce, MisfirePolicy::RunAll] {
+            let plan = plan(at(0), at(0) + Duration::seconds(2), None, policy, every_5);
+            assert_eq!(plan.decisions, [Decision::Fire { at: at(0), catch_up: false }]);
+            assert_eq!((plan.next_due_at, plan.used), (Some(at(5)), 1));
+        }
+    }
+
+    #[test]
+    fn after_an_outage_each_policy_does_what_it_says() {
+        let now = at(62); // instants 0, 5, ..., 60; the last is two minutes late
+        let skip = plan(at(0), now, None, MisfirePolicy::Skip, every_5);
+        assert!(fires(&skip).is_empty());
+        assert_eq!(skip.decisions.len(), CATCH_UP_MAX);
+        assert_eq!(
+            skip.decisions.first(),
+            Some(&Decision::Skip { at: at(15), reason: "misfire", more: 3 }),
+            "13 missed, ten recorded alone"
+        );
+        let once = plan(at(0), now, None, MisfirePolicy::RunOnce, every_5);
+        assert_eq!(fires(&once), [at(60)]);
+        let all = plan(at(0), now, None, MisfirePolicy::RunAll, every_5);
+        assert_eq!(fires(&all).len(), CATCH_UP_MAX);
+        assert_eq!(fires(&all).first(), Some(&at(15)));
+        for plan in [skip, once, all] {
+            assert_eq!((plan.next_due_at, plan.used), (Some(at(65)), 13));
+        }
+    }
+
+    #[test]
+    fn an_instant_on_time_takes_the_place_of_the_catch_up() {
+        let once = plan(at(0), at(10), None, MisfirePolicy::RunOnce, every_5);
+        assert_eq!(fires(&once), [at(10)], "the missed 0 and 5 are not run beside it");
+        assert_eq!(once.used, 3);
+    }
+
+    #[test]
+    fn the_last_allowed_instant_ends_the_schedule() {
+        let last = plan(at(0), at(0), Some(1), MisfirePolicy::RunOnce, every_5);
+        assert_eq!((fires(&last), last.next_due_at), (vec![at(0)], None));
+        let missed = plan(at(0), at(62), Some(3), MisfirePolicy::RunOnce, every_5);
+        assert_eq!((fires(&missed), missed.next_due_at, missed.used), (vec![at(10)], None, 3));
+    }
+
+    #[test]
+    fn overlap_follows_its_policy() {
+        use OverlapPolicy::{Allow, Queue, Skip};
+        assert_eq!(overlap(Skip, false, 0, false), Overlap::Run);
+        assert_eq!(overlap(Skip, true, 0, false), Overlap::Skip);
+        assert_eq!(overlap(Skip, true, 0, true), Overlap::Wait, "catching up goes one after another");
+        assert_eq!(overlap(Queue, true, 3, false), Overlap::Wait);
+        assert_eq!(overlap(Queue, true, QUEUE_MAX, false), Overlap::Skip, "the queue is bounded");
+        assert_eq!(overlap(Allow, true, 0, false), Overlap::Run);
+    }
+}

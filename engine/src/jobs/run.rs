@@ -1,0 +1,349 @@
+//! The state machine of one target of one occurrence: what the contract calls a run (jobs 7.1).
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::{
+    Error, Result, Scope,
+    audit::{self, Entry},
+    scope::Actor,
+};
+
+/// The error of a run an operator has cancelled.
+pub const CANCELLED_BY_OPERATOR: &str = "cancelled_by_operator";
+/// The error of a run whose script ran past the job's stop-after.
+pub const STOP_AFTER: &str = "stop_after";
+/// The error of a run whose script may or may not have run.
+pub const OUTCOME_UNKNOWN: &str = "outcome_unknown";
+/// How long an agent may take to answer a cancel before the run ends without it, in seconds.
+pub const CANCEL_ANSWER_S: i32 = 60;
+
+/// Where a run stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum RunStatus {
+    /// Frozen as a target; nothing has reached the device.
+    Pending,
+    /// The device has it, or it was written to a socket that will not be written to again.
+    Running,
+    /// Every script ended with exit code 0.
+    Success,
+    /// Mixed outcome (onboarding).
+    Warning,
+    /// A script failed, or the run was cancelled.
+    Failed,
+    /// The device did not appear before the job's expiry.
+    Expired,
+    /// The script took too long, or nothing was heard of it again.
+    TimedOut,
+    /// It was never meant to run: overlap, misfire, no devices.
+    Skipped,
+}
+
+/// What can happen to a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunEvent {
+    /// The device reported that it has it or has begun.
+    Started,
+    /// All its scripts have ended; the worst outcome counts.
+    Ended(RunStatus),
+    /// The device did not appear in time.
+    Expired,
+    /// Too long, or nothing heard.
+    TimedOut,
+    /// An operator cancelled it before the device had it, or the device did not answer the cancel.
+    Cancelled,
+    /// There is nothing to do.
+    Skipped,
+}
+
+impl RunStatus {
+    /// All of them, as in the CHECK of `scheduled_job_runs.status`.
+    pub const ALL: [Self; 8] =
+        [Self::Pending, Self::Running, Self::Success, Self::Warning, Self::Failed, Self::Expired, Self::TimedOut, Self::Skipped];
+
+    /// The text stored and shown.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "Pending",
+            Self::Running => "Running",
+            Self::Success => "Success",
+            Self::Warning => "Warning",
+            Self::Failed => "Failed",
+            Self::Expired => "Expired",
+            Self::TimedOut => "Timed Out",
+            Self::Skipped => "Skipped",
+        }
+    }
+
+    /// The status of that text.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|status| status.as_str() == text)
+    }
+
+    /// Whether nothing can happen any more.
+    #[must_use]
+    pub const fn is_terminal(self) -> bool {
+        !matches!(self, Self::Pending | Self::Running)
+    }
+
+    /// Where `event` leads from here; `None` when it changes nothing. A terminal status is never left.
+    #[must_use]
+    pub fn transition(self, event: RunEvent) -> Option<Self> {
+        match (self, event) {
+            (status, _) if status.is_terminal() => None,
+            (Self::Pending, RunEvent::Started) => Some(Self::Running),
+            (_, RunEvent::Started) => None,
+            (_, RunEvent::Ended(end)) => end.is_terminal().then_some(end),
+            (Self::Pending, RunEvent::Expired) => Some(Self::Expired),
+            (_, RunEvent::Expired) => None,
+            (_, RunEvent::TimedOut) => Some(Self::TimedOut),
+            (_, RunEvent::Cancelled) => Some(Self::Failed),
+            (Self::Pending, RunEvent::Skipped) => Some(Self::Skipped),
+            (_, RunEvent::Skipped) => None,
+        }
+    }
+}
+
+/// What asking for the cancel of runs did.
+#[derive(Debug, Default)]
+pub struct Cancelled {
+    /// Runs that ended at once, since nothing had reached their device.
+    pub ended: Vec<i64>,
+    /// Devices that have to be told; their runs end with the device's answer, or without it after [`CANCEL_ANSWER_S`].
+    pub devices: Vec<Uuid>,
+    /// Workflow runs whose last open run ended here: to be signalled `results` in the same transaction.
+    pub finished_workflows: Vec<Uuid>,
+}
+
+/// Cancels one run of a job the caller may see.
+///
+/// # Errors
+/// 404 when there is none in scope; 409 `run_already_finished` when it has ended.
+pub async fn request_cancel(
+    conn: &mut PgConnection,
+    scope: &Scope,
+    job_id: i64,
+    run_id: i64,
+    actor: &Actor,
+) -> Result<Cancelled> {
+    let run = sqlx::query!(
+        "SELECT r.id, r.occurrence_id, r.status, r.site_id FROM scheduled_job_runs r
+         WHERE r.id = $1 AND r.job_id = $2 AND ($3::bigint[] IS NULL OR r.site_id = ANY($3))",
+        run_id,
+        job_id,
+        scope.site_ids(),
+    )
+    .fetch_optional(&mut *conn)
+    .await?
+    .ok_or_else(Error::not_found)?;
+    if RunStatus::parse(&run.status).is_some_and(RunStatus::is_terminal) {
+        return Err(Error::conflict("run_already_finished", format!("The run has ended already: {}.", run.status)));
+    }
+    audit::record(
+        conn,
+        actor,
+        Entry {
+            action: "scheduled_job_run.cancel",
+            object_kind: "scheduled_job_run",
+            object_id: run_id.to_string(),
+            site_id: run.site_id,
+            ..Entry::default()
+        },
+    )
+    .await?;
+    cancel_open(conn, run.occurrence_id, Some(run_id), CANCELLED_BY_OPERATOR).await
+}
+
+/// Cancels the open runs of an occurrence, or one of them. Those nothing was sent of end here; for the others a cancel is
+/// noted, which delivery passes on to their devices.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn cancel_open(conn: &mut PgConnection, occurrence_id: i64, run_id: Option<i64>, reason: &str) -> Result<Cancelled> {
+    lock(conn, occurrence_id, run_id).await?;
+    // A run none of whose scripts is with its device ends now, and what was not sent is not sent any more.
+    let ended = sqlx::query_scalar!(
+        "UPDATE scheduled_job_runs r
+         SET status = 'Failed', error = $3, cancel_requested_at = now(), cancel_reason = $3, finished_at = now(), updated_at = now()
+         WHERE r.occurrence_id = $1 AND ($2::bigint IS NULL OR r.id = $2) AND r.status IN ('Pending', 'Running')
+           AND NOT EXISTS (SELECT FROM activity_history a WHERE a.run_id = r.id AND a.delivery IN ('sent', 'accepted'))
+         RETURNING r.id",
+        occurrence_id,
+        run_id,
+        reason,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    sqlx::query!(
+        "UPDATE activity_history SET status = 'Failed', error = $2, delivery = 'done', finished_at = now(), updated_at = now()
+         WHERE run_id = ANY($1) AND delivery IN ('waiting', 'ready')",
+        &ended,
+        reason,
+    )
+    .execute(&mut *conn)
+    .await?;
+    sqlx::query!(
+        "UPDATE scheduled_job_runs SET cancel_requested_at = now(), cancel_reason = $3, updated_at = now()
+         WHERE occurrence_id = $1 AND ($2::bigint IS NULL OR id = $2) AND status IN ('Pending', 'Running') AND cancel_requested_at IS NULL",
+        occurrence_id,
+        run_id,
+        reason,
+    )
+    .execute(&mut *conn)
+    .await?;
+    // Of the runs that wait for their device's answer: what was sent is to be cancelled, what was not is not sent any more.
+    let devices = sqlx::query_scalar!(
+        "WITH open AS (
+             SELECT id FROM scheduled_job_runs
+             WHERE occurrence_id = $1 AND ($2::bigint IS NULL OR id = $2) AND status IN ('Pending', 'Running')
+         ), unsent AS (
+             UPDATE activity_history a SET status = 'Failed', error = $3, delivery = 'done', finished_at = now(), updated_at = now()
+             FROM open WHERE a.run_id = open.id AND a.delivery IN ('waiting', 'ready')
+         ), told AS (
+             UPDATE activity_history a SET cancel_requested_at = coalesce(a.cancel_requested_at, now()), updated_at = now()
+             FROM open WHERE a.run_id = open.id AND a.delivery IN ('sent', 'accepted')
+             RETURNING a.device_guid
+         )
+         SELECT DISTINCT device_guid FROM told",
+        occurrence_id,
+        run_id,
+        reason,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    // What was sent between the look at a run and its end is to be stopped too.
+    let slipped = sqlx::query_scalar!(
+        "UPDATE activity_history SET cancel_requested_at = coalesce(cancel_requested_at, now()), updated_at = now()
+         WHERE run_id = ANY($1) AND delivery IN ('sent', 'accepted') RETURNING device_guid",
+        &ended,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let devices = devices.into_iter().chain(slipped).collect();
+    let finished_workflows = finished_workflow(conn, occurrence_id).await?.into_iter().collect();
+    Ok(Cancelled { ended, devices, finished_workflows })
+}
+
+/// Locks what a cancel touches, in the order in which results lock it: activities, runs, occurrence.
+pub(super) async fn lock(conn: &mut PgConnection, occurrence_id: i64, run_id: Option<i64>) -> Result<()> {
+    sqlx::query!(
+        "SELECT a.id FROM activity_history a JOIN scheduled_job_runs r ON r.id = a.run_id
+         WHERE r.occurrence_id = $1 AND ($2::bigint IS NULL OR r.id = $2) AND r.status IN ('Pending', 'Running') AND a.delivery <> 'done'
+         ORDER BY a.id FOR UPDATE OF a",
+        occurrence_id,
+        run_id,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    sqlx::query!(
+        "SELECT id FROM scheduled_job_runs
+         WHERE occurrence_id = $1 AND ($2::bigint IS NULL OR id = $2) AND status IN ('Pending', 'Running') ORDER BY id FOR UPDATE",
+        occurrence_id,
+        run_id,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    Ok(())
+}
+
+/// The workflow run of an occurrence none of whose runs is open any more.
+async fn finished_workflow(conn: &mut PgConnection, occurrence_id: i64) -> Result<Option<Uuid>> {
+    Ok(super::results::finished_occurrences(conn, &[occurrence_id]).await?.first().map(|finished| finished.workflow_run_id))
+}
+
+/// Ends what a clock ends: runs past their stop-after are asked to stop, and runs whose device did not answer a cancel end
+/// without it. Meant to be called about once a second by one process.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn enforce_limits(conn: &mut PgConnection, limit: i64) -> Result<Cancelled> {
+    let mut done = Cancelled::default();
+    let over = sqlx::query!(
+        "SELECT id, occurrence_id FROM scheduled_job_runs
+         WHERE status = 'Running' AND stop_after_s IS NOT NULL AND cancel_requested_at IS NULL
+           AND started_at < now() - stop_after_s * interval '1 second'
+         ORDER BY occurrence_id, id LIMIT $1",
+        limit,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    for run in over {
+        let cancelled = cancel_open(conn, run.occurrence_id, Some(run.id), STOP_AFTER).await?;
+        done.ended.extend(cancelled.ended);
+        done.devices.extend(cancelled.devices);
+        done.finished_workflows.extend(cancelled.finished_workflows);
+    }
+    let silent = sqlx::query!(
+        "SELECT id, occurrence_id FROM scheduled_job_runs
+         WHERE status IN ('Pending', 'Running') AND cancel_requested_at < now() - $2::int * interval '1 second'
+         ORDER BY occurrence_id, id LIMIT $1",
+        limit,
+        CANCEL_ANSWER_S,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    for run in silent {
+        lock(conn, run.occurrence_id, Some(run.id)).await?;
+        let ended = sqlx::query_scalar!(
+            "UPDATE scheduled_job_runs
+             SET status = CASE WHEN cancel_reason = 'stop_after' THEN 'Timed Out' ELSE 'Failed' END,
+                 error = cancel_reason, finished_at = now(), updated_at = now()
+             WHERE id = $1 AND status IN ('Pending', 'Running') RETURNING id",
+            run.id,
+        )
+        .fetch_optional(&mut *conn)
+        .await?;
+        sqlx::query!(
+            "UPDATE activity_history SET status = 'Timed Out', error = 'outcome_unknown', delivery = 'done', finished_at = now(), updated_at = now()
+             WHERE run_id = $1 AND delivery <> 'done'",
+            run.id,
+        )
+        .execute(&mut *conn)
+        .await?;
+        done.ended.extend(ended);
+        done.finished_workflows.extend(finished_workflow(conn, run.occurrence_id).await?);
+    }
+    Ok(done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_status_is_never_left() {
+        let events = [
+            RunEvent::Started,
+            RunEvent::Expired,
+            RunEvent::TimedOut,
+            RunEvent::Cancelled,
+            RunEvent::Skipped,
+            RunEvent::Ended(RunStatus::Success),
+        ];
+        for status in RunStatus::ALL.into_iter().filter(|status| status.is_terminal()) {
+            for event in events {
+                assert_eq!(status.transition(event), None, "{status:?} on {event:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_running_script_cannot_expire_but_can_time_out() {
+        assert_eq!(RunStatus::Running.transition(RunEvent::Expired), None);
+        assert_eq!(RunStatus::Pending.transition(RunEvent::Expired), Some(RunStatus::Expired));
+        assert_eq!(RunStatus::Running.transition(RunEvent::TimedOut), Some(RunStatus::TimedOut));
+        assert_eq!(RunStatus::Running.transition(RunEvent::Ended(RunStatus::Pending)), None, "an end is terminal");
+    }
+
+    #[test]
+    fn the_database_knows_the_same_set() {
+        let migration = include_str!("../../../migrations/0004_jobs.sql");
+        let table = migration.split("CREATE TABLE scheduled_job_runs").nth(1).unwrap();
+        let check = table.split("CHECK (status IN (").nth(1).unwrap().split("))").next().unwrap();
+        let stored: Vec<_> = check.split(',').map(|text| text.trim().trim_matches('\'')).collect();
+        let known: Vec<_> = RunStatus::ALL.iter().map(|status| status.as_str()).collect();
+        assert_eq!(stored, known);
+    }
+}
