@@ -1,0 +1,416 @@
+//! What a workflow is: a name, a version, and its steps in order. What a step may answer.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use borealis_engine::db::{Pool, Tx};
+use futures::future::BoxFuture;
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::Services;
+
+/// What a step answers.
+pub type StepResult = Result<Outcome, StepError>;
+/// A step: a named async function over its context.
+pub type StepFn = for<'a> fn(&'a mut StepContext) -> BoxFuture<'a, StepResult>;
+
+/// The step that runs when a run is cancelled; every definition has it, by default it ends the run at once.
+pub const CANCEL_STEP: &str = "cancel";
+
+/// One version of a workflow. Built once, at start; never changed once published.
+#[derive(Clone)]
+pub struct Workflow {
+    /// Its name, the same in database, API and docs.
+    pub name: &'static str,
+    /// Its version; a change of its steps is a new version beside the old.
+    pub version: i32,
+    /// Its steps, in order.
+    pub steps: Vec<Step>,
+    /// What runs instead of the next step once a cancel was asked for.
+    pub cancel: Step,
+}
+
+/// One step of a workflow.
+#[derive(Clone)]
+pub struct Step {
+    /// Its name, unique in the workflow.
+    pub name: &'static str,
+    /// What it does.
+    pub run: StepFn,
+    /// What happens when it fails.
+    pub retry: Retry,
+    /// How long one attempt may take; its end counts as a transient failure.
+    pub timeout: Duration,
+    /// True when an attempt that was cut off must not be repeated: the run then fails with `interrupted`.
+    pub never_retry: bool,
+}
+
+/// How often and how soon a failed step is tried again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retry {
+    /// Attempts in all, the first included.
+    pub attempts: i32,
+    /// The pause before the second attempt; doubled for each further one, up to [`Retry::CEILING`].
+    pub base: Duration,
+}
+
+impl Retry {
+    /// The longest pause between two attempts.
+    pub const CEILING: Duration = Duration::from_secs(60);
+
+    /// The pause after `attempt` attempts, before jitter.
+    #[must_use]
+    pub fn pause(self, attempt: i32) -> Duration {
+        let doublings = u32::try_from(attempt.saturating_sub(1)).unwrap_or(0).min(16);
+        self.base.saturating_mul(1 << doublings).min(Self::CEILING)
+    }
+}
+
+/// `attempts` tries of transient failures, half a second apart at first.
+#[must_use]
+pub const fn transient(attempts: i32) -> Retry {
+    Retry { attempts, base: Duration::from_millis(500) }
+}
+
+/// Begins a definition.
+#[must_use]
+pub fn workflow(name: &'static str, version: i32) -> Workflow {
+    Workflow {
+        name,
+        version,
+        steps: Vec::new(),
+        cancel: Step::new(CANCEL_STEP, |_| Box::pin(async { Ok(Outcome::Done(Value::Null)) })),
+    }
+}
+
+impl Step {
+    fn new(name: &'static str, run: StepFn) -> Self {
+        Self { name, run, retry: transient(5), timeout: Duration::from_secs(300), never_retry: false }
+    }
+}
+
+impl Workflow {
+    /// Adds a step. Whether it is a wait is decided by what it answers: [`Outcome::Wait`] brings it back when woken.
+    #[must_use]
+    pub fn step(mut self, name: &'static str, run: StepFn) -> Self {
+        self.steps.push(Step::new(name, run));
+        self
+    }
+
+    /// Sets the retry policy of the step added last.
+    #[must_use]
+    pub fn retry(self, retry: Retry) -> Self {
+        self.last(|step| step.retry = retry)
+    }
+
+    /// Sets the time limit of one attempt of the step added last.
+    #[must_use]
+    pub fn timeout(self, timeout: Duration) -> Self {
+        self.last(|step| step.timeout = timeout)
+    }
+
+    /// Declares that the step added last must not be repeated once begun.
+    #[must_use]
+    pub fn never_retry(self) -> Self {
+        self.last(|step| step.never_retry = true)
+    }
+
+    /// What runs instead of the next step once a cancel was asked for. It may wait for the far side's answer.
+    #[must_use]
+    pub fn on_cancel(mut self, run: StepFn) -> Self {
+        self.cancel = Step::new(CANCEL_STEP, run);
+        self
+    }
+
+    fn last(mut self, change: impl FnOnce(&mut Step)) -> Self {
+        if let Some(step) = self.steps.last_mut() {
+            change(step);
+        }
+        self
+    }
+
+    /// The step of that name.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<&Step> {
+        if name == CANCEL_STEP { Some(&self.cancel) } else { self.steps.iter().find(|step| step.name == name) }
+    }
+
+    /// The step after the one of that name; none after the last.
+    #[must_use]
+    pub fn after(&self, name: &str) -> Option<&Step> {
+        let at = self.steps.iter().position(|step| step.name == name)?;
+        self.steps.get(at + 1)
+    }
+
+    /// The name of the first step.
+    #[must_use]
+    pub fn first(&self) -> &'static str {
+        self.steps.first().map_or(CANCEL_STEP, |step| step.name)
+    }
+
+    /// The name of its queue.
+    #[must_use]
+    pub fn queue(&self) -> String {
+        super::queue(self.name, self.version)
+    }
+
+    /// One line that names everything a published version must keep: its steps in order.
+    #[must_use]
+    pub fn shape(&self) -> String {
+        let steps: Vec<_> = self
+            .steps
+            .iter()
+            .map(|step| if step.never_retry { format!("{}!", step.name) } else { step.name.to_owned() })
+            .collect();
+        format!("{}: {}", self.queue(), steps.join(" -> "))
+    }
+}
+
+impl fmt::Debug for Workflow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.shape())
+    }
+}
+
+/// How a step ended well.
+#[derive(Debug, Clone)]
+pub enum Outcome {
+    /// On to the next step, which gets this value as its state; after the last step the run has succeeded with it.
+    Next(Value),
+    /// The run has succeeded with this value, whatever steps are left.
+    Done(Value),
+    /// Sleep without a worker until a signal, the children or an instant; then the same step runs again with this state.
+    Wait(Wait),
+}
+
+impl Outcome {
+    /// [`Outcome::Next`] from any serializable state.
+    ///
+    /// # Errors
+    /// When the state cannot be written as JSON.
+    pub fn next(state: &impl Serialize) -> StepResult {
+        Ok(Self::Next(serde_json::to_value(state).map_err(StepError::bug)?))
+    }
+
+    /// [`Outcome::Done`] from any serializable output.
+    ///
+    /// # Errors
+    /// When the output cannot be written as JSON.
+    pub fn done(output: &impl Serialize) -> StepResult {
+        Ok(Self::Done(serde_json::to_value(output).map_err(StepError::bug)?))
+    }
+}
+
+/// What a run sleeps for.
+#[derive(Debug, Clone)]
+pub struct Wait {
+    /// The signal that wakes it. A signal sent earlier and not yet used wakes it at once.
+    pub signal: Option<String>,
+    /// Whether the end of the last open child wakes it.
+    pub children: bool,
+    /// How long it sleeps at most, by the database's clock.
+    pub at_most: Option<Duration>,
+    /// The state the step gets when it runs again.
+    pub state: Value,
+}
+
+/// How a step ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// Trying again may help.
+    #[error("{0}")]
+    Transient(String),
+    /// Trying again will not help: the run fails.
+    #[error("{0}")]
+    Final(String),
+    /// The step noticed that it was told to stop: see [`StepContext::cancelled`].
+    #[error("stopped")]
+    Stopped,
+}
+
+impl StepError {
+    /// A fault of ours: final, with its text.
+    pub fn bug(error: impl fmt::Display) -> Self {
+        Self::Final(format!("internal_error: {error}"))
+    }
+}
+
+impl From<borealis_engine::Error> for StepError {
+    fn from(error: borealis_engine::Error) -> Self {
+        let text = match &error.source {
+            Some(source) => format!("{}: {} ({source})", error.code, error.message),
+            None => format!("{}: {}", error.code, error.message),
+        };
+        if error.is_transient() { Self::Transient(text) } else { Self::Final(text) }
+    }
+}
+
+impl From<sqlx::Error> for StepError {
+    fn from(error: sqlx::Error) -> Self {
+        borealis_engine::Error::from(error).into()
+    }
+}
+
+/// Why a waiting step runs again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wake {
+    /// It runs for the first time.
+    First,
+    /// The signal came, with its payload.
+    Signal(Value),
+    /// The last open child ended.
+    Children,
+    /// The instant passed.
+    Deadline,
+}
+
+impl Wake {
+    pub(super) fn read(wake: Option<&Value>) -> Self {
+        match wake.and_then(|wake| wake.get("by")).and_then(Value::as_str) {
+            Some("signal") => Self::Signal(wake.and_then(|wake| wake.get("payload")).cloned().unwrap_or(Value::Null)),
+            Some("children") => Self::Children,
+            Some("deadline") => Self::Deadline,
+            _ => Self::First,
+        }
+    }
+}
+
+/// What a step sees of its run.
+pub struct StepContext {
+    /// The run.
+    pub run_id: Uuid,
+    /// The step's name.
+    pub step: &'static str,
+    /// The number of this step in the run, counted over all committed steps.
+    pub seq: i32,
+    /// 1 for the first try of this step.
+    pub attempt: i32,
+    /// Why it runs, for a step that waits.
+    pub wake: Wake,
+    /// What the run was started with.
+    pub(super) input: Value,
+    /// What the step before answered, or this step itself before it waited.
+    pub(super) state: Value,
+    /// Everything else a step may use.
+    pub services: Arc<Services>,
+    /// Fires when the run is cancelled, the lease is lost or the worker stops.
+    pub(super) stop: CancellationToken,
+    /// The transaction that will commit this step, once the step has asked for it.
+    pub(super) tx: Option<Tx<'static>>,
+}
+
+impl StepContext {
+    /// A key that is the same at every attempt of this step: to be handed to whatever outside is asked to do something once.
+    #[must_use]
+    pub fn key(&self) -> String {
+        format!("{}:{}", self.run_id, self.seq)
+    }
+
+    /// What the run was started with.
+    ///
+    /// # Errors
+    /// Final, when it is not a `T`.
+    pub fn input<T: DeserializeOwned>(&self) -> Result<T, StepError> {
+        T::deserialize(&self.input).map_err(StepError::bug)
+    }
+
+    /// What the step before answered.
+    ///
+    /// # Errors
+    /// Final, when it is not a `T`.
+    pub fn state<T: DeserializeOwned>(&self) -> Result<T, StepError> {
+        T::deserialize(&self.state).map_err(StepError::bug)
+    }
+
+    /// The database, for reading outside the committing transaction.
+    #[must_use]
+    pub fn pool(&self) -> &Pool {
+        &self.services.pool
+    }
+
+    /// The transaction that commits this step: what is written through it happens exactly once. It is opened at the first
+    /// call; nothing remote may be awaited while it is open.
+    ///
+    /// # Errors
+    /// Transient, when the database is away.
+    pub async fn tx(&mut self) -> Result<&mut Tx<'static>, StepError> {
+        if self.tx.is_none() {
+            self.tx = Some(self.services.pool.begin().await?);
+        }
+        self.tx.as_mut().ok_or_else(|| StepError::bug("no transaction"))
+    }
+
+    /// Gives the transaction back unused, so that something remote may be awaited. What was written through it is undone.
+    pub fn end_tx(&mut self) {
+        self.tx = None;
+    }
+
+    /// Completes when the step is to stop: the run was cancelled, its lease is lost, or the worker goes down.
+    /// A step that runs long selects on it and answers [`StepError::Stopped`].
+    #[must_use]
+    pub fn cancelled(&self) -> CancellationToken {
+        self.stop.clone()
+    }
+}
+
+impl fmt::Debug for StepContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StepContext")
+            .field("run_id", &self.run_id)
+            .field("step", &self.step)
+            .field("attempt", &self.attempt)
+            .finish()
+    }
+}
+
+/// All workflows a process can run, by name and version.
+#[derive(Debug, Clone, Default)]
+pub struct Registry(Vec<Arc<Workflow>>);
+
+impl Registry {
+    /// A registry of these.
+    #[must_use]
+    pub fn new(workflows: impl IntoIterator<Item = Workflow>) -> Self {
+        Self(workflows.into_iter().map(Arc::new).collect())
+    }
+
+    /// The workflow of that name and version.
+    #[must_use]
+    pub fn find(&self, name: &str, version: i32) -> Option<&Arc<Workflow>> {
+        self.0.iter().find(|workflow| workflow.name == name && workflow.version == version)
+    }
+
+    /// The newest version of that name: what a new run is started with.
+    #[must_use]
+    pub fn newest(&self, name: &str) -> Option<&Arc<Workflow>> {
+        self.0.iter().filter(|workflow| workflow.name == name).max_by_key(|workflow| workflow.version)
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Workflow>> {
+        self.0.iter()
+    }
+
+    /// A drawing of all workflows in Graphviz' language.
+    #[must_use]
+    pub fn dot(&self) -> String {
+        let mut dot = String::from("digraph workflows {\n  rankdir=LR; node [shape=box];\n");
+        for workflow in self.iter() {
+            let queue = workflow.queue();
+            dot.push_str(&format!("  subgraph \"cluster_{queue}\" {{ label=\"{queue}\";\n"));
+            for step in &workflow.steps {
+                dot.push_str(&format!("    \"{queue}/{0}\" [label=\"{0}\"];\n", step.name));
+            }
+            for pair in workflow.steps.windows(2) {
+                if let [from, to] = pair {
+                    dot.push_str(&format!("    \"{queue}/{}\" -> \"{queue}/{}\";\n", from.name, to.name));
+                }
+            }
+            dot.push_str("  }\n");
+        }
+        dot.push_str("}\n");
+        dot
+    }
+}

@@ -1,0 +1,102 @@
+//! What this process holds: one statement every three seconds renews all of it, and tells of cancellation and of loss.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use borealis_engine::{Result, db::Pool};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::{LEASE, RENEW_EVERY};
+
+/// The leases of one process, by run. A run has at most one lease, and so at most one entry with a valid token.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Leases(Arc<Mutex<HashMap<Uuid, Held>>>);
+
+#[derive(Debug, Clone)]
+struct Held {
+    token: Uuid,
+    stop: CancellationToken,
+    renewed: tokio::time::Instant,
+}
+
+impl Leases {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, Held>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins to renew the lease of a claimed run. `stop` fires when the run is cancelled or the lease is lost.
+    pub fn hold(&self, run: Uuid, token: Uuid, stop: CancellationToken) {
+        self.lock().insert(run, Held { token, stop, renewed: tokio::time::Instant::now() });
+    }
+
+    /// Stops renewing, if the lease is still the one of `token`.
+    pub fn release(&self, run: Uuid, token: Uuid) {
+        let mut held = self.lock();
+        if held.get(&run).is_some_and(|held| held.token == token) {
+            held.remove(&run);
+        }
+    }
+
+    /// Tells every running step to stop.
+    pub fn stop_all(&self) {
+        self.lock().values().for_each(|held| held.stop.cancel());
+    }
+
+    /// Renews until `stop`.
+    pub async fn keep(self, pool: Pool, stop: CancellationToken) {
+        let mut every = tokio::time::interval(RENEW_EVERY);
+        every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        while stop.run_until_cancelled(every.tick()).await.is_some() {
+            if let Err(error) = self.renew(&pool).await {
+                tracing::warn!(?error, "leases not renewed");
+            }
+            // Without word from Postgres for a whole lease, another worker may have taken over.
+            for (run, held) in self.lock().iter().filter(|(_, held)| held.renewed.elapsed() > LEASE) {
+                tracing::warn!(%run, "lease lost: not renewed in time");
+                held.stop.cancel();
+            }
+        }
+    }
+
+    async fn renew(&self, pool: &Pool) -> Result<()> {
+        let (runs, tokens): (Vec<Uuid>, Vec<Uuid>) = self.lock().iter().map(|(run, held)| (*run, held.token)).unzip();
+        if runs.is_empty() {
+            return Ok(());
+        }
+        let asked_at = tokio::time::Instant::now();
+        let renewed = sqlx::query!(
+            r#"WITH held AS (
+                   SELECT r.id FROM workflow_runs r JOIN unnest($1::uuid[], $2::uuid[]) AS t(id, token) ON r.id = t.id AND r.lease_token = t.token
+                   ORDER BY r.id FOR UPDATE OF r
+               )
+               UPDATE workflow_runs r SET lease_expires_at = now() + interval '10 seconds' FROM held WHERE r.id = held.id
+               RETURNING r.id, r.lease_token AS "token!", (r.cancel_requested_at IS NOT NULL AND r.step <> 'cancel') AS "cancelled!""#,
+            &runs,
+            &tokens,
+        )
+        .fetch_all(pool)
+        .await?;
+        let mut all = self.lock();
+        for row in &renewed {
+            if let Some(held) = all.get_mut(&row.id).filter(|held| held.token == row.token) {
+                held.renewed = asked_at;
+                if row.cancelled {
+                    held.stop.cancel();
+                }
+            }
+        }
+        let kept: HashMap<Uuid, Uuid> = renewed.into_iter().map(|row| (row.id, row.token)).collect();
+        for (run, token) in runs.into_iter().zip(tokens) {
+            // Not renewed and still ours to hold: taken over. A step that has just committed is not held any more.
+            if kept.get(&run) != Some(&token)
+                && let Some(held) = all.get(&run).filter(|held| held.token == token)
+            {
+                held.stop.cancel();
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,234 @@
+//! The workflow type of its own on apalis' `IntoWorkerService`, and the process around it.
+
+use std::{
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use apalis_core::{
+    error::BoxDynError,
+    task::Task,
+    worker::{
+        builder::WorkerBuilder,
+        service::{IntoWorkerService, WorkerService},
+    },
+};
+use apalis_postgres::PostgresStorage;
+use borealis_engine::{Result, db::Pool};
+use futures::future::BoxFuture;
+use tokio::sync::Semaphore;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower_service::Service;
+
+use super::{
+    claim::{Claim, DurableBackend},
+    commit::{Commit, Committer, write},
+    definition::{Registry, StepContext, StepError, StepResult, Wake, Workflow},
+    fault,
+    lease::Leases,
+    recovery,
+    wakeup::Wakeup,
+};
+use crate::Services;
+
+/// How long running steps may take to end after a stop was asked for, before they are told to stop too.
+const DRAIN: Duration = Duration::from_secs(5);
+/// How long they then have before the process goes without them; recovery takes their runs over.
+const STOP: Duration = Duration::from_secs(3);
+
+/// Connections for what keeps runs alive: renewals, commits, recovery, notifications.
+const VITAL_CONNECTIONS: u32 = 5;
+
+/// Settings of a worker process.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// A name no other process start has: host, pid and a random part.
+    pub name: String,
+    /// The most steps run at the same time.
+    pub concurrency: usize,
+}
+
+/// What all queues of a process share.
+#[derive(Debug, Clone)]
+struct Process {
+    name: String,
+    services: Arc<Services>,
+    committer: Committer,
+    leases: Leases,
+    slots: Arc<Semaphore>,
+    wakeup: Wakeup,
+    drain: CancellationToken,
+    running: TaskTracker,
+}
+
+/// A workflow as apalis runs it: `WorkerBuilder::new(name).backend(storage).build(flow)`.
+#[derive(Debug, Clone)]
+pub struct DurableFlow {
+    workflow: Arc<Workflow>,
+    process: Process,
+}
+
+impl IntoWorkerService<PostgresStorage<Vec<u8>>, DurableService> for DurableFlow {
+    type Task = Task<Claim>;
+    type Backend = DurableBackend;
+
+    fn into_service(self, storage: PostgresStorage<Vec<u8>>) -> WorkerService<DurableBackend, DurableService> {
+        let Process { name, slots, wakeup, drain, .. } = self.process.clone();
+        let queue = storage.config().queue.to_string();
+        WorkerService {
+            backend: DurableBackend::spawn(storage.pool().clone(), queue, name, slots, wakeup, drain),
+            service: DurableService { workflow: self.workflow, process: self.process },
+        }
+    }
+}
+
+/// Runs one claimed step and has its outcome committed.
+#[derive(Debug, Clone)]
+pub struct DurableService {
+    workflow: Arc<Workflow>,
+    process: Process,
+}
+
+impl Service<Task<Claim>> for DurableService {
+    type Response = ();
+    type Error = BoxDynError;
+    type Future = BoxFuture<'static, Result<(), BoxDynError>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxDynError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, task: Task<Claim>) -> Self::Future {
+        let (workflow, process) = (self.workflow.clone(), self.process.clone());
+        let running = process.running.clone();
+        // A task of its own: steps run in parallel, and a panic is one failed step.
+        let step = running.spawn(run_step(workflow, process, task.args));
+        Box::pin(async move { step.await.map_err(BoxDynError::from) })
+    }
+}
+
+/// Runs the step a claim is for, from the first fail point to the last.
+async fn run_step(workflow: Arc<Workflow>, process: Process, mut claim: Claim) {
+    let slot = claim.slot.take();
+    let (run_id, token, attempt) = (claim.run_id, claim.token, claim.attempt);
+    let stop = CancellationToken::new();
+    process.leases.hold(run_id, token, stop.clone());
+    let Some(step) = workflow.find(&claim.step) else {
+        tracing::error!(%run_id, step = claim.step, workflow = workflow.name, "this version of the workflow has no such step");
+        process.leases.release(run_id, token);
+        return;
+    };
+    let (name, step_name) = (workflow.name, step.name);
+    fault::point("before", name, step_name);
+    let context = StepContext {
+        run_id,
+        step: step_name,
+        seq: claim.seq,
+        attempt,
+        wake: Wake::read(claim.wake.as_ref()),
+        input: std::mem::take(&mut claim.input),
+        state: std::mem::take(&mut claim.state),
+        services: process.services.clone(),
+        stop,
+        tx: None,
+    };
+    let span = tracing::info_span!("step", %run_id, workflow = name, step = step_name, attempt);
+    let (answer, tx) = tracing::Instrument::instrument(execute(workflow.clone(), step_name, context), span).await;
+    fault::point("after_effect", name, step_name);
+    let commit = Commit::decide(&workflow, step, (run_id, token, attempt), answer, rand::random());
+    let written = match tx {
+        Some(mut tx) => match write(&mut tx, &process.name, std::slice::from_ref(&commit)).await {
+            Ok(written) if written == [true] => tx.commit().await.map(|()| true).map_err(borealis_engine::Error::from),
+            Ok(_) => Ok(false),
+            Err(error) => Err(error),
+        },
+        None => Ok(process.committer.commit(commit.clone()).await),
+    };
+    fault::point("after_commit", name, step_name);
+    let written = match written {
+        Ok(written) => written,
+        Err(error) => {
+            // The step's own transaction did not commit, so nothing of it happened: it failed like any other attempt.
+            let commit = Commit::decide(&workflow, step, (run_id, token, attempt), Err(error.into()), rand::random());
+            process.committer.commit(commit).await
+        }
+    };
+    if !written {
+        tracing::warn!(%run_id, step = step_name, attempt, "outcome refused: the lease had been lost");
+    }
+    process.leases.release(run_id, token);
+    drop(slot);
+}
+
+/// Runs the step's function under its time limit. Its transaction comes back only with a good answer.
+async fn execute(
+    workflow: Arc<Workflow>,
+    step: &'static str,
+    mut context: StepContext,
+) -> (StepResult, Option<borealis_engine::db::Tx<'static>>) {
+    let Some(step) = workflow.find(step) else { return (Err(StepError::bug("no such step")), None) };
+    let caught = tokio::time::timeout(
+        step.timeout,
+        futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe((step.run)(&mut context))),
+    )
+    .await;
+    let answer = match caught {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(panic)) => {
+            let text = panic.downcast_ref::<&str>().map(ToString::to_string).or_else(|| panic.downcast_ref::<String>().cloned());
+            Err(StepError::Final(format!("panic: {}", text.unwrap_or_default())))
+        }
+        Err(_) => Err(StepError::Transient(format!("timeout: the step took longer than {} s.", step.timeout.as_secs()))),
+    };
+    let tx = context.tx.take().filter(|_| answer.is_ok());
+    (answer, tx)
+}
+
+/// Runs the workflows of `registry` until `stop` fires, then drains.
+///
+/// # Errors
+/// Only for faults of ours: while Postgres is away the process waits.
+pub async fn run(registry: Registry, services: Services, options: Options, stop: CancellationToken) -> Result<()> {
+    let pool: Pool = services.pool.clone();
+    let drain = stop.child_token();
+    let after = CancellationToken::new();
+    let queues = registry.iter().map(|workflow| workflow.queue());
+    // Connections of its own, so that steps that wait for one never keep a lease from being renewed.
+    let vital = borealis_engine::bus::pool(&pool, VITAL_CONNECTIONS);
+    let process = Process {
+        committer: Committer::spawn(vital.clone(), options.name.clone()),
+        leases: Leases::default(),
+        slots: Arc::new(Semaphore::new(options.concurrency.max(1))),
+        wakeup: Wakeup::spawn(vital.clone(), queues, drain.clone()),
+        drain: drain.clone(),
+        running: TaskTracker::new(),
+        services: Arc::new(services),
+        name: options.name,
+    };
+    let renewing = tokio::spawn(process.leases.clone().keep(vital.clone(), after.clone()));
+    let recovering = tokio::spawn(recovery::keep(vital, registry.clone(), drain.clone()));
+    let mut workers = Vec::new();
+    for workflow in registry.iter() {
+        let storage =
+            PostgresStorage::<Vec<u8>>::new(&pool).with_config(apalis_postgres::Config::default().queue(workflow.queue()));
+        let flow = DurableFlow { workflow: workflow.clone(), process: process.clone() };
+        let worker = WorkerBuilder::new(format!("{}/{}", process.name, workflow.queue())).backend(storage).build(flow);
+        workers.push(tokio::spawn(worker.run()));
+    }
+    stop.cancelled().await;
+    process.running.close();
+    if tokio::time::timeout(DRAIN, process.running.wait()).await.is_err() {
+        process.leases.stop_all();
+        if tokio::time::timeout(STOP, process.running.wait()).await.is_err() {
+            tracing::warn!(count = process.running.len(), "steps still running at exit; another worker takes them over");
+        }
+    }
+    after.cancel();
+    for worker in workers {
+        worker.abort();
+    }
+    renewing.abort();
+    recovering.abort();
+    Ok(())
+}
