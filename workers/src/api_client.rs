@@ -1,0 +1,191 @@
+//! What a worker asks of the API process, over the internal listener: signed, retried, bounded in time.
+
+use std::time::Duration;
+
+use borealis_engine::{
+    Error, Kind, Result,
+    internal::{self, Key, Signed},
+};
+use borealis_workflows::Agents;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use url::Url;
+use uuid::Uuid;
+
+/// How long one attempt may take.
+pub const TIMEOUT: Duration = Duration::from_secs(15);
+/// How long connecting may take.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often a request is tried, the first time included.
+pub const ATTEMPTS: u32 = 4;
+/// The first pause between two attempts; it doubles, and a random part of it is waited.
+pub const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// The most events of one request.
+const EVENTS: usize = 5_000;
+
+const PREFIX: &str = "/api/internal/job-scheduler/";
+
+/// An event for a device's agent.
+#[derive(Debug, Clone, Serialize)]
+pub struct HostServiceEvent {
+    /// The device.
+    pub device_guid: Uuid,
+    /// `quick_job_run`, `quick_job_cancel` or `agent_maintenance_request`.
+    pub event_name: &'static str,
+    /// What is sent; of a job its id, the rest is in the tables.
+    pub payload: Value,
+}
+
+/// What became of an event.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Emitted {
+    /// Whether the device is connected.
+    pub emitted: bool,
+    /// Whether it will be sent once it is.
+    #[serde(default)]
+    pub queued: bool,
+    /// Why it was not taken.
+    #[serde(default)]
+    pub error: Option<String>,
+}
+
+/// The way to the API process.
+#[derive(Debug, Clone)]
+pub struct ApiClient {
+    http: reqwest::Client,
+    base: Url,
+    key: Key,
+    worker: String,
+}
+
+impl ApiClient {
+    /// A client of the internal listener at `base`, signing with the engine secret's text as `worker`.
+    ///
+    /// # Errors
+    /// When no HTTP client can be made.
+    pub fn new(base: Url, secret: &str, worker: Uuid) -> Result<Self> {
+        // Whoever comes second finds one installed, which is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let http = reqwest::Client::builder()
+            .timeout(TIMEOUT)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .build()
+            .map_err(Error::bug)?;
+        Ok(Self { http, base, key: Key::derive(secret), worker: worker.to_string() })
+    }
+
+    /// Passes events on to agents; answers one result for each, in order.
+    ///
+    /// # Errors
+    /// When the API process is away for longer than the attempts take, or does not accept this worker.
+    pub async fn host_service_events(&self, events: &[HostServiceEvent]) -> Result<Vec<Emitted>> {
+        #[derive(Deserialize)]
+        struct Answer {
+            results: Vec<Emitted>,
+        }
+        let mut results = Vec::with_capacity(events.len());
+        for chunk in events.chunks(EVENTS) {
+            let answer = self.call("POST", "host-service-event", Some(json!({"events": chunk}))).await?;
+            let answer: Answer = serde_json::from_value(answer)?;
+            if answer.results.len() != chunk.len() {
+                return Err(Error::bug("the API answered another number of events than it was sent"));
+            }
+            results.extend(answer.results);
+        }
+        Ok(results)
+    }
+
+    /// The URL people and agents use.
+    ///
+    /// # Errors
+    /// As [`ApiClient::host_service_events`].
+    pub async fn public_base_url(&self) -> Result<String> {
+        let answer = self.call("GET", "public-base-url", None).await?;
+        let url = answer.get("public_base_url").and_then(Value::as_str);
+        url.map(str::to_owned).ok_or_else(|| Error::bug("the API answered no URL"))
+    }
+
+    async fn call(&self, method: &'static str, route: &str, body: Option<Value>) -> Result<Value> {
+        let body = body.map(|body| body.to_string().into_bytes()).unwrap_or_default();
+        let mut pause = FIRST_PAUSE;
+        let mut attempt = 1;
+        loop {
+            let error = match self.once(method, route, &body).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) if error.is_transient() && attempt < ATTEMPTS => error,
+                Err(error) => return Err(error),
+            };
+            tracing::debug!(%error, source = ?error.source, route, attempt, "the API is asked again");
+            let least = Duration::from_secs(error.retry_after_s.unwrap_or(0)).min(Duration::from_secs(5));
+            tokio::time::sleep(least + pause.mul_f64(rand::random_range(0.0..1.0))).await;
+            pause *= 2;
+            attempt += 1;
+        }
+    }
+
+    /// One attempt, with a timestamp and nonce of its own: one whose answer was lost is not a replay of the next.
+    async fn once(&self, method: &'static str, route: &str, body: &[u8]) -> Result<Value> {
+        let url = self.base.join(&format!("{PREFIX}{route}")).map_err(Error::bug)?;
+        let timestamp = chrono::Utc::now().timestamp().to_string();
+        let nonce = internal::nonce();
+        let path_and_query = match url.query() {
+            Some(query) => format!("{}?{query}", url.path()),
+            None => url.path().to_owned(),
+        };
+        let signature = self.key.sign(&Signed {
+            method,
+            path_and_query: &path_and_query,
+            timestamp: &timestamp,
+            nonce: &nonce,
+            worker: &self.worker,
+            body,
+        });
+        let method = reqwest::Method::from_bytes(method.as_bytes()).map_err(Error::bug)?;
+        let answer = self
+            .http
+            .request(method, url)
+            .header(internal::TIMESTAMP_HEADER, timestamp)
+            .header(internal::NONCE_HEADER, nonce)
+            .header(internal::WORKER_HEADER, &self.worker)
+            .header(internal::SIGNATURE_HEADER, signature)
+            .header("content-type", "application/json")
+            .body(body.to_vec())
+            .send()
+            .await
+            .map_err(away)?;
+        let status = answer.status();
+        let retry_after = answer.headers().get("retry-after").and_then(|value| value.to_str().ok()?.parse().ok());
+        let text = answer.text().await.map_err(away)?;
+        if status.is_success() {
+            return Ok(serde_json::from_str(&text)?);
+        }
+        let reason = format!("The API process answered {status}: {}", text.chars().take(300).collect::<String>());
+        if status.is_server_error() {
+            return Err(Error::new(Kind::Unavailable, "api_unavailable", reason).retry_after(retry_after.unwrap_or(0)));
+        }
+        Err(match status.as_u16() {
+            401 => Error::new(Kind::Unauthenticated, "unauthorized", reason),
+            _ => Error::invalid("api_refused", reason),
+        })
+    }
+}
+
+fn away(error: reqwest::Error) -> Error {
+    let mut away = Error::new(Kind::Unavailable, "api_unavailable", "The API process cannot be reached.");
+    away.source = Some(Box::new(error));
+    away
+}
+
+#[async_trait::async_trait]
+impl Agents for ApiClient {
+    async fn deliver(&self, devices: &[Uuid]) -> Result<()> {
+        let events: Vec<HostServiceEvent> = devices
+            .iter()
+            .map(|device| HostServiceEvent { device_guid: *device, event_name: "quick_job_run", payload: Value::Null })
+            .collect();
+        self.host_service_events(&events).await?;
+        Ok(())
+    }
+}

@@ -1,0 +1,80 @@
+//! Where work runs: the worker process. It runs workflow steps, leads or stands by as scheduler, recovers the runs of dead
+//! workers, and keeps house. It reaches agents through the API process only.
+
+pub mod api_client;
+
+use std::{sync::Arc, time::Duration};
+
+use borealis_engine::{Result, db};
+use borealis_workflows::{
+    Agents, Services,
+    durable::{definition::Registry, wakeup, worker},
+    housekeeping, scheduler,
+};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// How often a worker says that it is alive.
+const SEEN_EVERY: Duration = Duration::from_secs(5);
+
+/// Settings of a worker process.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// This process: new at every start.
+    pub id: Uuid,
+    /// The most steps run at the same time.
+    pub concurrency: usize,
+    /// How long finished runs are kept, in days.
+    pub history_days: i32,
+    /// Whether this process may schedule and keep house, besides running steps.
+    pub duties: bool,
+}
+
+/// A name no other process start has: host, pid and the process's id.
+#[must_use]
+pub fn name(id: Uuid) -> String {
+    let host = nix::unistd::gethostname().ok().and_then(|host| host.into_string().ok()).unwrap_or_else(|| "worker".to_owned());
+    let short = id.simple().to_string();
+    format!("{host}:{}:{}", std::process::id(), short.get(24..).unwrap_or(&short))
+}
+
+/// Runs a worker process until `stop`, then drains: steps get a few seconds to end, their runs are never lost.
+///
+/// # Errors
+/// Only for faults of ours; while Postgres is away it waits.
+pub async fn run(
+    pool: db::Pool,
+    agents: Arc<dyn Agents>,
+    registry: Registry,
+    options: Options,
+    stop: CancellationToken,
+) -> Result<()> {
+    let name = name(options.id);
+    let services = Services { pool: pool.clone(), agents };
+    tracing::info!(name, concurrency = options.concurrency, "worker starts");
+    let mut duties = Vec::new();
+    if options.duties {
+        let wakeup = wakeup::Wakeup::spawn(pool.clone(), [wakeup::SCHEDULE_CHANGED.to_owned()], stop.clone());
+        duties.push(tokio::spawn(scheduler::keep(pool.clone(), wakeup, name.clone(), stop.clone())));
+        duties.push(tokio::spawn(housekeeping::keep(services.clone(), options.history_days, stop.clone())));
+    }
+    duties.push(tokio::spawn(presence(pool.clone(), options.id, name.clone(), stop.clone())));
+    worker::run(registry, services, worker::Options { name, concurrency: options.concurrency }, stop).await?;
+    for duty in duties {
+        let _ = tokio::time::timeout(Duration::from_secs(2), duty).await;
+    }
+    Ok(())
+}
+
+/// Keeps this process's row in `workers`.
+async fn presence(pool: db::Pool, id: Uuid, name: String, stop: CancellationToken) {
+    let host = name.split(':').next().unwrap_or_default().to_owned();
+    let mut every = tokio::time::interval(SEEN_EVERY);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(every.tick()).await.is_some() {
+        if let Err(error) = borealis_workflows::workers::seen(&pool, id, &name, &host, std::process::id()).await {
+            tracing::debug!(?error, "presence not written");
+        }
+    }
+    let _ = borealis_workflows::workers::stopped(&pool, id).await;
+}

@@ -1,0 +1,113 @@
+//! `borealis-worker`: runs workflow steps; see `borealis-worker --help`.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use borealis_engine::db;
+use borealis_workers::api_client::ApiClient;
+use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Runs the durable workflows of Borealis Engine.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// The database; the same as the API's.
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, global = true)]
+    database_url: Option<String>,
+    /// The API's internal listener.
+    #[arg(long, env = "BOREALIS_INTERNAL_URL", default_value = "http://127.0.0.1:8081", global = true)]
+    internal_url: url::Url,
+    /// The file that holds the engine secret, which signs requests to the internal listener.
+    #[arg(long, env = "BOREALIS_ENGINE_SECRET_FILE", global = true)]
+    engine_secret_file: Option<PathBuf>,
+    /// The most steps run at the same time.
+    #[arg(long, env = "BOREALIS_WORKER_CONCURRENCY", default_value_t = 64, global = true)]
+    concurrency: usize,
+    /// How long finished runs are kept, in days.
+    #[arg(long, env = "BOREALIS_JOB_HISTORY_DAYS", default_value_t = 30, value_parser = clap::value_parser!(i32).range(1..=3650), global = true)]
+    history_days: i32,
+    /// Log filter, as `info` or `borealis_workflows=debug,info`.
+    #[arg(long, env = "BOREALIS_LOG", default_value = "info", global = true)]
+    log: String,
+    /// How it is logged.
+    #[arg(long, env = "BOREALIS_LOG_FORMAT", value_enum, default_value = "text", global = true)]
+    log_format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run (the default).
+    Run,
+    /// List the workflows with their versions and steps.
+    Workflows {
+        /// Draw them in Graphviz' language instead.
+        #[arg(long)]
+        dot: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if let Some(Command::Workflows { dot }) = arguments.command {
+        let registry = borealis_workflows::registry();
+        if dot {
+            print!("{}", registry.dot());
+        } else {
+            registry.iter().for_each(|workflow| println!("{}", workflow.shape()));
+        }
+        return ExitCode::SUCCESS;
+    }
+    let filter =
+        tracing_subscriber::EnvFilter::try_new(&arguments.log).unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match arguments.log_format {
+        LogFormat::Text => log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+        LogFormat::Json => log.json().init(),
+    }
+    match tokio::runtime::Runtime::new().map_err(|error| error.to_string()).and_then(|runtime| runtime.block_on(run(arguments))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("borealis-worker: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> Result<(), String> {
+    let url = arguments
+        .database_url
+        .ok_or("DATABASE_URL is not set. `./borealis up` sets it; a worker elsewhere needs the same database as the API.")?;
+    let secret_file = arguments
+        .engine_secret_file
+        .ok_or("BOREALIS_ENGINE_SECRET_FILE is not set. It names a copy of the API's <state>/secrets/engine.secret.")?;
+    let secret =
+        std::fs::read_to_string(&secret_file).map_err(|error| format!("cannot read {}: {error}", secret_file.display()))?;
+    let id = uuid::Uuid::new_v4();
+    let pool = db::connect(&db::Options { url, max_connections: 16, application_name: "borealis-worker".to_owned() })
+        .map_err(|error| error.message)?;
+    let agents = ApiClient::new(arguments.internal_url, secret.trim(), id).map_err(|error| error.message)?;
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
+    let (mut terminate, mut interrupt) = (
+        signal(SignalKind::terminate()).map_err(|e| e.to_string())?,
+        signal(SignalKind::interrupt()).map_err(|e| e.to_string())?,
+    );
+    tokio::spawn(async move {
+        tokio::select! { _ = terminate.recv() => (), _ = interrupt.recv() => () }
+        stopping.cancel();
+    });
+    let options =
+        borealis_workers::Options { id, concurrency: arguments.concurrency, history_days: arguments.history_days, duties: true };
+    borealis_workers::run(pool, Arc::new(agents), borealis_workflows::registry(), options, stop)
+        .await
+        .map_err(|error| error.to_string())
+}
