@@ -1,0 +1,175 @@
+//! Who may call a route. A route enters the router only through one of the methods of [`Routes`], each of which names a
+//! class; so a route without a class does not exist, and [`Routes::table`] is the list the access test walks.
+
+use axum::{
+    Router,
+    extract::{FromRequestParts, Request, State},
+    http::request::Parts,
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+};
+use borealis_engine::{
+    Error, Kind,
+    access::{bootstrap, passwords},
+};
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
+
+use crate::{errors::ApiError, state::App};
+
+/// Who may call a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Class {
+    /// Anybody.
+    Anonymous,
+    /// A signed-in operator; handlers take [`Operator`].
+    Operator,
+    /// A signed-in operator whose role is Admin now; handlers take [`Operator`] too.
+    Admin,
+    /// A machine with a valid access token; handlers take [`Device`].
+    Device,
+}
+
+/// One line of the access table.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Entry {
+    /// Upper case: `GET`.
+    pub method: String,
+    /// As in the OpenAPI document: `/api/runs/{id}`.
+    pub path: String,
+    /// Who may call it.
+    pub class: Class,
+}
+
+/// A set of routes, each with its class.
+pub struct Routes {
+    router: OpenApiRouter<App>,
+    table: Vec<Entry>,
+    app: App,
+}
+
+impl Routes {
+    /// No routes yet.
+    #[must_use]
+    pub fn new(app: App) -> Self {
+        Self { router: OpenApiRouter::new(), table: Vec::new(), app }
+    }
+
+    /// Adds routes anybody may call.
+    #[must_use]
+    pub fn anonymous(self, routes: UtoipaMethodRouter<App>) -> Self {
+        self.add(Class::Anonymous, routes)
+    }
+
+    /// Adds routes for signed-in operators.
+    #[must_use]
+    pub fn operator(self, routes: UtoipaMethodRouter<App>) -> Self {
+        self.add(Class::Operator, routes)
+    }
+
+    /// Adds routes for administrators.
+    #[must_use]
+    pub fn admin(self, routes: UtoipaMethodRouter<App>) -> Self {
+        self.add(Class::Admin, routes)
+    }
+
+    /// Adds routes for devices.
+    #[must_use]
+    pub fn device(self, routes: UtoipaMethodRouter<App>) -> Self {
+        self.add(Class::Device, routes)
+    }
+
+    /// Adds all routes of another set.
+    #[must_use]
+    pub fn merge(mut self, other: Self) -> Self {
+        self.router = self.router.merge(other.router);
+        self.table.extend(other.table);
+        self
+    }
+
+    fn add(mut self, class: Class, (schemas, paths, methods): UtoipaMethodRouter<App>) -> Self {
+        for (path, item) in &paths.paths {
+            let operations = [
+                ("GET", item.get.is_some()),
+                ("POST", item.post.is_some()),
+                ("PUT", item.put.is_some()),
+                ("PATCH", item.patch.is_some()),
+                ("DELETE", item.delete.is_some()),
+            ];
+            for (method, _) in operations.into_iter().filter(|(_, present)| *present) {
+                self.table.push(Entry { method: method.to_owned(), path: path.clone(), class });
+            }
+        }
+        let guard = middleware::from_fn_with_state((self.app.clone(), class), check);
+        self.router = self.router.routes((schemas, paths, methods.layer(guard)));
+        self
+    }
+
+    /// The router, its OpenAPI document and the access table.
+    pub fn split(self) -> (Router<App>, utoipa::openapi::OpenApi, Vec<Entry>) {
+        let (router, document) = self.router.split_for_parts();
+        (router, document, self.table)
+    }
+}
+
+async fn check(State((app, class)): State<(App, Class)>, request: Request, next: Next) -> Response {
+    let (mut parts, body) = request.into_parts();
+    let admitted = match class {
+        Class::Anonymous => Ok(()),
+        Class::Operator => operator::authenticate(&app, &parts).await.map(|operator| {
+            parts.extensions.insert(operator);
+        }),
+        Class::Admin => operator::authenticate(&app, &parts).await.and_then(|operator| {
+            if operator.is_admin() {
+                parts.extensions.insert(operator);
+                Ok(())
+            } else {
+                Err(Error::new(Kind::Forbidden, "forbidden", "This needs the Admin role.").into())
+            }
+        }),
+        Class::Device => device::authenticate(&app, &parts).await.map(|device| {
+            parts.extensions.insert(device);
+        }),
+    };
+    match admitted {
+        Ok(()) => next.run(Request::from_parts(parts, body)).await,
+        Err(error) => error.into_response(),
+    }
+}
+
+/// What a process does for access when it starts: opens the secret store with the unseal file, and leaves a setup token
+/// for somebody at another machine while the set-up is not complete. Safe to repeat.
+///
+/// # Errors
+/// When the database is away or the state folder cannot be written.
+pub async fn prepare(app: &App) -> borealis_engine::Result<()> {
+    passwords::warm_up().await?;
+    let state = bootstrap::state(&app.pool, &app.vault).await?;
+    if state.phase == bootstrap::Phase::LoginRequired {
+        return Ok(());
+    }
+    tracing::info!(phase = ?state.phase, "the set-up is not complete");
+    bootstrap::ensure_setup_token(&app.settings.state_dir)
+}
+
+pub mod client;
+pub mod device;
+pub mod operator;
+
+pub use device::Device;
+pub use operator::Operator;
+
+macro_rules! from_extensions {
+    ($($name:ty),*) => {$(
+        impl<S: Send + Sync> FromRequestParts<S> for $name {
+            type Rejection = ApiError;
+
+            async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+                parts.extensions.get::<Self>().cloned().ok_or_else(|| {
+                    ApiError(Error::bug(concat!(stringify!($name), " is not admitted by this route's class")))
+                })
+            }
+        }
+    )*};
+}
+from_extensions!(Operator, Device);

@@ -1,0 +1,13 @@
+//! How Borealis Engine is reached: HTTP routes, sockets, and the OpenAPI document. No SQL lives here.
+
+pub mod access;
+pub mod app;
+pub mod body;
+pub mod errors;
+pub mod internal;
+pub mod routes;
+pub mod serve;
+pub mod settings;
+pub mod sockets;
+pub mod state;
+pub mod up;

@@ -1,0 +1,162 @@
+//! Starts the listeners and stops them.
+//!
+//! The connections are served by a loop of our own and not by `axum::serve`, because that one has no limit on connections
+//! and no time limit on request heads.
+
+use std::{net::SocketAddr, time::Duration};
+
+use axum::{Router, body::Body, extract::ConnectInfo};
+use borealis_engine::{Error, Kind, access::aegis::Vault, db::Pool, keys::Keys};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+
+use crate::{
+    access, app, internal,
+    sockets::Hub,
+    state::{App, Inner, Settings},
+};
+
+/// Plain HTTP connections one listener serves at a time; further ones wait in the kernel's queue. A connection that
+/// became a socket no longer counts.
+pub const MAX_CONNECTIONS: usize = 8192;
+/// How long the head of a request may take, in seconds. Also ends idle kept-alive connections.
+pub const HEAD_TIMEOUT_S: u64 = 30;
+/// The head of a request, in bytes. Its lines are at most 100, hyper's own limit.
+pub const MAX_HEAD_BYTES: usize = 64 * 1024;
+/// How long requests in flight may still take after a shutdown began, in seconds.
+pub const DRAIN_S: u64 = 10;
+/// How long after a failed look at the secret store the next one follows, in seconds.
+const PREPARE_RETRY_S: u64 = 5;
+
+/// A running API process.
+#[derive(Debug)]
+pub struct Running {
+    /// Where the public listener is bound.
+    pub addr: SocketAddr,
+    /// Where the internal listener is bound.
+    pub internal_addr: SocketAddr,
+    /// The state the handlers see.
+    pub app: App,
+    tasks: JoinSet<()>,
+}
+
+impl Running {
+    /// Waits until both listeners are closed and the requests in flight have been answered, after the token given to
+    /// [`serve`] was cancelled.
+    pub async fn wait(mut self) {
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+/// Binds the public and the internal listener and serves until `shutdown` is cancelled. Port 0 binds a free port; a
+/// public base URL with port 0 gets the public listener's.
+///
+/// # Errors
+/// `listen_failed` when an address cannot be bound; those of [`Keys::load_or_create`].
+pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationToken) -> borealis_engine::Result<Running> {
+    let (public, addr) = bind(settings.listen).await?;
+    let (internal, internal_addr) = bind(settings.internal_listen).await?;
+    if settings.public_base_url.port() == Some(0) && settings.public_base_url.set_port(Some(addr.port())).is_err() {
+        return Err(Error::invalid("invalid_setting", "The public base URL cannot have a port."));
+    }
+    let keys = Keys::load_or_create(&settings.state_dir.join("secrets"), Some(&settings.engine_secret_file))?;
+    let app = App::new(Inner {
+        pool,
+        process_id: uuid::Uuid::now_v7(),
+        shutdown: shutdown.clone(),
+        vault: Vault::in_state_dir(&settings.state_dir, settings.unseal_automatically),
+        settings,
+        keys,
+        hub: Hub::default(),
+    });
+    let (router, ..) = app::build(&app);
+    let internal_router = internal::router(&app, borealis_workflows::registry())?;
+    let mut tasks = JoinSet::new();
+    tasks.spawn(prepare(app.clone(), shutdown.clone()));
+    tasks.spawn(accept(public, router, shutdown.clone()));
+    tasks.spawn(accept(internal, internal_router, shutdown.clone()));
+    tasks.spawn(app.hub.clone().run(app.clone(), shutdown));
+    tracing::info!(%addr, %internal_addr, "listening");
+    Ok(Running { addr, internal_addr, app, tasks })
+}
+
+/// Does [`access::prepare`], as soon as Postgres is there. Nothing waits for it: what is not done yet is done when needed.
+async fn prepare(app: App, shutdown: CancellationToken) {
+    while let Err(error) = access::prepare(&app).await {
+        tracing::warn!(%error, "the secret store could not be looked at; trying again");
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = sleep(Duration::from_secs(PREPARE_RETRY_S)) => {}
+        }
+    }
+}
+
+async fn bind(addr: SocketAddr) -> borealis_engine::Result<(TcpListener, SocketAddr)> {
+    let failed = |error: std::io::Error| {
+        let mut failed = Error::new(Kind::Unavailable, "listen_failed", format!("Cannot listen on {addr}: {error}"));
+        failed.source = Some(Box::new(error));
+        failed
+    };
+    let listener = TcpListener::bind(addr).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
+}
+
+async fn accept(listener: TcpListener, router: Router, shutdown: CancellationToken) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => break,
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
+                Ok((stream, peer)) => {
+                    connections.spawn(connection(stream, peer, router.clone(), shutdown.clone()));
+                }
+                // Out of file descriptors, most likely: the loop must not spin on it.
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    sleep(Duration::from_millis(100)).await;
+                }
+            },
+        }
+    }
+    drop(listener);
+    let drained = timeout(Duration::from_secs(DRAIN_S), async { while connections.join_next().await.is_some() {} }).await;
+    if drained.is_err() {
+        tracing::warn!(connections = connections.len(), "connections cut at shutdown");
+    }
+}
+
+async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, shutdown: CancellationToken) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%peer, %error, "no TCP_NODELAY");
+    }
+    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        request.extensions_mut().insert(ConnectInfo(peer));
+        router.clone().oneshot(request.map(Body::new))
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(Duration::from_secs(HEAD_TIMEOUT_S))
+        .max_header_size(MAX_HEAD_BYTES)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = shutdown.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%peer, %error, "connection ended");
+    }
+}

@@ -1,0 +1,199 @@
+//! The settings of an API process: read once, from the environment or the command line, where each has the same name.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use borealis_engine::{
+    Error, Result, Secret,
+    access::{self, sessions::Lifetimes},
+};
+use clap::{Args, ValueEnum};
+use url::Url;
+
+/// Settings of the API process.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where the public listener binds.
+    pub listen: SocketAddr,
+    /// Where the internal listener binds.
+    pub internal_listen: SocketAddr,
+    /// The folder of secrets and of the private Postgres.
+    pub state_dir: PathBuf,
+    /// Where the engine secret is kept.
+    pub engine_secret_file: PathBuf,
+    /// The base URL people and agents use; by default the listener's own.
+    pub public_base_url: Url,
+    /// Enrollment requests a minute from one address.
+    pub enroll_per_minute: u32,
+    /// Whether an unseal key file is written at Aegis setup, so that a restart comes back unlocked.
+    pub unseal_automatically: bool,
+    /// Sign-in: how long sessions live, the name an authenticator app shows.
+    pub access: access::Settings,
+}
+
+/// The environment, as given.
+#[derive(Debug, Clone, Args)]
+pub struct Environment {
+    /// Where the API listens, for people and agents.
+    #[arg(long, env = "BOREALIS_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// Where the API listens for workers.
+    #[arg(long, env = "BOREALIS_INTERNAL_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:8081")]
+    pub internal_listen: SocketAddr,
+    /// The folder of secrets, logs and the private Postgres.
+    #[arg(long, env = "BOREALIS_STATE_DIR", value_name = "FOLDER", default_value = ".borealis")]
+    pub state_dir: PathBuf,
+    /// The secret that API and workers share [default: <state>/secrets/engine.secret].
+    #[arg(long, env = "BOREALIS_ENGINE_SECRET_FILE", value_name = "FILE")]
+    pub engine_secret_file: Option<PathBuf>,
+    /// An external Postgres. Without it, `up` starts a private one.
+    #[arg(long, env = "DATABASE_URL", value_name = "URL", value_parser = secret, hide_env_values = true)]
+    pub database_url: Option<Secret<String>>,
+    /// The URL under which people and agents reach the API [default: http://<listen>].
+    #[arg(long, env = "BOREALIS_PUBLIC_BASE_URL", value_name = "URL")]
+    pub public_base_url: Option<Url>,
+    /// Whether a restarted engine unlocks its secrets by itself, with a key file in the state folder.
+    #[arg(long, env = "BOREALIS_UNSEAL", value_enum, default_value = "auto")]
+    pub unseal: Unseal,
+    /// Enrollment requests a minute from one address.
+    #[arg(long, env = "BOREALIS_ENROLL_PER_MINUTE", value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub enroll_per_minute: u32,
+    /// How long a session lives without a request, in seconds.
+    #[arg(long, env = "BOREALIS_SESSION_IDLE_SECONDS", value_name = "N", default_value_t = Lifetimes::default().idle_s, value_parser = clap::value_parser!(u32).range(60..=31_536_000))]
+    pub session_idle_seconds: u32,
+    /// How long a session lives at most, in seconds.
+    #[arg(long, env = "BOREALIS_TOKEN_TTL_SECONDS", value_name = "N", default_value_t = Lifetimes::default().absolute_s, value_parser = clap::value_parser!(u32).range(60..=31_536_000))]
+    pub token_ttl_seconds: u32,
+    /// The name authenticator apps show.
+    #[arg(long, env = "BOREALIS_MFA_ISSUER", value_name = "NAME", default_value = "Borealis")]
+    pub mfa_issuer: String,
+}
+
+/// How secrets are unlocked after a restart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Unseal {
+    /// By a key file in the state folder.
+    Auto,
+    /// By an operator with the cipher.
+    Manual,
+}
+
+#[allow(clippy::unnecessary_wraps)]
+fn secret(text: &str) -> Result<Secret<String>, std::convert::Infallible> {
+    Ok(Secret::new(text.to_owned()))
+}
+
+impl Environment {
+    /// The external Postgres, when one is named; an empty variable names none.
+    #[must_use]
+    pub fn database_url(&self) -> Option<&str> {
+        self.database_url.as_ref().map(|url| url.expose().trim()).filter(|url| !url.is_empty())
+    }
+
+    /// The settings these values mean, with paths made absolute.
+    ///
+    /// # Errors
+    /// `invalid_setting`, naming the variable.
+    pub fn settings(&self) -> Result<Settings> {
+        let state_dir = std::path::absolute(&self.state_dir)
+            .map_err(|error| Error::field("invalid_setting", "BOREALIS_STATE_DIR", format!("it cannot be used: {error}.")))?;
+        let engine_secret_file = match &self.engine_secret_file {
+            Some(file) => std::path::absolute(file).map_err(|error| {
+                Error::field("invalid_setting", "BOREALIS_ENGINE_SECRET_FILE", format!("it cannot be used: {error}."))
+            })?,
+            None => state_dir.join("secrets").join("engine.secret"),
+        };
+        Ok(Settings {
+            listen: self.listen,
+            internal_listen: self.internal_listen,
+            engine_secret_file,
+            public_base_url: match &self.public_base_url {
+                Some(url) => public(url.clone())?,
+                None => own(self.listen)?,
+            },
+            enroll_per_minute: self.enroll_per_minute,
+            unseal_automatically: self.unseal == Unseal::Auto,
+            access: access::Settings {
+                sessions: Lifetimes { idle_s: self.session_idle_seconds, absolute_s: self.token_ttl_seconds },
+                mfa_issuer: self.mfa_issuer.clone(),
+            },
+            state_dir,
+        })
+    }
+}
+
+/// Checks that a base URL can have paths appended.
+fn public(mut url: Url) -> Result<Url> {
+    let refuse = |why: &str| Err(Error::field("invalid_setting", "BOREALIS_PUBLIC_BASE_URL", why));
+    if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
+        return refuse("it must be an http or https URL with a host.");
+    }
+    if url.query().is_some() || url.fragment().is_some() || !url.username().is_empty() || url.password().is_some() {
+        return refuse("it must not have a query, a fragment or a user.");
+    }
+    if !matches!(url.path(), "" | "/") {
+        return refuse("it must not have a path: the API answers at the root of its host.");
+    }
+    url.set_path("");
+    Ok(url)
+}
+
+/// The listener's own URL. One that listens everywhere is named by its loopback address, which is right on this machine;
+/// for others the public base URL has to be set.
+fn own(listen: SocketAddr) -> Result<Url> {
+    let loopback = match listen.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
+        named => named,
+    };
+    let at = SocketAddr::new(loopback, listen.port());
+    Url::parse(&format!("http://{at}")).map_err(Error::bug)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        environment: Environment,
+    }
+
+    fn read(arguments: &[&str]) -> Result<Settings> {
+        let line = Line::try_parse_from(std::iter::once(&"test").chain(arguments)).unwrap();
+        line.environment.settings()
+    }
+
+    #[test]
+    fn what_is_not_set_follows_from_what_is() {
+        let settings = read(&["--state-dir", "/srv/b", "--listen", "127.0.0.1:9000"]).unwrap();
+        assert_eq!(settings.engine_secret_file, std::path::Path::new("/srv/b/secrets/engine.secret"));
+        assert_eq!(settings.public_base_url.as_str(), "http://127.0.0.1:9000/");
+        assert!(settings.unseal_automatically);
+        let everywhere = read(&["--listen", "[::]:9000", "--unseal", "manual"]).unwrap();
+        assert_eq!(everywhere.public_base_url.as_str(), "http://[::1]:9000/");
+        assert!(!everywhere.unseal_automatically);
+    }
+
+    #[test]
+    fn a_base_url_nothing_can_be_appended_to_is_refused() {
+        for bad in ["ftp://host", "https://host/path", "https://host?q", "https://user@host", "data:text/plain,x"] {
+            assert_eq!(read(&["--public-base-url", bad]).unwrap_err().code, "invalid_setting", "{bad}");
+        }
+        assert_eq!(read(&["--public-base-url", "https://rmm.example"]).unwrap().public_base_url.as_str(), "https://rmm.example/");
+    }
+
+    #[test]
+    fn the_database_url_is_not_shown() {
+        let line = Line::try_parse_from(["test", "--database-url", "postgres://u:hunter2@h/d"]).unwrap();
+        assert!(!format!("{:?}", line.environment).contains("hunter2"));
+        assert_eq!(line.environment.database_url(), Some("postgres://u:hunter2@h/d"));
+        let none = Line::try_parse_from(["test", "--database-url", " "]).unwrap();
+        assert_eq!(none.environment.database_url(), None);
+    }
+}
