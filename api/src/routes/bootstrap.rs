@@ -1,0 +1,205 @@
+//! First set-up and the Aegis key.
+
+use axum::{Json, extract::State, http::HeaderMap};
+use borealis_engine::{
+    Secret,
+    access::{aegis, bootstrap, passwords::Sent},
+};
+use utoipa::ToSchema;
+use utoipa_axum::routes;
+
+use super::auth::{MfaCode, MfaRequired, SignInAnswer};
+use crate::{
+    access::{
+        Operator, Routes,
+        client::{self, Installer},
+    },
+    body,
+    errors::Result,
+    state::App,
+};
+
+pub(super) fn routes(app: &App) -> Routes {
+    Routes::new(app.clone())
+        .anonymous(routes!(state))
+        .anonymous(routes!(aegis_setup))
+        .anonymous(routes!(aegis_unlock))
+        .anonymous(routes!(admin_setup))
+        .anonymous(routes!(admin_recover))
+        .anonymous(routes!(admin_verify))
+        .operator(routes!(aegis_status))
+}
+
+/// How far the set-up is.
+#[derive(Debug, serde::Serialize, ToSchema)]
+struct PublicState {
+    /// `ok` after a change; absent in the answer of a plain question.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<&'static str>,
+    /// `aegis_setup_required`, `aegis_unlock_required`, `admin_setup_required`, `admin_recovery_required` or
+    /// `login_required`.
+    #[schema(value_type = String)]
+    phase: bootstrap::Phase,
+    /// Whether there is a secret store.
+    configured: bool,
+    /// Whether it is locked in this process.
+    locked: bool,
+}
+
+impl PublicState {
+    fn new(status: Option<&'static str>, state: bootstrap::State) -> Json<Self> {
+        Json(Self { status, phase: state.phase, configured: state.configured, locked: state.locked })
+    }
+}
+
+/// How far the set-up is.
+#[utoipa::path(get, path = "/api/bootstrap/state", tag = "Bootstrap", responses((status = 200, body = PublicState)))]
+async fn state(State(app): State<App>) -> Result<Json<PublicState>> {
+    Ok(PublicState::new(None, bootstrap::state(&app.pool, &app.vault).await?))
+}
+
+/// The passphrase of the secret store.
+#[derive(serde::Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Cipher {
+    /// At least 12 characters, no white space around them.
+    #[serde(default)]
+    #[schema(value_type = String)]
+    cipher: Secret<String>,
+}
+
+/// Make the secret store.
+#[utoipa::path(post, path = "/api/bootstrap/aegis/setup", tag = "Bootstrap", request_body = Cipher, responses(
+    (status = 200, body = PublicState),
+    (status = 400, description = "`invalid_request`: the cipher is too weak"),
+    (status = 403, description = "`setup_token_required`, `bad_origin`"),
+    (status = 409, description = "`invalid_phase` with the state, `already_configured`"),
+))]
+async fn aegis_setup(
+    State(app): State<App>,
+    Installer(caller): Installer,
+    body::Json(body): body::Json<Cipher>,
+) -> Result<(HeaderMap, Json<PublicState>)> {
+    let state = app.access().set_up_aegis(&caller.client, &body.cipher).await?;
+    Ok((client::signed_out_cookies(&app), PublicState::new(Some("ok"), state)))
+}
+
+/// Open the secret store in this process.
+#[utoipa::path(post, path = "/api/bootstrap/aegis/unlock", tag = "Bootstrap", request_body = Cipher, responses(
+    (status = 200, body = PublicState),
+    (status = 400, description = "`invalid_request`"),
+    (status = 401, description = "`invalid_cipher`"),
+    (status = 403, description = "`setup_token_required`, `bad_origin`"),
+    (status = 409, description = "`invalid_phase` with the state"),
+    (status = 429, description = "`rate_limited`"),
+    (status = 500, description = "`corrupt_secret_store`"),
+))]
+async fn aegis_unlock(
+    State(app): State<App>,
+    Installer(caller): Installer,
+    body::Json(body): body::Json<Cipher>,
+) -> Result<Json<PublicState>> {
+    let state = app.access().unlock_aegis(&caller.client, &body.cipher).await?;
+    if state.phase == bootstrap::Phase::LoginRequired {
+        bootstrap::remove_setup_token(&app.settings.state_dir);
+    }
+    Ok(PublicState::new(Some("ok"), state))
+}
+
+/// The first administrator, or one to be recovered.
+#[derive(serde::Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Admin {
+    /// The name to sign in with.
+    #[serde(default)]
+    username: String,
+    /// The name to show; by default the username. Not used for a recovery.
+    display_name: Option<String>,
+    /// The password, at least 12 characters; or its digest.
+    #[schema(value_type = Option<String>)]
+    password: Option<Secret<String>>,
+    /// The SHA-512 of the password, in hex.
+    #[schema(value_type = Option<String>)]
+    password_sha512: Option<Secret<String>>,
+}
+
+/// Begin the set-up of the first administrator.
+#[utoipa::path(post, path = "/api/bootstrap/admin/setup", tag = "Bootstrap", request_body = Admin, responses(
+    (status = 200, body = MfaRequired),
+    (status = 400, description = "`username and password are required`, `invalid_username`, `invalid_display_name`, `password_too_short`"),
+    (status = 403, description = "`setup_token_required`, `bad_origin`"),
+    (status = 409, description = "`invalid_phase` with the state, `bootstrap_already_initialized`"),
+))]
+async fn admin_setup(State(app): State<App>, _: Installer, body::Json(body): body::Json<Admin>) -> Result<Json<MfaRequired>> {
+    let password = Sent { plain: body.password, sha512: body.password_sha512 };
+    let pending = app.access().set_up_admin(&body.username, body.display_name.as_deref(), &password).await?;
+    Ok(Json(pending.into()))
+}
+
+/// Begin the recovery of an administrator when none can sign in.
+#[utoipa::path(post, path = "/api/bootstrap/admin/recover", tag = "Bootstrap", request_body = Admin, responses(
+    (status = 200, body = MfaRequired),
+    (status = 400, description = "`username and password are required`, `password_too_short`"),
+    (status = 403, description = "`setup_token_required`, `bad_origin`"),
+    (status = 404, description = "`admin_not_found`"),
+    (status = 409, description = "`invalid_phase` with the state, `admin_recovery_not_required`"),
+))]
+async fn admin_recover(State(app): State<App>, _: Installer, body::Json(body): body::Json<Admin>) -> Result<Json<MfaRequired>> {
+    let password = Sent { plain: body.password, sha512: body.password_sha512 };
+    Ok(Json(app.access().recover_admin(&body.username, &password).await?.into()))
+}
+
+/// Prove the administrator's second factor; writes the account and signs it in.
+#[utoipa::path(post, path = "/api/bootstrap/admin/mfa/verify", tag = "Bootstrap", request_body = MfaCode, responses(
+    (status = 200, body = SignInAnswer),
+    (status = 400, description = "`invalid_code`: not six digits"),
+    (status = 401, description = "`bootstrap_pending`, `invalid_session`, `expired`, `invalid_code`"),
+    (status = 403, description = "`setup_token_required`, `bad_origin`"),
+    (status = 404, description = "`admin_not_found`"),
+    (status = 409, description = "`bootstrap_already_initialized`, `username already exists`, `admin_recovery_not_required`"),
+    (status = 423, description = "`bootstrap_required` with the state"),
+    (status = 429, description = "`rate_limited`"),
+))]
+async fn admin_verify(
+    State(app): State<App>,
+    Installer(caller): Installer,
+    body::Json(body): body::Json<MfaCode>,
+) -> Result<(HeaderMap, Json<SignInAnswer>)> {
+    let signed_in = app.access().verify_admin(&caller.client, &body.pending_token, &body.code).await?;
+    bootstrap::remove_setup_token(&app.settings.state_dir);
+    Ok(SignInAnswer::new(&app, &caller, signed_in))
+}
+
+/// The state of the secret store.
+#[derive(Debug, serde::Serialize, ToSchema)]
+struct AegisStatus {
+    /// Whether there is one.
+    configured: bool,
+    /// Whether it is locked in this process.
+    locked: bool,
+    /// `engine_global`.
+    unlock_scope: &'static str,
+    /// The columns sealed under it.
+    secret_scope: Vec<&'static str>,
+    /// Epoch seconds of its last change; 0 before set-up.
+    updated_at: i64,
+    /// The caller's role.
+    user_role: String,
+}
+
+/// The state of the secret store.
+#[utoipa::path(get, path = "/api/aegis/status", tag = "Bootstrap", responses(
+    (status = 200, body = AegisStatus),
+    (status = 401, description = "`unauthorized`"),
+))]
+async fn aegis_status(State(app): State<App>, operator: Operator) -> Result<Json<AegisStatus>> {
+    let updated_at = aegis::updated_at(&app.pool).await?;
+    Ok(Json(AegisStatus {
+        configured: updated_at.is_some(),
+        locked: !app.vault.is_open(),
+        unlock_scope: "engine_global",
+        secret_scope: aegis::PROTECTED.to_vec(),
+        updated_at: updated_at.map(|at| at.timestamp()).unwrap_or(0),
+        user_role: operator.role,
+    }))
+}

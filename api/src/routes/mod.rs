@@ -1,0 +1,38 @@
+//! One file per resource: request and response types, then the handlers. [`all`] is the list of them.
+
+use crate::{access::Routes, state::App};
+
+pub mod activity;
+pub mod agent;
+pub mod approvals;
+pub mod assemblies;
+pub mod auth;
+pub mod bootstrap;
+pub mod devices;
+pub mod docs;
+pub mod enrollment;
+pub mod health;
+pub mod runs;
+pub mod scheduled_jobs;
+pub mod sites;
+pub mod users;
+
+/// Every public route with its class.
+#[must_use]
+pub fn all(app: &App) -> Routes {
+    Routes::new(app.clone())
+        .merge(activity::routes(app))
+        .merge(agent::routes(app))
+        .merge(approvals::routes(app))
+        .merge(assemblies::routes(app))
+        .merge(auth::routes(app))
+        .merge(bootstrap::routes(app))
+        .merge(devices::routes(app))
+        .merge(docs::routes(app))
+        .merge(enrollment::routes(app))
+        .merge(health::routes(app))
+        .merge(runs::routes(app))
+        .merge(scheduled_jobs::routes(app))
+        .merge(sites::routes(app))
+        .merge(users::routes(app))
+}
