@@ -1,0 +1,94 @@
+//! The sockets of operators: rooms by what they may see, and who is where.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use chrono::Utc;
+use serde_json::{Value, json};
+use socketioxide::extract::{AckSender, SocketRef, TryData};
+
+use super::{
+    Adapter, Running,
+    registry::{Person, View},
+    upgrade::Peer,
+};
+
+/// The room of administrators, who see every site.
+pub const ADMINS: &str = "admins";
+/// The longest page name, in characters.
+const PAGE_CHARS: usize = 160;
+
+/// The room of those who may see a site.
+pub fn site_room(site: i64) -> String {
+    format!("site:{site}")
+}
+
+/// An operator's socket has entered the namespace.
+pub fn entered(running: &Arc<Running>, socket: SocketRef<Adapter>) {
+    let Some(Peer::Person(person)) = socket.req_parts().extensions.get::<Peer>().cloned() else { return };
+    socket.join(format!("op:{}", person.user_id));
+    place(&socket, &person.view());
+    running.registry.enter_person(person.clone(), socket.clone());
+
+    let page: Arc<Mutex<Option<String>>> = Arc::default();
+    {
+        let (running, page) = (running.clone(), page.clone());
+        socket.on("operator_presence_sync", move |TryData::<Value>(said), ack: AckSender<Adapter>| {
+            let said = said.unwrap_or_default();
+            let now: String =
+                said.get("current_page").and_then(Value::as_str).unwrap_or_default().chars().take(PAGE_CHARS).collect();
+            let before = page.lock().unwrap_or_else(PoisonError::into_inner).replace(now.clone());
+            let _ = ack.send(&json!({"status": "ok"}));
+            if before.as_ref() != Some(&now) {
+                changed(&running);
+            }
+            std::future::ready(())
+        });
+    }
+    {
+        let (running, page) = (running.clone(), page.clone());
+        socket.on("operator_presence_clear", move |ack: AckSender<Adapter>| {
+            let before = page.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let _ = ack.send(&json!({"status": "ok"}));
+            if before.is_some() {
+                changed(&running);
+            }
+            std::future::ready(())
+        });
+    }
+    let running = running.clone();
+    socket.on_disconnect(move |socket: SocketRef<Adapter>| {
+        person.cut.cancel();
+        running.registry.remove_person(&socket.id.to_string());
+        if page.lock().unwrap_or_else(PoisonError::into_inner).take().is_some() {
+            changed(&running);
+        }
+        std::future::ready(())
+    });
+}
+
+fn changed(running: &Running) {
+    running.tell_site(None, "server_operator_presence_changed", json!({"changed_at": Utc::now().timestamp()}));
+}
+
+/// Puts a socket into the rooms of what its operator may see, and out of all other site rooms.
+fn place(socket: &SocketRef<Adapter>, view: &View) {
+    let stale: Vec<String> = socket
+        .rooms()
+        .into_iter()
+        .filter(|room| room.starts_with("site:") || *room == ADMINS)
+        .map(|room| room.to_string())
+        .collect();
+    socket.leave(stale);
+    if view.admin {
+        socket.join(ADMINS);
+    } else {
+        socket.join(view.sites.iter().copied().map(site_room).collect::<Vec<_>>());
+    }
+}
+
+/// What an operator may see has changed.
+pub fn replace(person: &Person, socket: &SocketRef<Adapter>, view: View) {
+    if person.set_view(view.clone()) {
+        place(socket, &view);
+    }
+}

@@ -1,0 +1,162 @@
+//! What agents report, on its way into Postgres: one task takes all that waits and applies it in one transaction. The
+//! agent hears of it after the commit, and only then.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use borealis_engine::{
+    Error, Result, db,
+    jobs::results::{self, Finished, Outcome, Report, Settled},
+};
+use borealis_protocol::events::Ack;
+use serde_json::json;
+use socketioxide::extract::AckSender;
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
+
+use super::{Adapter, Running, registry::Agent};
+
+/// KiB of reports that may wait.
+const ROOM_KIB: usize = 256 * 1024;
+/// Reports that may wait.
+const QUEUE: usize = 20_000;
+/// Reports of one agent without acks that may wait for room.
+const PATIENCE: usize = 4;
+/// When an agent that was turned away comes again, in milliseconds.
+const RETRY_MS: u64 = 5_000;
+
+struct Waiting {
+    report: Report,
+    ack: AckSender<Adapter>,
+    _room: OwnedSemaphorePermit,
+}
+
+/// The queue in front of the store.
+pub struct Intake {
+    queue: mpsc::Sender<Waiting>,
+    waiting: Mutex<mpsc::Receiver<Waiting>>,
+    room: Arc<Semaphore>,
+}
+
+impl Default for Intake {
+    fn default() -> Self {
+        let (queue, waiting) = mpsc::channel(QUEUE);
+        Self { queue, waiting: Mutex::new(waiting), room: Arc::new(Semaphore::new(ROOM_KIB)) }
+    }
+}
+
+fn retry(code: &str) -> Ack {
+    Ack { retry_after_ms: Some(RETRY_MS), ..Ack::retry(code) }
+}
+
+impl Intake {
+    /// Takes a report. Called in the order the agent sent them. Without room, an agent that keeps its reports is told to
+    /// come again; one that does not is made to wait.
+    pub fn offer(self: &Arc<Self>, agent: &Arc<Agent>, report: Report, ack: AckSender<Adapter>) {
+        let size = u32::try_from(report.weight().div_ceil(1024)).unwrap_or(u32::MAX);
+        let refused = match self.room.clone().try_acquire_many_owned(size) {
+            Ok(room) => match self.queue.try_send(Waiting { report, ack, _room: room }) {
+                Ok(()) => return,
+                Err(mpsc::error::TrySendError::Full(waiting) | mpsc::error::TrySendError::Closed(waiting)) => {
+                    (waiting.report, waiting.ack)
+                }
+            },
+            Err(_) => (report, ack),
+        };
+        let (report, ack) = refused;
+        if agent.can("dedup") {
+            let _ = ack.send(&retry("busy"));
+            return;
+        }
+        if agent.waiting.fetch_add(1, Ordering::Relaxed) >= PATIENCE {
+            agent.cut.cancel();
+        }
+        let (intake, agent) = (self.clone(), agent.clone());
+        tokio::spawn(async move {
+            let _counted = CountOut(&agent.waiting);
+            if let Ok(room) = intake.room.clone().acquire_many_owned(size).await {
+                let _ = intake.queue.send(Waiting { report, ack, _room: room }).await;
+            }
+        });
+    }
+
+    /// Applies what comes, for ever.
+    pub async fn run(self: Arc<Self>, running: Arc<Running>) {
+        let mut waiting = self.waiting.lock().await;
+        let mut batch = Vec::new();
+        while waiting.recv_many(&mut batch, results::BATCH).await > 0 {
+            let reports: Vec<Report> = batch.iter().map(|one| one.report.clone()).collect();
+            let mut pause = Duration::from_millis(100);
+            let outcomes = loop {
+                match apply(&running, &reports).await {
+                    Ok(outcomes) => break outcomes.into_iter().map(Some).collect(),
+                    Err(error) if error.is_transient() => {
+                        tracing::warn!(%error, reports = reports.len(), "results wait for the database");
+                        tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+                        pause = (pause * 2).min(Duration::from_secs(3));
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, source = ?error.source, reports = reports.len(), "results were refused; applying one by one");
+                        break one_by_one(&running, &reports).await;
+                    }
+                }
+            };
+            for (one, outcome) in batch.drain(..).zip(outcomes) {
+                let _ = match outcome {
+                    Some(Outcome::Applied) => one.ack.send(&Ack::ok()),
+                    Some(Outcome::Late | Outcome::Unknown) => one.ack.send(&Ack::ignored()),
+                    None => one.ack.send(&retry("internal_error")),
+                };
+            }
+        }
+    }
+}
+
+struct CountOut<'a>(&'a AtomicUsize);
+
+impl Drop for CountOut<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// So that one report the database will not have does not keep the others out.
+async fn one_by_one(running: &Running, reports: &[Report]) -> Vec<Option<Outcome>> {
+    let mut outcomes = Vec::with_capacity(reports.len());
+    for report in reports {
+        outcomes.push(match apply(running, std::slice::from_ref(report)).await {
+            Ok(one) => one.first().copied(),
+            Err(error) => {
+                tracing::error!(%error, source = ?error.source, activity = report.activity_id, device = %report.device, "a result was refused");
+                None
+            }
+        });
+    }
+    outcomes
+}
+
+async fn apply(running: &Running, reports: &[Report]) -> Result<Vec<Outcome>> {
+    let mut tx = running.pool.begin().await.map_err(Error::from)?;
+    let Settled { outcomes, changes, finished } = results::apply(&mut tx, reports).await?;
+    for one in &finished {
+        signal(&mut tx, one).await?;
+    }
+    tx.commit().await.map_err(Error::from)?;
+    for change in changes {
+        running.tell_site(change.site_id, "device_activity_changed", change.payload());
+    }
+    Ok(outcomes)
+}
+
+/// Wakes the workflow run that waits for an occurrence, in the transaction that ended its last run.
+async fn signal(tx: &mut db::Tx<'_>, finished: &Finished) -> Result<()> {
+    let payload = json!({"occurrence_id": finished.occurrence_id});
+    if !borealis_workflows::signal(tx, finished.workflow_run_id, "results", &payload).await? {
+        tracing::debug!(run = %finished.workflow_run_id, "nobody waits for these results");
+    }
+    Ok(())
+}
