@@ -1,0 +1,132 @@
+//! The API process, and the supervisor that runs all processes of one machine.
+
+use std::{net::Ipv4Addr, process::ExitCode};
+
+use borealis_api::{
+    app, serve,
+    settings::{Environment, Settings},
+    up,
+};
+use borealis_engine::{Error, Result, db, state_dir};
+use clap::{Parser, Subcommand};
+use tokio_util::sync::CancellationToken;
+
+/// Borealis Engine: remote management and automation on durable workflows.
+#[derive(Debug, Parser)]
+#[command(name = "borealis-api", version)]
+struct Line {
+    #[command(subcommand)]
+    verb: Verb,
+    /// What is logged, for example `info` or `info,borealis_api=debug`.
+    #[arg(long, env = "BOREALIS_LOG", value_name = "FILTER", default_value = "info,sqlx=warn", global = true)]
+    log: String,
+    /// How it is logged.
+    #[arg(long, env = "BOREALIS_LOG_FORMAT", value_enum, default_value = "text", global = true)]
+    log_format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Serves the API, on a database that `migrate` or `up` has prepared.
+    Serve(Environment),
+    /// Runs everything on this machine: a private Postgres unless DATABASE_URL is set, the API and a worker.
+    Up(Environment),
+    /// Brings the database to this version.
+    Migrate(Environment),
+    /// Prints the OpenAPI document.
+    Openapi,
+}
+
+/// The most connections to Postgres of one API process.
+const POOL: u32 = 32;
+/// Exit status when another engine runs on the state folder (EX_TEMPFAIL of sysexits.h).
+const ALREADY_RUNNING: u8 = 75;
+
+fn main() -> ExitCode {
+    let line = Line::parse();
+    let ended = log(&line).and_then(|()| run(line.verb));
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("borealis: {}", error.message);
+            let mut cause = error.source.as_deref().map(|cause| cause as &dyn std::error::Error);
+            while let Some(error) = cause {
+                eprintln!("  because: {error}");
+                cause = error.source();
+            }
+            ExitCode::from(if error.code == "already_running" { ALREADY_RUNNING } else { 1 })
+        }
+    }
+}
+
+fn log(line: &Line) -> Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(&line.log)
+        .map_err(|error| Error::field("invalid_setting", "BOREALIS_LOG", error.to_string()))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match line.log_format {
+        LogFormat::Text => log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+        LogFormat::Json => log.json().init(),
+    }
+    Ok(())
+}
+
+fn run(verb: Verb) -> Result<()> {
+    // The supervisor's children get a signal when the thread that started them ends; so it has one thread, the first.
+    let mut threads = match verb {
+        Verb::Up(_) => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let runtime = threads.enable_all().build().map_err(Error::bug)?;
+    runtime.block_on(async {
+        match verb {
+            Verb::Serve(environment) => {
+                let pool = pool(&environment, "borealis-api")?;
+                let (stop, _) = up::on_signals()?;
+                serve::serve(environment.settings()?, pool, stop).await?.wait().await;
+                Ok(())
+            }
+            Verb::Up(environment) => up::up(&environment.settings()?, environment.database_url()).await,
+            Verb::Migrate(environment) => borealis_workflows::setup(&pool(&environment, "borealis migrate")?).await,
+            Verb::Openapi => openapi().await,
+        }
+    })
+}
+
+/// Prints the document of a service that serves nobody: on free ports, in a folder of its own, with no database behind it.
+async fn openapi() -> Result<()> {
+    let folder = std::env::temp_dir().join(format!("borealis-openapi-{}", uuid::Uuid::new_v4()));
+    state_dir::own(&folder)?;
+    let settings = Settings {
+        listen: (Ipv4Addr::LOCALHOST, 0).into(),
+        internal_listen: (Ipv4Addr::LOCALHOST, 0).into(),
+        engine_secret_file: folder.join("engine.secret"),
+        state_dir: folder.clone(),
+        public_base_url: "http://127.0.0.1:0".parse().map_err(Error::bug)?,
+        enroll_per_minute: 1,
+        unseal_automatically: false,
+        access: borealis_engine::access::Settings::default(),
+    };
+    let nowhere = format!("postgres://nobody@localhost/none?host={}", folder.display());
+    let pool = db::connect(&db::Options { url: nowhere, max_connections: 1, application_name: String::new() })?;
+    let stop = CancellationToken::new();
+    let running = serve::serve(settings, pool, stop.clone()).await?;
+    let (_, document, _) = app::build(&running.app);
+    stop.cancel();
+    running.wait().await;
+    std::fs::remove_dir_all(&folder).map_err(Error::bug)?;
+    println!("{}", document.to_pretty_json().map_err(Error::bug)?);
+    Ok(())
+}
+
+fn pool(environment: &Environment, name: &str) -> Result<db::Pool> {
+    let url = environment.database_url().ok_or_else(|| {
+        Error::field("invalid_setting", "DATABASE_URL", "it is not set; `borealis-api up` starts a private Postgres by itself.")
+    })?;
+    db::connect(&db::Options { url: url.to_owned(), max_connections: POOL, application_name: name.to_owned() })
+}
