@@ -1,0 +1,535 @@
+//! Who the agent is to the engine: its key, its GUID, its tokens and the engine key it trusts. One file, private.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use borealis_protocol::keys::{self, NONCE_LEN, SigningKey, VerifyingKey};
+use borealis_protocol::normalise_guid;
+use borealis_protocol::rest::{
+    EnrollRequest, EnrollResponse, PATH_ENROLL_POLL, PATH_ENROLL_REQUEST, PATH_TOKEN_REFRESH, PollRequest, PollResponse,
+    RefreshRequest, RefreshResponse, RemoteOpsRoute, TokenCapabilities,
+};
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::client::{CallError, Client};
+use crate::clock::local_now;
+use crate::platform::Platform;
+use crate::{Error, Result, files};
+
+const SCHEMA_VERSION: u32 = 1;
+/// A token with less than this left is refreshed before it is used.
+const REFRESH_BEFORE: Duration = Duration::from_secs(60);
+/// Lifetime of an access token when the engine names none.
+const DEFAULT_LIFETIME_SECONDS: i64 = 900;
+/// The longest lifetime believed, so that a wrong number cannot stop refreshing.
+const MAX_LIFETIME_SECONDS: i64 = 86_400;
+
+const CAPABILITIES: TokenCapabilities = TokenCapabilities { rotates: true };
+
+#[derive(Clone, Serialize, Deserialize)]
+struct Stored {
+    schema_version: u32,
+    /// Base64 of the 32 secret bytes of the Ed25519 identity.
+    private_key: String,
+    #[serde(default)]
+    guid: Option<String>,
+    #[serde(default)]
+    tokens: Option<Tokens>,
+    /// Base64 SPKI of the engine's script key, as received at enrollment.
+    #[serde(default)]
+    server_signing_key: Option<String>,
+    #[serde(default)]
+    remote_ops_route: Option<RemoteOpsRoute>,
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+struct Tokens {
+    access_token: String,
+    /// Epoch seconds of the machine's clock.
+    access_expires_at: i64,
+    refresh_token: String,
+}
+
+struct Inner {
+    stored: Stored,
+    /// Until when the access token is used, by the monotonic clock.
+    usable_until: Instant,
+    /// The disk could not take the last change.
+    unsaved: bool,
+}
+
+/// The agent's account with the engine.
+pub(crate) struct Account {
+    platform: Arc<dyn Platform>,
+    client: Client,
+    path: PathBuf,
+    inner: Mutex<Inner>,
+    /// One refresh at a time.
+    refreshing: tokio::sync::Mutex<()>,
+    key: SigningKey,
+    /// Cancelled when the engine has ended the account; replaced at the next enrollment.
+    lost: Mutex<CancellationToken>,
+    /// The engine refused a refresh without ending the account.
+    refused: Notify,
+}
+
+/// Why there is no token.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TokenError {
+    /// The engine ended the account, or there never was one.
+    #[error("the agent is not enrolled")]
+    NotEnrolled,
+    /// Try again later.
+    #[error("{reason}")]
+    Transient { reason: String, retry_after: Option<Duration> },
+}
+
+/// How an attempt to enroll failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum EnrollError {
+    /// An operator said no.
+    #[error("the enrollment was denied: {0}")]
+    Denied(String),
+    /// The engine does not take this request or code; asking again with the same changes nothing soon.
+    #[error("the enrollment was refused: {0}")]
+    Refused(String),
+    /// Try again later.
+    #[error("{reason}")]
+    Transient { reason: String, retry_after: Option<Duration> },
+    /// The agent is to stop.
+    #[error("stopped")]
+    Stopped,
+}
+
+/// What a failed refresh means (contract access 16, remote 8.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reaction {
+    /// The account is over.
+    Wipe,
+    /// Keep the tokens and try again.
+    Keep,
+}
+
+/// Reads the reaction from the text of the engine's answer, whatever its status.
+pub(crate) fn reaction_to(body: &str) -> Reaction {
+    const NEVER_FINAL: [&str; 4] = ["invalid_refresh_token", "device_not_found", "token_refresh_unavailable", "auth_unavailable"];
+    const FINAL: [&str; 8] = [
+        "refresh_token_expired",
+        "refresh_token_revoked",
+        "device_purged",
+        "device_revoked",
+        "fingerprint_mismatch",
+        "token_version",
+        "revoked",
+        "decommissioned",
+    ];
+    let says = |markers: &[&str]| markers.iter().any(|marker| body.contains(marker));
+    if !says(&NEVER_FINAL) && says(&FINAL) { Reaction::Wipe } else { Reaction::Keep }
+}
+
+impl Account {
+    /// Reads the account from `state_dir`, making a new identity at the first start.
+    pub(crate) fn open(platform: Arc<dyn Platform>, client: Client, state_dir: &std::path::Path) -> Result<Self> {
+        let path = state_dir.join("agent.json");
+        let stored = match files::read_json::<Stored>(&path)? {
+            Some(stored) if stored.schema_version == SCHEMA_VERSION => stored,
+            Some(stored) => {
+                let reason = format!("written by another version of the agent (schema {})", stored.schema_version);
+                return Err(Error::Corrupt { path, reason });
+            }
+            None => {
+                let key = SigningKey::from_bytes(&rand::random());
+                let stored = Stored {
+                    schema_version: SCHEMA_VERSION,
+                    private_key: keys::to_base64(key.as_bytes()),
+                    guid: None,
+                    tokens: None,
+                    server_signing_key: None,
+                    remote_ops_route: None,
+                };
+                files::replace_json(&*platform, &path, &stored).map_err(Error::file(&path))?;
+                stored
+            }
+        };
+        let key = keys::from_base64(&stored.private_key)
+            .ok()
+            .and_then(|bytes| <[u8; 32]>::try_from(bytes).ok())
+            .map(|bytes| SigningKey::from_bytes(&bytes))
+            .ok_or_else(|| Error::Corrupt { path: path.clone(), reason: "the private key is unreadable".to_owned() })?;
+        let left = stored.tokens.as_ref().map_or(0, |tokens| tokens.access_expires_at.saturating_sub(local_now()));
+        // A clock that was set back must not make an old token look fresh for long.
+        let usable_until = Instant::now() + seconds(left.clamp(0, DEFAULT_LIFETIME_SECONDS));
+        Ok(Self {
+            platform,
+            client,
+            path,
+            inner: Mutex::new(Inner { stored, usable_until, unsaved: false }),
+            refreshing: tokio::sync::Mutex::new(()),
+            key,
+            lost: Mutex::new(CancellationToken::new()),
+            refused: Notify::new(),
+        })
+    }
+
+    pub(crate) fn is_enrolled(&self) -> bool {
+        self.read(|stored| stored.tokens.is_some() && stored.guid.is_some())
+    }
+
+    /// The device's GUID, empty before the first enrollment.
+    pub(crate) fn guid(&self) -> String {
+        self.read(|stored| stored.guid.clone()).unwrap_or_default()
+    }
+
+    /// The engine key pinned at enrollment.
+    pub(crate) fn engine_key(&self) -> Option<VerifyingKey> {
+        self.read(|stored| stored.server_signing_key.clone()).and_then(|text| keys::from_spki_base64(&text).ok())
+    }
+
+    pub(crate) fn route(&self) -> Option<RemoteOpsRoute> {
+        self.read(|stored| stored.remote_ops_route.clone())
+    }
+
+    pub(crate) fn fingerprint(&self) -> String {
+        keys::fingerprint(&self.key.verifying_key())
+    }
+
+    /// Cancelled once the engine has ended the account.
+    pub(crate) fn lost(&self) -> CancellationToken {
+        self.lost.lock().map(|token| token.clone()).unwrap_or_default()
+    }
+
+    /// Returns when the engine has refused a refresh without ending the account.
+    pub(crate) async fn refresh_refused(&self) {
+        self.refused.notified().await;
+    }
+
+    /// The next [`Self::bearer`] fetches a new token: the present one was refused.
+    pub(crate) fn distrust_access_token(&self) {
+        if let Ok(mut inner) = self.inner.lock() {
+            inner.usable_until = Instant::now();
+        }
+    }
+
+    /// An access token with at least a minute left.
+    pub(crate) async fn bearer(&self) -> Result<String, TokenError> {
+        if let Some(token) = self.fresh_token()? {
+            return Ok(token);
+        }
+        let _one = self.refreshing.lock().await;
+        if let Some(token) = self.fresh_token()? {
+            return Ok(token);
+        }
+        self.refresh().await
+    }
+
+    fn fresh_token(&self) -> Result<Option<String>, TokenError> {
+        let mut inner = self.inner.lock().map_err(|_| TokenError::NotEnrolled)?;
+        if inner.unsaved {
+            inner.unsaved = files::replace_json(&*self.platform, &self.path, &inner.stored).is_err();
+        }
+        let tokens = inner.stored.tokens.as_ref().ok_or(TokenError::NotEnrolled)?;
+        let fresh = inner.usable_until.saturating_duration_since(Instant::now()) > REFRESH_BEFORE;
+        Ok(fresh.then(|| tokens.access_token.clone()))
+    }
+
+    async fn refresh(&self) -> Result<String, TokenError> {
+        let request = self
+            .read(|stored| {
+                Some(RefreshRequest {
+                    guid: stored.guid.clone()?,
+                    refresh_token: stored.tokens.as_ref()?.refresh_token.clone(),
+                    capabilities: CAPABILITIES,
+                })
+            })
+            .ok_or(TokenError::NotEnrolled)?;
+        let answer: RefreshResponse = match self.client.post(PATH_TOKEN_REFRESH, None, &request).await {
+            Ok(answer) => answer,
+            Err(CallError::Status { status, body, .. }) if reaction_to(&body) == Reaction::Wipe => {
+                warn!(status, %body, "the engine has ended this agent's account");
+                self.wipe();
+                return Err(TokenError::NotEnrolled);
+            }
+            Err(error) => {
+                if matches!(error, CallError::Status { status: 400..=428, .. }) {
+                    self.refused.notify_one();
+                }
+                return Err(TokenError::Transient { reason: error.to_string(), retry_after: error.retry_after() });
+            }
+        };
+        if answer.access_token.is_empty() {
+            return Err(TokenError::Transient { reason: "the engine answered no token".to_owned(), retry_after: None });
+        }
+        let token = answer.access_token.clone();
+        let rotated = answer.refresh_token.filter(|text| !text.is_empty()).unwrap_or(request.refresh_token);
+        let lifetime = lifetime(Some(answer.expires_in));
+        let stored = self.update(lifetime, |stored| {
+            stored.tokens = Some(Tokens {
+                access_token: answer.access_token,
+                access_expires_at: local_now().saturating_add(lifetime),
+                refresh_token: rotated,
+            });
+            if answer.remote_ops_route.is_some() {
+                stored.remote_ops_route = answer.remote_ops_route;
+            }
+        });
+        if let Err(error) = stored {
+            // They are in memory, and every later use of a token tries the disk again.
+            warn!(%error, "cannot store the refreshed tokens");
+        }
+        Ok(token)
+    }
+
+    /// Asks for admission with `code` and waits for the decision.
+    pub(crate) async fn enroll(&self, code: &str, hostname: &str, stop: &CancellationToken) -> Result<(), EnrollError> {
+        tokio::select! {
+            () = stop.cancelled() => Err(EnrollError::Stopped),
+            done = self.enroll_steps(code, hostname) => done,
+        }
+    }
+
+    async fn enroll_steps(&self, code: &str, hostname: &str) -> Result<(), EnrollError> {
+        let client_nonce: [u8; NONCE_LEN] = rand::random();
+        let client_nonce_text = keys::to_base64(&client_nonce);
+        let request = EnrollRequest {
+            hostname: hostname.to_owned(),
+            enrollment_code: code.trim().to_owned(),
+            agent_pubkey: keys::spki_base64(&self.key.verifying_key()),
+            client_nonce: client_nonce_text.clone(),
+            onboarding_context: None,
+        };
+        let answer: EnrollResponse = self.client.post(PATH_ENROLL_REQUEST, None, &request).await.map_err(enroll_error)?;
+        if answer.status != "pending" || answer.approval_reference.is_empty() {
+            return Err(EnrollError::Refused(format!("unexpected status {}", answer.status)));
+        }
+        let server_nonce = keys::from_base64(&answer.server_nonce)
+            .map_err(|error| EnrollError::Refused(format!("the server nonce is {error}")))?;
+        let proof = keys::enrollment_proof_bytes(&server_nonce, &answer.approval_reference, &client_nonce);
+        let poll = PollRequest {
+            approval_reference: answer.approval_reference.clone(),
+            client_nonce: client_nonce_text,
+            proof_sig: keys::sign_base64(&self.key, &proof),
+            capabilities: CAPABILITIES,
+        };
+        info!(reference = %answer.approval_reference, fingerprint = %self.fingerprint(), "enrollment requested, waiting for approval");
+        let mut pause = poll_pause(answer.poll_after_ms, 1000);
+        let mut outages = 0u32;
+        loop {
+            tokio::time::sleep(pause).await;
+            let decision: PollResponse = match self.client.post(PATH_ENROLL_POLL, None, &poll).await {
+                Ok(decision) => decision,
+                Err(CallError::Status { status: 404, .. }) => {
+                    return Err(transient("the engine does not know the request any more"));
+                }
+                Err(CallError::Status { status, body, .. }) if (400..500).contains(&status) && status != 429 && status != 409 => {
+                    return Err(transient(&format!("the poll was answered {status}: {body}")));
+                }
+                Err(error) => {
+                    // The request stays valid while the engine is away.
+                    outages = outages.saturating_add(1);
+                    let longest = 5u64.saturating_mul(u64::from(outages)).min(60);
+                    pause = error.retry_after().unwrap_or(Duration::from_secs(longest)).min(Duration::from_secs(300));
+                    warn!(%error, "cannot poll the enrollment");
+                    continue;
+                }
+            };
+            outages = 0;
+            match decision.status.as_str() {
+                "pending" => pause = poll_pause(decision.poll_after_ms, 5000),
+                "approved" | "completed" => return self.admit(decision, &answer.signing_key),
+                "denied" => return Err(EnrollError::Denied(decision.reason.unwrap_or_default())),
+                other => return Err(transient(&format!("the request is {other}"))),
+            }
+        }
+    }
+
+    fn admit(&self, decision: PollResponse, earlier_key: &str) -> Result<(), EnrollError> {
+        let filled = |text: Option<String>| text.filter(|text| !text.trim().is_empty());
+        let (Some(guid), Some(access_token), Some(refresh_token)) =
+            (filled(decision.guid), filled(decision.access_token), filled(decision.refresh_token))
+        else {
+            return Err(transient("the tokens were handed out before"));
+        };
+        let signing_key = filled(decision.signing_key).unwrap_or_else(|| earlier_key.to_owned());
+        let signing_key = keys::from_spki_base64(&signing_key)
+            .map_err(|error| EnrollError::Refused(format!("the engine's signing key is {error}")))?;
+        let lifetime = lifetime(decision.expires_in);
+        self.update(lifetime, |stored| {
+            stored.guid = Some(normalise_guid(&guid));
+            stored.tokens = Some(Tokens { access_token, access_expires_at: local_now().saturating_add(lifetime), refresh_token });
+            stored.server_signing_key = Some(keys::spki_base64(&signing_key));
+            stored.remote_ops_route = decision.remote_ops_route;
+        })
+        .map_err(|error| transient(&format!("cannot store the tokens: {error}")))?;
+        if let Ok(mut lost) = self.lost.lock() {
+            *lost = CancellationToken::new();
+        }
+        Ok(())
+    }
+
+    /// Gives up the tokens; the identity stays.
+    pub(crate) fn wipe(&self) {
+        if let Err(error) = self.update(0, |stored| {
+            stored.tokens = None;
+            stored.remote_ops_route = None;
+        }) {
+            warn!(%error, "cannot erase the tokens");
+        }
+        self.lost().cancel();
+    }
+
+    fn read<T>(&self, look: impl FnOnce(&Stored) -> T) -> T
+    where
+        T: Default,
+    {
+        self.inner.lock().map(|inner| look(&inner.stored)).unwrap_or_default()
+    }
+
+    /// Changes the account in memory, then on disk. The file is replaced as a whole, so a crash leaves the old or the new
+    /// refresh token there, never none.
+    fn update(&self, lifetime: i64, change: impl FnOnce(&mut Stored)) -> std::io::Result<()> {
+        let mut inner = self.inner.lock().map_err(|_| std::io::Error::other("poisoned"))?;
+        change(&mut inner.stored);
+        inner.usable_until = Instant::now() + seconds(lifetime);
+        let saved = files::replace_json(&*self.platform, &self.path, &inner.stored);
+        inner.unsaved = saved.is_err();
+        saved
+    }
+}
+
+fn enroll_error(error: CallError) -> EnrollError {
+    match error {
+        CallError::Status { status, body, .. } if (400..500).contains(&status) && status != 429 => {
+            EnrollError::Refused(format!("{status} {body}"))
+        }
+        error => EnrollError::Transient { reason: error.to_string(), retry_after: error.retry_after() },
+    }
+}
+
+fn transient(reason: &str) -> EnrollError {
+    EnrollError::Transient { reason: reason.to_owned(), retry_after: None }
+}
+
+fn poll_pause(asked_ms: Option<u64>, default_ms: u64) -> Duration {
+    Duration::from_millis(asked_ms.filter(|ms| *ms > 0).unwrap_or(default_ms).clamp(100, 300_000))
+}
+
+fn lifetime(expires_in: Option<i64>) -> i64 {
+    let lifetime = expires_in.filter(|seconds| *seconds > 0).unwrap_or(DEFAULT_LIFETIME_SECONDS).min(MAX_LIFETIME_SECONDS);
+    (lifetime - 5).max(1)
+}
+
+fn seconds(seconds: i64) -> Duration {
+    Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{client, clock, platform};
+
+    fn open(dir: &std::path::Path) -> Account {
+        let tls = client::tls(None).unwrap();
+        let base = url::Url::parse("http://127.0.0.1:9").unwrap();
+        let client = Client::new(base, &tls, Arc::new(clock::ServerClock::default())).unwrap();
+        Account::open(platform::current(), client, dir).unwrap()
+    }
+
+    fn admission(refresh: &str) -> PollResponse {
+        PollResponse {
+            status: "approved".into(),
+            guid: Some("{0d2f7b1a-0000-4000-8000-00000000abcd}".into()),
+            access_token: Some("access".into()),
+            refresh_token: Some(refresh.into()),
+            expires_in: Some(900),
+            signing_key: Some(keys::spki_base64(&SigningKey::from_bytes(&[9; 32]).verifying_key())),
+            ..PollResponse::default()
+        }
+    }
+
+    #[test]
+    fn reactions_follow_the_table() {
+        for body in [
+            "refresh_token_expired",
+            "refresh_token_revoked",
+            "device_purged",
+            "device_revoked",
+            "fingerprint_mismatch",
+            "token_version_mismatch",
+            r#"{"error":"decommissioned"}"#,
+        ] {
+            assert_eq!(reaction_to(body), Reaction::Wipe, "{body}");
+        }
+        for body in [
+            "invalid_refresh_token",
+            "device_not_found",
+            "token_refresh_unavailable",
+            "auth_unavailable",
+            "",
+            "rate_limited",
+            r#"{"error":"token_refresh_unavailable","message":"revoked?"}"#,
+            "<html>502</html>",
+        ] {
+            assert_eq!(reaction_to(body), Reaction::Keep, "{body}");
+        }
+    }
+
+    #[tokio::test]
+    async fn identity_and_tokens_outlive_the_process_and_a_wipe_keeps_the_identity() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = open(dir.path());
+        let fingerprint = first.fingerprint();
+        assert!(!first.is_enrolled());
+        assert!(matches!(first.bearer().await, Err(TokenError::NotEnrolled)));
+        first.admit(admission("refresh"), "").unwrap();
+        drop(first);
+
+        let second = open(dir.path());
+        assert_eq!(second.fingerprint(), fingerprint);
+        assert_eq!(second.guid(), "0D2F7B1A-0000-4000-8000-00000000ABCD");
+        assert!(second.engine_key().is_some());
+        assert_eq!(second.bearer().await.unwrap(), "access");
+        second.distrust_access_token();
+        assert!(matches!(second.bearer().await, Err(TokenError::Transient { .. })), "no engine there to refresh with");
+        assert!(second.is_enrolled(), "and that is no reason to give up the account");
+        let lost = second.lost();
+        second.wipe();
+        assert!(lost.is_cancelled() && !second.is_enrolled());
+        drop(second);
+
+        let third = open(dir.path());
+        assert_eq!(third.fingerprint(), fingerprint);
+        assert!(!third.is_enrolled());
+    }
+
+    #[test]
+    fn an_answer_without_tokens_or_with_a_foreign_key_admits_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let account = open(dir.path());
+        assert!(account.admit(PollResponse { refresh_token: None, ..admission("r") }, "").is_err());
+        assert!(account.admit(PollResponse { signing_key: Some("AAAA".into()), ..admission("r") }, "").is_err());
+        assert!(account.admit(PollResponse { signing_key: None, ..admission("r") }, "").is_err());
+        assert!(!account.is_enrolled());
+    }
+
+    #[test]
+    fn the_file_is_private() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let _account = open(dir.path());
+        let mode = std::fs::metadata(dir.path().join("agent.json")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn lifetimes_are_sane() {
+        assert_eq!(lifetime(Some(900)), 895);
+        assert_eq!(lifetime(None), 895);
+        assert_eq!(lifetime(Some(-4)), 895);
+        assert_eq!(lifetime(Some(3)), 1);
+        assert_eq!(lifetime(Some(i64::MAX)), MAX_LIFETIME_SECONDS - 5);
+    }
+}
