@@ -1,0 +1,40 @@
+//! A worker process like `borealis-worker`, with the probe workflows beside the engine's own, to be killed by the crash tests.
+//! With the feature `failpoints` the environment variable `FAILPOINTS` says where it dies.
+
+use std::{path::PathBuf, sync::Arc};
+
+use borealis_engine::db;
+use borealis_tests::probe;
+use borealis_workers::api_client::ApiClient;
+use borealis_workflows::{Agents, durable::definition::Registry};
+use tokio_util::sync::CancellationToken;
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    tracing_subscriber::fmt().with_env_filter("info").init();
+    #[cfg(feature = "failpoints")]
+    let _scenario = borealis_workflows::durable::fault::from_environment();
+    let url = std::env::var("DATABASE_URL")?;
+    let id = uuid::Uuid::new_v4();
+    let agents: Arc<dyn Agents> = match std::env::var("BOREALIS_INTERNAL_URL") {
+        Ok(internal) => {
+            let secret = std::fs::read_to_string(PathBuf::from(std::env::var("BOREALIS_ENGINE_SECRET_FILE")?))?;
+            Arc::new(ApiClient::new(internal.parse()?, secret.trim(), id)?)
+        }
+        Err(_) => Arc::new(probe::NoAgents),
+    };
+    let pool = db::connect(&db::Options { url, max_connections: 8, application_name: "test-worker".into() })?;
+    let registry =
+        Registry::new(borealis_workflows::registry().iter().chain(probe::registry().iter()).map(|workflow| (**workflow).clone()));
+    let options =
+        borealis_workers::Options { id, concurrency: 16, history_days: 30, duties: std::env::var("NO_DUTIES").is_err() };
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::spawn(async move {
+        terminate.recv().await;
+        stopping.cancel();
+    });
+    borealis_workers::run(pool, agents, registry, options, stop).await?;
+    Ok(())
+}

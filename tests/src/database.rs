@@ -1,0 +1,210 @@
+//! A fresh, migrated database for every test, copied from a template that is made once per migration history.
+
+use std::{
+    str::FromStr,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+use borealis_engine::{
+    cluster::{Cluster, Durability, Paths},
+    db::{self, Pool},
+};
+use sha2::{Digest, Sha256};
+use sqlx::{
+    AssertSqlSafe, Connection, PgConnection,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use tokio::sync::OnceCell;
+use url::Url;
+
+/// Names the server the tests may make databases on: a `postgres://` URL.
+pub const URL_VARIABLE: &str = "BOREALIS_TEST_DATABASE_URL";
+
+static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");
+static COUNT: AtomicU32 = AtomicU32::new(0);
+/// Any number that nothing else on the server locks.
+const LOCK: i64 = 0x626f_7265_616c_6973;
+
+/// A database of one test. Dropped with the value, also when the test panics.
+#[derive(Debug)]
+pub struct TestDatabase {
+    /// Where it is.
+    pub url: Url,
+    /// A pool on it, for what a test looks at behind the API's back.
+    pub pool: Pool,
+    admin: Url,
+    name: String,
+}
+
+impl TestDatabase {
+    /// Makes one.
+    pub async fn start() -> Self {
+        Self::on(server().await).await
+    }
+
+    /// Makes one on a given server.
+    pub async fn on(admin: Url) -> Self {
+        let mut connection = connect(&admin).await;
+        let template = template(&admin, &mut connection).await;
+        let name = format!("borealis_x_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        execute(&mut connection, format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).await;
+        execute(&mut connection, format!("CREATE DATABASE {name} TEMPLATE {template}")).await;
+        let _ = connection.close().await;
+        let url = at(&admin, &name);
+        let pool = db::connect(&db::Options { url: url.to_string(), max_connections: 8, application_name: "tests".into() })
+            .expect("a readable database URL");
+        Self { url, pool, admin, name }
+    }
+}
+
+impl Drop for TestDatabase {
+    fn drop(&mut self) {
+        let (admin, name) = (self.admin.clone(), self.name.clone());
+        // On a thread with a runtime of its own, because this may run while the test's runtime unwinds.
+        let dropper = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
+            runtime.block_on(async {
+                let options = PgConnectOptions::from_str(admin.as_str()).ok()?;
+                let drop = async {
+                    let mut connection = PgConnection::connect_with(&options).await.ok()?;
+                    let sql = format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)");
+                    sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.ok()
+                };
+                tokio::time::timeout(Duration::from_secs(10), drop).await.ok()?
+            })
+        });
+        let _ = dropper.join();
+    }
+}
+
+/// The server to use: the named one, or one of this process' own, which ends with it.
+async fn server() -> Url {
+    match std::env::var(URL_VARIABLE) {
+        Ok(url) => Url::parse(&url).unwrap_or_else(|error| panic!("{URL_VARIABLE} cannot be read: {error}")),
+        Err(_) => OWN.get_or_init(TestCluster::start).await.url(),
+    }
+}
+
+static OWN: OnceCell<TestCluster> = OnceCell::const_new();
+
+/// A Postgres of a test's own, to be stopped and started.
+#[derive(Debug)]
+pub struct TestCluster {
+    cluster: Cluster,
+    paths: Paths,
+    _folder: tempfile::TempDir,
+}
+
+impl TestCluster {
+    /// Makes and starts one; takes a second or two.
+    pub async fn start() -> Self {
+        let folder = tempfile::Builder::new().prefix("borealis-postgres-").tempdir().expect("a folder");
+        let paths = Paths::under(folder.path());
+        let cluster = start(&paths).await;
+        Self { cluster, paths, _folder: folder }
+    }
+
+    /// The server's maintenance database.
+    #[must_use]
+    pub fn url(&self) -> Url {
+        Url::parse(&self.cluster.url("postgres")).expect("a URL")
+    }
+
+    /// Stops the server, as for maintenance; [`StoppedCluster::start`] brings it back at the same place.
+    pub async fn stop(self) -> StoppedCluster {
+        // A test cluster commits without waiting for its disk; what it has answered must not be lost here.
+        let mut connection = connect(&self.url()).await;
+        execute(&mut connection, "CHECKPOINT".into()).await;
+        let Self { cluster, paths, _folder } = self;
+        cluster.stop().await.unwrap_or_else(|error| panic!("the test's Postgres does not stop: {error:?}"));
+        StoppedCluster { paths, _folder }
+    }
+}
+
+/// A Postgres that is away for now.
+#[derive(Debug)]
+pub struct StoppedCluster {
+    paths: Paths,
+    _folder: tempfile::TempDir,
+}
+
+impl StoppedCluster {
+    /// Starts it again.
+    pub async fn start(self) -> TestCluster {
+        let Self { paths, _folder } = self;
+        let cluster = start(&paths).await;
+        TestCluster { cluster, paths, _folder }
+    }
+}
+
+async fn start(paths: &Paths) -> Cluster {
+    Cluster::start(paths, Durability::Test).await.unwrap_or_else(|error| panic!("no Postgres for the tests: {error}"))
+}
+
+fn at(admin: &Url, name: &str) -> Url {
+    let mut url = admin.clone();
+    url.set_path(name);
+    url
+}
+
+async fn connect(url: &Url) -> PgConnection {
+    let options = PgConnectOptions::from_str(url.as_str()).expect("a readable database URL");
+    PgConnection::connect_with(&options).await.unwrap_or_else(|error| panic!("Postgres at {url}: {error}"))
+}
+
+async fn execute(connection: &mut PgConnection, sql: String) {
+    if let Err(error) = sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(connection).await {
+        panic!("{sql}: {error}");
+    }
+}
+
+/// The name of the template database of this migration history, which exists when this returns. Also removes what
+/// earlier test processes left behind.
+async fn template(admin: &Url, connection: &mut PgConnection) -> String {
+    let mut hash = Sha256::new();
+    for migration in MIGRATIONS.iter() {
+        hash.update(&*migration.checksum);
+    }
+    let name = format!("borealis_t_{}", &hex(&hash.finalize())[..16]);
+    sqlx::query("SELECT pg_advisory_lock($1)").bind(LOCK).execute(&mut *connection).await.expect("a lock");
+    let names: Vec<String> = sqlx::query_scalar("SELECT datname::text FROM pg_database WHERE datname LIKE 'borealis\\_%'")
+        .fetch_all(&mut *connection)
+        .await
+        .expect("the list of databases");
+    for left in names.iter().filter(|name| is_left_over(name)) {
+        let sql = format!("DROP DATABASE IF EXISTS {left} WITH (FORCE)");
+        let _ = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await;
+    }
+    if !names.contains(&name) {
+        // Under another name until it is whole, so that a template is never half made.
+        let making = format!("{name}_making");
+        execute(connection, format!("DROP DATABASE IF EXISTS {making} WITH (FORCE)")).await;
+        execute(connection, format!("CREATE DATABASE {making}")).await;
+        let pool = PgPoolOptions::new()
+            .max_connections(2)
+            .connect(at(admin, &making).as_str())
+            .await
+            .expect("a connection to the new template");
+        borealis_workflows::setup(&pool).await.unwrap_or_else(|error| panic!("the set-up of the queue: {error:?}"));
+        pool.close().await;
+        execute(connection, format!("ALTER DATABASE {making} RENAME TO {name}")).await;
+    }
+    sqlx::query("SELECT pg_advisory_unlock($1)").bind(LOCK).execute(&mut *connection).await.expect("an unlock");
+    name
+}
+
+/// Whether a database belongs to a test process that is gone.
+fn is_left_over(name: &str) -> bool {
+    let Some(rest) = name.strip_prefix("borealis_x_") else { return false };
+    let Some((pid, _)) = rest.split_once('_') else { return false };
+    pid.parse::<u32>().is_ok_and(|pid| !std::path::Path::new("/proc").join(pid.to_string()).exists())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

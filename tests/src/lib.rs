@@ -1,0 +1,19 @@
+//! The harness of the black-box tests: a database of its own for every test, an engine on it, and typed actors, so that a
+//! test reads as a sentence. What cannot be set up panics with the reason.
+
+pub mod actor;
+pub mod agent;
+pub mod database;
+pub mod demo;
+pub mod engine;
+pub mod probe;
+pub mod processes;
+pub mod raw;
+pub mod totp;
+pub mod wait;
+
+pub use actor::{Actor, Device, Reply};
+pub use database::{TestCluster, TestDatabase};
+pub use engine::TestEngine;
+pub use processes::{Child, Processes};
+pub use wait::eventually;
