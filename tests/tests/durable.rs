@@ -1,0 +1,480 @@
+//! The promises of the durable runtime (docs/architecture.md, *Durable runs*), each shown by the fault it is against.
+//!
+//! In-process workers where a fault can be caused from inside; real processes and SIGKILL in `crash.rs`.
+
+use std::{sync::Arc, time::Duration};
+
+use borealis_tests::{TestDatabase, eventually, probe};
+use borealis_workflows::{
+    CancelAsked, NewRun, Services,
+    durable::{claim, definition::Workflow, recovery, worker},
+    request_cancel, retry, signal, start,
+};
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// A database with the probe's tables, and what is needed to run workers on it.
+struct Bench {
+    database: TestDatabase,
+    stops: Vec<(CancellationToken, tokio::task::JoinHandle<()>)>,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let database = TestDatabase::start().await;
+        probe::create_tables(&database.pool).await;
+        Self { database, stops: Vec::new() }
+    }
+
+    fn pool(&self) -> &PgPool {
+        &self.database.pool
+    }
+
+    fn worker(&mut self, name: &str) -> &mut Self {
+        let pool = borealis_engine::db::connect(&borealis_engine::db::Options {
+            url: self.database.url.to_string(),
+            max_connections: 8,
+            application_name: name.into(),
+        })
+        .unwrap();
+        let services = Services { pool, agents: Arc::new(probe::NoAgents) };
+        let stop = CancellationToken::new();
+        let options = worker::Options { name: name.to_owned(), concurrency: 8 };
+        let running = worker::run(probe::registry(), services, options, stop.clone());
+        self.stops.push((stop, tokio::spawn(async move { running.await.unwrap() })));
+        self
+    }
+
+    async fn stop(mut self) {
+        for (stop, running) in self.stops.drain(..) {
+            stop.cancel();
+            running.await.unwrap();
+        }
+    }
+
+    async fn start(&self, workflow: &Workflow, input: Value) -> Uuid {
+        let mut tx = self.pool().begin().await.unwrap();
+        let started = start(&mut tx, workflow, NewRun { input, ..NewRun::default() }).await.unwrap();
+        tx.commit().await.unwrap();
+        started.run_id
+    }
+
+    async fn state(&self, run: Uuid) -> (String, String, Option<String>) {
+        sqlx::query_as("SELECT state, step, error FROM workflow_runs WHERE id = $1")
+            .bind(run)
+            .fetch_one(self.pool())
+            .await
+            .unwrap()
+    }
+
+    async fn reaches(&self, run: Uuid, wanted: &str) {
+        eventually(&format!("run {run} is {wanted}"), SOON, || async { (self.state(run).await.0 == wanted).then_some(()) }).await;
+    }
+
+    async fn count(&self, sql: &str) -> i64 {
+        sqlx::query_scalar(sqlx::AssertSqlSafe(sql.to_owned())).fetch_one(self.pool()).await.unwrap()
+    }
+
+    async fn send(&self, run: Uuid, name: &str, payload: Value) -> bool {
+        let mut tx = self.pool().begin().await.unwrap();
+        let sent = signal(&mut tx, run, name, &payload).await.unwrap();
+        tx.commit().await.unwrap();
+        sent
+    }
+
+    async fn cancel(&self, run: Uuid) -> CancelAsked {
+        let mut tx = self.pool().begin().await.unwrap();
+        let asked = request_cancel(&mut tx, run, "test").await.unwrap();
+        tx.commit().await.unwrap();
+        asked
+    }
+
+    /// Nothing half-done is left: no lease, no hint, events and journal without gap or double.
+    async fn is_clean(&self) {
+        assert_eq!(
+            self.count("SELECT count(*) FROM workflow_runs WHERE finished_at IS NULL OR lease_token IS NOT NULL").await,
+            0
+        );
+        // A hint that came too late for its run is consumed by the next claim.
+        eventually("no hint is left", SOON, || async {
+            (self.count("SELECT count(*) FROM apalis.jobs").await == 0).then_some(())
+        })
+        .await;
+        let gaps = "SELECT count(*) FROM (SELECT run_id, max(seq) - count(*) AS missing FROM workflow_events GROUP BY run_id) e WHERE missing <> 0";
+        assert_eq!(self.count(gaps).await, 0, "event numbers have gaps");
+        let gaps =
+            "SELECT count(*) FROM workflow_runs r WHERE r.seq <> (SELECT count(*) FROM workflow_journal j WHERE j.run_id = r.id)";
+        assert_eq!(self.count(gaps).await, 0, "the journal does not match the runs");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_goes_through_all_its_steps_and_leaves_its_history() {
+    let mut bench = Bench::new().await;
+    bench.worker("w1");
+    let run = bench.start(&probe::probe(), json!({})).await;
+    eventually("the probe waits", SOON, || async {
+        (bench.state(run).await.1 == "wait" && bench.state(run).await.0 == "waiting").then_some(())
+    })
+    .await;
+    assert!(bench.send(run, probe::GO, json!({"answer": 42})).await);
+    bench.reaches(run, "succeeded").await;
+    let output: Value =
+        sqlx::query_scalar("SELECT output FROM workflow_runs WHERE id = $1").bind(run).fetch_one(bench.pool()).await.unwrap();
+    assert_eq!(output, json!({"answer": 42}));
+    let steps: Vec<String> = sqlx::query_scalar("SELECT step FROM workflow_journal WHERE run_id = $1 ORDER BY seq")
+        .bind(run)
+        .fetch_all(bench.pool())
+        .await
+        .unwrap();
+    assert_eq!(steps, ["write", "call", "children", "children", "wait", "wait", "end"]);
+    assert_eq!(bench.count("SELECT count(*) FROM probe_rows").await, 1 + probe::CHILDREN);
+    bench.is_clean().await;
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p1_a_start_key_starts_one_run_however_many_ask() {
+    let bench = Bench::new().await;
+    let asks = (0..20).map(|_| {
+        let pool = bench.pool().clone();
+        async move {
+            let mut tx = pool.begin().await.unwrap();
+            let new = NewRun { key: Some("the same".into()), input: json!({}), ..NewRun::default() };
+            let started = start(&mut tx, &probe::plain(), new).await.unwrap();
+            tx.commit().await.unwrap();
+            started
+        }
+    });
+    let started = futures::future::join_all(asks).await;
+    assert_eq!(started.iter().filter(|started| started.created).count(), 1);
+    assert!(started.iter().all(|other| other.run_id == started[0].run_id));
+    assert_eq!(bench.count("SELECT count(*) FROM workflow_runs").await, 1);
+    assert_eq!(bench.count("SELECT count(*) FROM apalis.jobs").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p1_what_the_caller_rolls_back_was_never_started() {
+    let mut bench = Bench::new().await;
+    let mut tx = bench.pool().begin().await.unwrap();
+    start(&mut tx, &probe::plain(), NewRun { input: json!({}), ..NewRun::default() }).await.unwrap();
+    tx.rollback().await.unwrap();
+    assert_eq!(
+        bench.count("SELECT count(*) FROM workflow_runs").await + bench.count("SELECT count(*) FROM apalis.jobs").await,
+        0
+    );
+    bench.worker("w1");
+    let run = bench.start(&probe::plain(), json!({})).await;
+    bench.reaches(run, "succeeded").await;
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p2_a_claim_that_lost_its_lease_commits_nothing_and_a_ready_run_is_claimed_once() {
+    let bench = Bench::new().await;
+    let run = bench.start(&probe::plain(), json!({})).await;
+    let claims = futures::future::join_all((0..10).map(|n| {
+        let pool = bench.pool().clone();
+        async move { claim::claim(&pool, "plain.v1", &format!("w{n}"), 10).await.unwrap().len() }
+    }))
+    .await;
+    assert_eq!(claims.iter().sum::<usize>(), 1, "ten claimers, one lease");
+    // The lease runs out and another takes over; the old token is worth nothing.
+    sqlx::query("UPDATE workflow_runs SET lease_expires_at = now() - interval '1 second'").execute(bench.pool()).await.unwrap();
+    eventually("the lease is taken back", SOON, || async {
+        (recovery::expired_leases(bench.pool(), &probe::registry()).await.unwrap() == 1).then_some(())
+    })
+    .await;
+    assert_eq!(claim::claim(bench.pool(), "plain.v1", "later", 10).await.unwrap().len(), 1);
+    assert_eq!(bench.state(run).await.0, "running");
+    let kinds: Vec<String> =
+        sqlx::query_scalar("SELECT kind FROM workflow_events ORDER BY seq").fetch_all(bench.pool()).await.unwrap();
+    assert_eq!(kinds, ["created", "step_started", "worker_lost", "step_started"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p3_a_step_that_must_not_be_repeated_ends_as_interrupted() {
+    let mut bench = Bench::new().await;
+    let run = bench.start(&probe::fragile(), json!({})).await;
+    assert_eq!(claim::claim(bench.pool(), "fragile.v1", "dead", 1).await.unwrap().len(), 1);
+    sqlx::query("UPDATE workflow_runs SET lease_expires_at = now() - interval '1 second'").execute(bench.pool()).await.unwrap();
+    bench.worker("w1");
+    bench.reaches(run, "failed").await;
+    let error = bench.state(run).await.2.unwrap();
+    assert!(error.starts_with("interrupted: the worker dead was lost in step once"), "{error}");
+    assert_eq!(bench.count("SELECT count(*) FROM probe_calls").await, 0);
+    bench.is_clean().await;
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p5_the_third_death_in_one_step_fails_the_run() {
+    let bench = Bench::new().await;
+    let run = bench.start(&probe::plain(), json!({})).await;
+    for death in 1..=3 {
+        eventually("a claim", SOON, || async {
+            (claim::claim(bench.pool(), "plain.v1", "doomed", 1).await.unwrap().len() == 1).then_some(())
+        })
+        .await;
+        sqlx::query("UPDATE workflow_runs SET lease_expires_at = now() - interval '1 second'")
+            .execute(bench.pool())
+            .await
+            .unwrap();
+        eventually("a recovery", SOON, || async {
+            (recovery::expired_leases(bench.pool(), &probe::registry()).await.unwrap() == 1).then_some(())
+        })
+        .await;
+        assert_eq!(bench.state(run).await.0, if death < 3 { "pending" } else { "failed" });
+    }
+    let error = bench.state(run).await.2.unwrap();
+    assert!(error.starts_with("worker_lost: "), "{error}");
+    bench.is_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p6_a_signal_before_the_wait_is_kept_and_a_wait_costs_no_worker() {
+    let mut bench = Bench::new().await;
+    let run = bench.start(&probe::probe(), json!({})).await;
+    assert!(bench.send(run, probe::GO, json!("early")).await);
+    bench.worker("w1");
+    bench.reaches(run, "succeeded").await;
+    assert_eq!(bench.count("SELECT count(*) FROM workflow_signals").await, 0, "the signal is used up");
+    assert!(!bench.send(run, probe::GO, json!("late")).await, "an ended run takes no signal");
+    // More waiting runs than the worker has slots, and still another run gets through.
+    let mut waiting = Vec::new();
+    for _ in 0..20 {
+        waiting.push(bench.start(&probe::probe(), json!({})).await);
+    }
+    for run in &waiting {
+        bench.reaches(*run, "waiting").await;
+    }
+    let through = bench.start(&probe::plain(), json!({})).await;
+    bench.reaches(through, "succeeded").await;
+    for run in waiting {
+        eventually("it waits for the signal", SOON, || async { (bench.state(run).await.1 == "wait").then_some(()) }).await;
+        bench.send(run, probe::GO, json!(1)).await;
+        bench.reaches(run, "succeeded").await;
+    }
+    bench.is_clean().await;
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p6_signals_racing_with_the_wait_are_never_lost() {
+    let mut bench = Bench::new().await;
+    bench.worker("w1").worker("w2");
+    let mut runs = Vec::new();
+    for _ in 0..40 {
+        runs.push(bench.start(&probe::probe(), json!({})).await);
+    }
+    let signals = runs.iter().map(|run| bench.send(*run, probe::GO, json!(1)));
+    assert!(futures::future::join_all(signals).await.into_iter().all(|sent| sent));
+    for run in runs {
+        bench.reaches(run, "succeeded").await;
+    }
+    bench.is_clean().await;
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p6_an_instant_wakes_a_wait() {
+    let mut bench = Bench::new().await;
+    bench.worker("w1");
+    let run = bench.start(&probe::napper(), json!({"ms": 300})).await;
+    bench.reaches(run, "succeeded").await;
+    bench.is_clean().await;
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p7_cancel_reaches_a_queued_a_waiting_and_a_running_run() {
+    let mut bench = Bench::new().await;
+    let queued = bench.start(&probe::probe(), json!({})).await;
+    assert_eq!(bench.cancel(queued).await, CancelAsked::Cancelling);
+    assert_eq!(bench.cancel(queued).await, CancelAsked::Already);
+    bench.worker("w1");
+    bench.reaches(queued, "cancelled").await;
+    assert_eq!(bench.cancel(queued).await, CancelAsked::Ended);
+    let waiting = bench.start(&probe::probe(), json!({})).await;
+    eventually("it waits", SOON, || async { (bench.state(waiting).await.1 == "wait").then_some(()) }).await;
+    bench.cancel(waiting).await;
+    bench.reaches(waiting, "cancelled").await;
+    let running = bench.start(&probe::sleeper(), json!({})).await;
+    bench.reaches(running, "running").await;
+    bench.cancel(running).await;
+    bench.reaches(running, "cancelled").await;
+    assert_eq!(
+        bench.count("SELECT count(*) FROM probe_rows WHERE key LIKE 'undo:%' AND written = 1").await,
+        3,
+        "each undo ran once"
+    );
+    assert_eq!(bench.state(running).await.2.as_deref(), Some("test"));
+    assert_eq!(bench.cancel(Uuid::new_v4()).await, CancelAsked::Unknown);
+    bench.is_clean().await;
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p7_a_cancel_that_races_with_a_wait_is_never_lost() {
+    let mut bench = Bench::new().await;
+    bench.worker("w1").worker("w2");
+    let asks = (0..60).map(|n| {
+        let (bench, pool) = (&bench, bench.pool().clone());
+        async move {
+            let run = bench.start(&probe::probe(), json!({})).await;
+            tokio::time::sleep(Duration::from_millis(n * 7 % 400)).await;
+            // The row is held for a while, so that a commit that had begun waits for this one.
+            let mut tx = pool.begin().await.unwrap();
+            let asked = request_cancel(&mut tx, run, "race").await.unwrap();
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            tx.commit().await.unwrap();
+            assert_eq!(asked, CancelAsked::Cancelling);
+            run
+        }
+    });
+    for run in futures::future::join_all(asks).await {
+        bench.reaches(run, "cancelled").await;
+    }
+    // Children of cancelled parents go on by themselves; only the parents were cancelled.
+    eventually("all runs end", SOON, || async {
+        (bench.count("SELECT count(*) FROM workflow_runs WHERE finished_at IS NULL").await == 0).then_some(())
+    })
+    .await;
+    bench.is_clean().await;
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn transient_failures_are_tried_again_and_final_ones_are_not() {
+    let mut bench = Bench::new().await;
+    bench.worker("w1");
+    let twice = bench.start(&probe::moody(), json!({"transient": 2})).await;
+    bench.reaches(twice, "succeeded").await;
+    let too_often = bench.start(&probe::moody(), json!({"transient": 3})).await;
+    bench.reaches(too_often, "failed").await;
+    assert_eq!(bench.state(too_often).await.2.as_deref(), Some("try 3 is not enough"));
+    let refused = bench.start(&probe::moody(), json!({"final": 1})).await;
+    bench.reaches(refused, "failed").await;
+    let attempts = |run: Uuid| format!("SELECT count(*) FROM probe_attempts WHERE step = '{run}'");
+    assert_eq!(bench.count(&attempts(twice)).await, 3);
+    assert_eq!(bench.count(&attempts(too_often)).await, 3);
+    assert_eq!(bench.count(&attempts(refused)).await, 1);
+    bench.is_clean().await;
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_and_an_outcome_the_database_refuses_fail_one_run_and_nothing_else() {
+    let mut bench = Bench::new().await;
+    bench.worker("w1");
+    let panics = bench.start(&probe::moody(), json!({"panic": 1})).await;
+    let refused = bench.start(&probe::moody(), json!({"unstorable": 1})).await;
+    let good = bench.start(&probe::plain(), json!({})).await;
+    bench.reaches(good, "succeeded").await;
+    bench.reaches(panics, "failed").await;
+    bench.reaches(refused, "failed").await;
+    assert_eq!(bench.state(panics).await.2.as_deref(), Some("panic: as the test wants it"));
+    assert!(bench.state(refused).await.2.unwrap().starts_with("outcome_refused: "));
+    bench.is_clean().await;
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_run_can_be_retried_from_its_failed_step() {
+    let mut bench = Bench::new().await;
+    bench.worker("w1");
+    let run = bench.start(&probe::moody(), json!({"transient": 4})).await;
+    bench.reaches(run, "failed").await;
+    let mut tx = bench.pool().begin().await.unwrap();
+    retry(&mut tx, run, "somebody").await.unwrap();
+    tx.commit().await.unwrap();
+    // Its attempts begin anew, so it fails again; and it says so.
+    eventually("the second failure", SOON, || async {
+        (bench.count(&format!("SELECT count(*) FROM probe_attempts WHERE step = '{run}'")).await == 6).then_some(())
+    })
+    .await;
+    bench.reaches(run, "failed").await;
+    let good = bench.start(&probe::plain(), json!({})).await;
+    bench.reaches(good, "succeeded").await;
+    let mut conn = bench.pool().acquire().await.unwrap();
+    assert_eq!(retry(&mut conn, good, "somebody").await.unwrap_err().code, "run_not_failed");
+    assert_eq!(retry(&mut conn, Uuid::new_v4(), "somebody").await.unwrap_err().code, "not found");
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p10_bounds_of_keys_hold_and_are_freed_by_a_dead_worker() {
+    let bench = Bench::new().await;
+    sqlx::query("INSERT INTO workflow_limits (key, bound) VALUES ('site:1', 2)").execute(bench.pool()).await.unwrap();
+    for _ in 0..5 {
+        let mut tx = bench.pool().begin().await.unwrap();
+        let new = NewRun { input: json!({}), limit_keys: vec!["site:1".into()], ..NewRun::default() };
+        start(&mut tx, &probe::plain(), new).await.unwrap();
+        tx.commit().await.unwrap();
+    }
+    let claimed = futures::future::join_all((0..5).map(|n| {
+        let pool = bench.pool().clone();
+        async move { claim::claim(&pool, "plain.v1", &format!("w{n}"), 10).await.unwrap().len() }
+    }))
+    .await;
+    assert_eq!(claimed.iter().sum::<usize>(), 2, "the bound holds against concurrent claimers");
+    sqlx::query("UPDATE workflow_runs SET lease_expires_at = now() - interval '1 second' WHERE lease_token IS NOT NULL")
+        .execute(bench.pool())
+        .await
+        .unwrap();
+    eventually("both leases are taken back", SOON, || async {
+        recovery::expired_leases(bench.pool(), &probe::registry()).await.unwrap();
+        (bench.count("SELECT count(*) FROM workflow_runs WHERE lease_token IS NOT NULL").await == 0).then_some(())
+    })
+    .await;
+    eventually("the bound is free again", SOON, || async {
+        (!claim::claim(bench.pool(), "plain.v1", "next", 10).await.unwrap().is_empty()).then_some(())
+    })
+    .await;
+    assert!(bench.count("SELECT count(*) FROM workflow_runs WHERE lease_token IS NOT NULL").await <= 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hints_may_be_doubled_stale_or_lost() {
+    let mut bench = Bench::new().await;
+    let run = bench.start(&probe::plain(), json!({})).await;
+    sqlx::query(
+        "INSERT INTO apalis.jobs (id, job_type, job, status, attempts, max_attempts, run_at, priority, metadata, idempotency_key)
+         SELECT '01ARZ3NDEKTSV4RRFFQ69G5FA' || n, job_type, job, status, attempts, max_attempts, run_at, priority, metadata, 'double' || n
+         FROM apalis.jobs, generate_series(1, 5) AS n",
+    )
+    .execute(bench.pool())
+    .await
+    .unwrap();
+    bench.worker("w1").worker("w2");
+    bench.reaches(run, "succeeded").await;
+    eventually("stale hints are consumed", SOON, || async {
+        (bench.count("SELECT count(*) FROM apalis.jobs").await == 0).then_some(())
+    })
+    .await;
+    assert_eq!(bench.count("SELECT count(*) FROM workflow_journal").await, 5, "no step ran twice");
+    bench.is_clean().await;
+    let lost = bench.start(&probe::plain(), json!({})).await;
+    bench.reaches(lost, "succeeded").await;
+    bench.stop().await;
+
+    let bench = Bench::new().await;
+    bench.start(&probe::plain(), json!({})).await;
+    sqlx::query("DELETE FROM apalis.jobs").execute(bench.pool()).await.unwrap();
+    sqlx::query("UPDATE workflow_runs SET ready_at = now() - interval '1 minute'").execute(bench.pool()).await.unwrap();
+    assert_eq!(recovery::lost_hints(bench.pool()).await.unwrap(), 1);
+    assert_eq!(recovery::lost_hints(bench.pool()).await.unwrap(), 0, "a run with a hint gets no second one");
+    assert_eq!(claim::claim(bench.pool(), "plain.v1", "w", 10).await.unwrap().len(), 1);
+}
+
+#[test]
+fn p9_published_workflows_keep_their_steps() {
+    // A change of a line here is a change of runs that are on their way: add a version beside the old one instead.
+    let published = include_str!("../published_workflows.txt");
+    let now: String = borealis_workflows::registry().iter().map(|workflow| format!("{}\n", workflow.shape())).collect();
+    assert_eq!(published, now, "a published version changed, or a new one is not written down");
+}

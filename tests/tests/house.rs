@@ -1,0 +1,167 @@
+//! The house keeps its plan: which crate may know which, and where SQL and HTTP are allowed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use serde_json::Value;
+
+/// Every crate of the workspace and the ones of it that it may depend on.
+const ARROWS: [(&str, &[&str]); 7] = [
+    ("borealis-protocol", &[]),
+    ("borealis-engine", &["borealis-protocol"]),
+    ("borealis-workflows", &["borealis-engine", "borealis-protocol"]),
+    ("borealis-api", &["borealis-engine", "borealis-protocol", "borealis-workflows"]),
+    ("borealis-workers", &["borealis-engine", "borealis-protocol", "borealis-workflows"]),
+    ("borealis-agent", &["borealis-protocol"]),
+    (
+        "borealis-tests",
+        &["borealis-agent", "borealis-api", "borealis-engine", "borealis-protocol", "borealis-workers", "borealis-workflows"],
+    ),
+];
+
+/// What must not be in a crate's binary, by the beginnings of package names.
+const ABSENT: [(&str, &[&str]); 5] = [
+    ("borealis-protocol", &["axum", "hyper", "sqlx", "apalis", "socketioxide", "tokio"]),
+    ("borealis-engine", &["axum", "apalis", "socketioxide", "engineioxide"]),
+    ("borealis-workflows", &["axum", "socketioxide", "engineioxide"]),
+    ("borealis-workers", &["axum", "socketioxide", "engineioxide"]),
+    ("borealis-agent", &["sqlx", "axum", "apalis", "socketioxide"]),
+];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
+}
+
+fn metadata() -> Value {
+    let output = Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".into()))
+        .args(["metadata", "--format-version", "1", "--locked", "--offline"])
+        .current_dir(root())
+        .output()
+        .expect("cargo");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("cargo's JSON")
+}
+
+/// The direct dependencies of every package that end in its binary, by package id.
+fn graph(metadata: &Value) -> BTreeMap<&str, Vec<&str>> {
+    let is_linked =
+        |dependency: &&Value| dependency["dep_kinds"].as_array().into_iter().flatten().any(|kind| kind["kind"].is_null());
+    metadata["resolve"]["nodes"]
+        .as_array()
+        .expect("a resolved graph")
+        .iter()
+        .map(|node| {
+            let linked = node["deps"].as_array().into_iter().flatten().filter(is_linked);
+            (node["id"].as_str().expect("an id"), linked.filter_map(|dependency| dependency["pkg"].as_str()).collect())
+        })
+        .collect()
+}
+
+fn names(metadata: &Value) -> BTreeMap<&str, &str> {
+    let packages = metadata["packages"].as_array().expect("packages");
+    packages.iter().filter_map(|package| Some((package["id"].as_str()?, package["name"].as_str()?))).collect()
+}
+
+fn sources(folder: &str) -> Vec<(PathBuf, String)> {
+    let mut found = Vec::new();
+    let mut folders = vec![root().join(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).expect("a source folder").flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read_to_string(&path).expect("a source file");
+                found.push((path, text));
+            }
+        }
+    }
+    assert!(!found.is_empty(), "no sources in {folder}");
+    found
+}
+
+/// The lines of a source that are not comments, numbered from one.
+fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    text.lines().enumerate().map(|(at, line)| (at + 1, line)).filter(|(_, line)| !line.trim_start().starts_with("//"))
+}
+
+#[test]
+fn only_the_allowed_arrows_exist() {
+    let metadata = metadata();
+    let names = names(&metadata);
+    let members: BTreeSet<&str> =
+        metadata["workspace_members"].as_array().expect("members").iter().filter_map(Value::as_str).collect();
+    let allowed: BTreeMap<&str, &[&str]> = ARROWS.into_iter().collect();
+    assert_eq!(
+        members.iter().map(|id| names[id]).collect::<BTreeSet<_>>(),
+        allowed.keys().copied().collect::<BTreeSet<_>>(),
+        "a crate came or went: say what it may know"
+    );
+    // All kinds of dependency, so that tests do not reach around the plan either.
+    for node in metadata["resolve"]["nodes"].as_array().expect("a resolved graph") {
+        let id = node["id"].as_str().expect("an id");
+        if !members.contains(id) {
+            continue;
+        }
+        for dependency in node["deps"].as_array().into_iter().flatten().filter_map(|dependency| dependency["pkg"].as_str()) {
+            let is_allowed = !members.contains(dependency) || allowed[names[id]].contains(&names[dependency]);
+            assert!(is_allowed, "{} must not depend on {}", names[id], names[dependency]);
+        }
+    }
+}
+
+#[test]
+fn rooms_do_not_link_what_they_must_not_know() {
+    let metadata = metadata();
+    let (names, graph) = (names(&metadata), graph(&metadata));
+    for (room, absent) in ABSENT {
+        let (start, _) = names.iter().find(|(_, name)| **name == room).unwrap_or_else(|| panic!("no crate {room}"));
+        let mut seen = BTreeMap::from([(*start, room.to_owned())]);
+        let mut open = vec![*start];
+        while let Some(id) = open.pop() {
+            for next in &graph[id] {
+                if !seen.contains_key(next) {
+                    seen.insert(next, format!("{} -> {}", seen[id], names[next]));
+                    open.push(next);
+                }
+            }
+        }
+        for (id, way) in &seen {
+            let is_absent = absent.iter().all(|start| !names[id].starts_with(start));
+            assert!(is_absent, "{room} links {}: {way}", names[id]);
+        }
+        assert!(seen.len() > 3, "{room} seems to depend on nothing; is the graph read rightly?");
+    }
+}
+
+#[test]
+fn the_api_contains_no_sql() {
+    let words = ["SELECT ", "INSERT INTO", "UPDATE ", "DELETE FROM", "BEGIN;"];
+    for (path, text) in sources("api/src") {
+        for (line, code) in code(&text) {
+            let place = format!("{}:{line}: {code}", path.display());
+            assert!(!code.contains("sqlx::query") && !code.contains("raw_sql("), "{place}");
+            let quoted: String = code.split('"').skip(1).step_by(2).collect();
+            assert!(!words.iter().any(|word| quoted.starts_with(word)), "{place}");
+        }
+        let is_route = path.components().any(|part| part.as_os_str() == "routes");
+        assert!(!is_route || code(&text).all(|(_, code)| !code.contains("sqlx")), "{} knows sqlx", path.display());
+    }
+}
+
+#[test]
+fn handlers_use_the_extractors_that_answer_in_our_form() {
+    for (path, text) in sources("api/src/routes") {
+        for (line, code) in code(&text) {
+            let place = format!("{}:{line}: {code}", path.display());
+            // `use axum::extract::{...}`: a list of imports stays on one line, or is looked at line by line below.
+            let imports = code.contains("axum::extract::") || code.contains("extract::{");
+            let words: Vec<&str> = code.split(|character: char| !character.is_alphanumeric() && character != '_').collect();
+            assert!(!imports || !words.contains(&"Path"), "use crate::body::Path: {place}");
+            assert!(!imports || !words.contains(&"Query"), "use crate::body::Params: {place}");
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! What every route has in common: forms of paths, methods, bodies, errors and headers, and a database that goes away.
+
+use std::time::Duration;
+
+use borealis_tests::{Reply, TestCluster, TestDatabase, TestEngine, eventually, raw};
+use serde_json::json;
+
+#[track_caller]
+fn no_such_route(reply: Reply) {
+    let _ = reply.error(404, "not_found");
+}
+
+#[tokio::test]
+async fn health_answers_at_once_and_readiness_when_the_database_is_migrated() {
+    let engine = TestEngine::start().await;
+    assert_eq!(engine.anonymous().get("/health").await.ok()["status"], "ok");
+    assert_eq!(engine.anonymous().get("/ready").await.ok()["status"], "ok");
+}
+
+#[tokio::test]
+async fn a_path_has_one_form_and_everything_else_is_404() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let borealis_tests::actor::Credential::Bearer(token) = &admin.credential else { panic!("an administrator's token") };
+    let authorization = format!("Bearer {token}");
+    let headers = [("Authorization", authorization.as_str())];
+    let _ = raw::request(engine.addr, "GET", "/api/sites", &headers).await.expect(200);
+    for target in [
+        "//api/sites",
+        "/api//sites",
+        "/api/sites//",
+        "/api/sites/",
+        "/api/./sites",
+        "/api/x/../sites",
+        "/api/%2e%2e/api/sites",
+        "/api%2fsites",
+        "/api%2Fsites",
+        "/api%5csites",
+        "/api\\sites",
+        "/API/sites",
+        "/api/Sites",
+        "/api/sites.json",
+        "/api/sites;v=1",
+        "/api/sites%3bv=1",
+        "/api/%73ites",
+        "/api/sites%00",
+        "/api/sites%0d%0aX-Injected:1",
+        "/api/sites%20",
+        "/api/sites%252f",
+        "/api/sites%",
+        "/health/../api/sites",
+        "/health/",
+        "/",
+    ] {
+        no_such_route(raw::request(engine.addr, "GET", target, &headers).await);
+    }
+}
+
+#[tokio::test]
+async fn headers_cannot_pass_the_guard() {
+    let engine = TestEngine::start().await;
+    for (name, value) in [
+        ("X-Original-URL", "/health"),
+        ("X-Rewrite-URL", "/health"),
+        ("X-HTTP-Method-Override", "GET"),
+        ("Forwarded", "for=127.0.0.1;host=localhost"),
+        ("X-Forwarded-For", "127.0.0.1"),
+        ("X-Forwarded-User", "admin"),
+        ("Authorization", "Bearer "),
+        ("Authorization", "Basic YWRtaW46YWRtaW4="),
+        ("Cookie", "borealis_auth="),
+        ("Cookie", "session=x; borealis_auth=null"),
+    ] {
+        let reply = raw::request(engine.addr, "GET", "/api/sites", &[(name, value)]).await;
+        assert_eq!(reply.status, 401, "{name}: {value}: {}", reply.text);
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_method_is_405_with_the_allowed_ones() {
+    let engine = TestEngine::start().await;
+    let reply = engine.anonymous().delete("/health").await.error(405, "method_not_allowed");
+    let allowed: Vec<&str> = reply.header("allow").expect("an Allow header").split(',').map(str::trim).collect();
+    assert!(allowed.contains(&"GET") && !allowed.contains(&"DELETE"), "{allowed:?}");
+    // On a guarded route too, and with the methods of both classes of the path.
+    let reply = engine.anonymous().delete("/api/sites").await.error(405, "method_not_allowed");
+    let allowed: Vec<&str> = reply.header("allow").expect("an Allow header").split(',').map(str::trim).collect();
+    assert!(allowed.contains(&"GET") && allowed.contains(&"POST"), "{allowed:?}");
+}
+
+#[tokio::test]
+async fn a_body_that_is_not_what_the_route_takes_is_400_and_names_the_field() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let send = async |text: &'static str| {
+        let request = admin.request(reqwest::Method::POST, "/api/sites").header("Content-Type", "application/json").body(text);
+        admin.send(request).await
+    };
+    for text in ["", "{", "[]", "null", "\"name\"", "{\"name\": \"a\"} {}", "\u{feff}{}", "{\"name\": \"\\ud800\"}"] {
+        let _ = send(text).await.error(400, "invalid_json");
+    }
+    let reply = send(r#"{"name": 7}"#).await.error(400, "invalid_json");
+    assert!(reply.body["fields"]["name"].is_string(), "{}", reply.text);
+    let reply = send(r#"{"name": "Lab", "colour": "red"}"#).await.error(400, "invalid_json");
+    assert!(reply.body["message"].as_str().is_some_and(|text| text.contains("colour")), "{}", reply.text);
+    let deep = "[".repeat(100_000).leak();
+    let _ = send(deep).await.error(400, "invalid_json");
+    assert_eq!(admin.get("/api/sites").await.ok()["sites"].as_array().map(Vec::len), Some(0), "a refused body made a site");
+}
+
+#[tokio::test]
+async fn an_oversized_body_is_413_and_its_rest_is_not_read() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let body = format!(r#"{{"name": "{}"}}"#, "x".repeat(borealis_api::app::BODY_LIMIT));
+    let request = admin.request(reqwest::Method::POST, "/api/sites").header("Content-Type", "application/json").body(body);
+    let _ = admin.send(request).await.error(413, "body_too_large");
+    // A length that is only claimed is refused before anything is sent.
+    let borealis_tests::actor::Credential::Bearer(token) = &admin.credential else { panic!("an administrator's token") };
+    let headers = [
+        ("Authorization", format!("Bearer {token}")),
+        ("Content-Type", "application/json".into()),
+        ("Content-Length", "99999999999".into()),
+    ];
+    let headers: Vec<_> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let _ = raw::request(engine.addr, "POST", "/api/sites", &headers).await.error(413, "body_too_large");
+}
+
+#[tokio::test]
+async fn a_text_the_database_cannot_hold_is_the_senders_fault() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let reply = admin.post("/api/sites", json!({"name": "a\u{0}b", "description": "\u{0}"})).await;
+    assert_eq!(reply.status, 400, "{}", reply.text);
+    assert!(reply.body["error"].is_string(), "{}", reply.text);
+}
+
+#[tokio::test]
+async fn an_overlong_target_and_too_many_headers_are_refused() {
+    let engine = TestEngine::start().await;
+    let target = format!("/api/sites?x={}", "y".repeat(borealis_api::app::MAX_TARGET));
+    let _ = raw::request(engine.addr, "GET", &target, &[]).await.error(414, "uri_too_long");
+    let many = vec![("X-Filler", "1"); 101];
+    assert_eq!(raw::request(engine.addr, "GET", "/health", &many).await.status, 431);
+    let large = "z".repeat(borealis_api::serve::MAX_HEAD_BYTES);
+    assert_eq!(raw::request(engine.addr, "GET", "/health", &[("X-Filler", &large)]).await.status, 431);
+}
+
+#[tokio::test]
+async fn every_answer_carries_the_headers_that_tame_browsers() {
+    let engine = TestEngine::start().await;
+    for (path, status) in [("/health", 200), ("/api/openapi.json", 200), ("/api/sites", 401), ("/nothing", 404)] {
+        let reply = engine.anonymous().get(path).await.expect(status);
+        assert_eq!(reply.header("x-content-type-options"), Some("nosniff"), "{path}");
+        assert_eq!(reply.header("x-frame-options"), Some("DENY"), "{path}");
+        assert!(reply.header("content-security-policy").is_some_and(|policy| policy.contains("default-src 'none'")), "{path}");
+        assert!(reply.header("x-request-id").is_some_and(|id| id.len() == 32), "{path}");
+        let is_api = path.starts_with("/api/");
+        assert_eq!(reply.header("cache-control"), is_api.then_some("no-store"), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn the_docs_page_comes_from_the_engine_alone() {
+    let engine = TestEngine::start().await;
+    let page = engine.anonymous().get("/api/docs").await.expect(200);
+    let policy = page.header("content-security-policy").expect("a policy");
+    assert!(!policy.contains("unsafe") && !policy.contains("http"), "{policy}");
+    assert!(!page.text.contains("http://") && !page.text.contains("https://"), "the page fetches from elsewhere");
+    for asset in page.text.split('"').filter(|text| text.starts_with("/api/docs/")) {
+        let _ = engine.anonymous().get(asset).await.expect(200);
+    }
+    let _ = engine.anonymous().get("/api/docs/other.js").await.error(404, "not found");
+}
+
+#[tokio::test]
+async fn a_slow_head_is_cut_and_many_idle_connections_do_not_stop_others() {
+    let engine = TestEngine::start().await;
+    let mut idle = Vec::new();
+    for _ in 0..200 {
+        idle.push(tokio::net::TcpStream::connect(engine.addr).await.expect("a connection"));
+    }
+    assert_eq!(engine.anonymous().get("/health").await.ok()["status"], "ok");
+}
+
+#[tokio::test]
+async fn without_the_database_it_is_503_with_retry_after_and_comes_back_by_itself() {
+    let cluster = TestCluster::start().await;
+    let database = TestDatabase::on(cluster.url()).await;
+    let engine = TestEngine::on(database, |_| {}).await;
+    let admin = engine.admin().await;
+    let (site, _) = engine.site("Lab").await;
+    let device = engine.device(site).await;
+
+    let stopped = cluster.stop().await;
+    assert_eq!(engine.anonymous().get("/health").await.ok()["status"], "ok", "liveness needs no database");
+    let _ = engine.anonymous().get("/api/openapi.json").await.expect(200);
+    let nobody = engine.anonymous();
+    for (actor, method, path, body) in [
+        (&nobody, "GET", "/ready", None),
+        (&admin, "GET", "/api/sites", None),
+        (&admin, "POST", "/api/sites", Some(json!({"name": "Lost"}))),
+        (&device.actor, "POST", "/api/agent/heartbeat", Some(json!({"hostname": device.hostname}))),
+        (&nobody, "POST", "/api/auth/login", Some(json!({"username": "admin", "password": "a long password"}))),
+    ] {
+        let reply = actor.call(method, path, body.as_ref()).await;
+        let reply = reply.expect(503);
+        assert!(reply.header("retry-after").and_then(|text| text.parse::<u32>().ok()).is_some_and(|after| after >= 1), "{path}");
+        assert!(reply.body["error"].is_string() && reply.body["request_id"].is_string(), "{path}: {}", reply.text);
+        assert!(!reply.text.contains("sock") && !reply.text.contains("Connection"), "{path} tells internals: {}", reply.text);
+    }
+
+    let _cluster = stopped.start().await;
+    eventually("the API works again", Duration::from_secs(30), async || {
+        (engine.anonymous().get("/ready").await.status == 200).then_some(())
+    })
+    .await;
+    let sites = admin.get("/api/sites").await.ok();
+    assert_eq!(sites["sites"].as_array().map(Vec::len), Some(1), "what was refused was not done: {sites}");
+    let _ = device.post("/api/agent/heartbeat", json!({"hostname": device.hostname})).await.ok();
+}

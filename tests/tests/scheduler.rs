@@ -1,0 +1,162 @@
+//! P-scheduler: no instant runs twice with five schedulers, none vanishes when they are cut off in the middle, and what
+//! does not run leaves a record with its reason.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use borealis_engine::db;
+use borealis_tests::TestDatabase;
+use borealis_workflows::scheduler;
+use chrono::{DateTime, DurationRound, TimeDelta, Utc};
+use sqlx::PgPool;
+
+/// A job whose first instant was `behind` ago.
+async fn job(
+    pool: &PgPool,
+    kind: &str,
+    behind: TimeDelta,
+    misfire: &str,
+    overlap: &str,
+    max: Option<i64>,
+) -> (i64, DateTime<Utc>) {
+    let start = (Utc::now() - behind).duration_trunc(TimeDelta::minutes(1)).unwrap();
+    let id = sqlx::query_scalar(
+        "INSERT INTO scheduled_jobs (name, components, targets, schedule_type, start_at, misfire_policy, overlap_policy, max_occurrences, next_due_at)
+         VALUES ('j', '[]', '[]', $1, $2, $3, $4, $5, $2) RETURNING id",
+    )
+    .bind(kind)
+    .bind(start)
+    .bind(misfire)
+    .bind(overlap)
+    .bind(max)
+    .fetch_one(pool)
+    .await
+    .unwrap();
+    (id, start)
+}
+
+/// The instants of a job that are on record, with their reason when they did not run.
+async fn record(pool: &PgPool, job: i64) -> Vec<(DateTime<Utc>, Option<String>)> {
+    sqlx::query_as(
+        "SELECT o.scheduled_at, (SELECT r.skip_reason FROM scheduled_job_runs r WHERE r.occurrence_id = o.id LIMIT 1)
+         FROM job_occurrences o WHERE o.job_id = $1 ORDER BY o.scheduled_at",
+    )
+    .bind(job)
+    .fetch_all(pool)
+    .await
+    .unwrap()
+}
+
+async fn all(pool: &PgPool) {
+    while scheduler::advance(pool, 100).await.unwrap() > 0 {}
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn five_schedulers_that_are_cut_off_at_random_decide_each_instant_once() {
+    let database = TestDatabase::start().await;
+    let pool = &database.pool;
+    let mut jobs = Vec::new();
+    for n in 0..60 {
+        let kind = ["every_5_minutes", "every_15_minutes", "every_hour"][n % 3];
+        let policy = ["run_all", "run_once", "skip"][(n / 3) % 3];
+        jobs.push(job(pool, kind, TimeDelta::minutes(i64::try_from(n).unwrap()), policy, "allow", None).await);
+    }
+    let schedulers = (0..5).map(|_| {
+        let url = database.url.to_string();
+        async move {
+            let pool = db::connect(&db::Options { url, max_connections: 2, application_name: "scheduler".into() }).unwrap();
+            for _ in 0..60 {
+                // Cut off somewhere: what was not committed did not happen, and another one does it.
+                let cut = Duration::from_micros(rand::random_range(200..20_000));
+                let _ = tokio::time::timeout(cut, scheduler::advance(&pool, 7)).await;
+            }
+        }
+    });
+    futures::future::join_all(schedulers).await;
+    all(pool).await;
+    for (job, start) in jobs {
+        let (used, next): (i64, DateTime<Utc>) =
+            sqlx::query_as("SELECT occurrences_used, next_due_at FROM scheduled_jobs WHERE id = $1")
+                .bind(job)
+                .fetch_one(pool)
+                .await
+                .unwrap();
+        let kind: String =
+            sqlx::query_scalar("SELECT schedule_type FROM scheduled_jobs WHERE id = $1").bind(job).fetch_one(pool).await.unwrap();
+        let step = TimeDelta::minutes(match kind.as_str() {
+            "every_5_minutes" => 5,
+            "every_15_minutes" => 15,
+            _ => 60,
+        });
+        assert!(next > Utc::now() - TimeDelta::seconds(5), "job {job} was left behind at {next}");
+        assert_eq!(
+            i64::from(i32::try_from((next - start).num_minutes()).unwrap()),
+            used * step.num_minutes(),
+            "job {job}: instants lost or doubled"
+        );
+        let record = record(pool, job).await;
+        let instants: BTreeSet<_> = record.iter().map(|(at, _)| *at).collect();
+        assert_eq!(instants.len(), record.len(), "job {job}: an instant twice");
+        let expected: BTreeSet<_> = (0..used).map(|n| start + step * i32::try_from(n).unwrap()).collect();
+        assert!(instants.is_subset(&expected), "job {job}: an instant that never was");
+        // Up to twenty instants each has its own record: it ran, or it says why not.
+        if used <= 10 {
+            assert_eq!(instants, expected, "job {job}: an instant without a record");
+        }
+        let runs: i64 = sqlx::query_scalar("SELECT count(*) FROM workflow_runs WHERE scheduled_job_id = $1")
+            .bind(job)
+            .fetch_one(pool)
+            .await
+            .unwrap();
+        let fired = record.iter().filter(|(_, reason)| reason.is_none()).count();
+        assert_eq!(usize::try_from(runs).unwrap(), fired, "job {job}: occurrences and workflow runs differ");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn overlap_skips_queues_or_allows() {
+    let database = TestDatabase::start().await;
+    let pool = &database.pool;
+    let now = TimeDelta::zero();
+    let (skip, _) = job(pool, "every_5_minutes", now, "run_once", "skip", None).await;
+    let (queue, _) = job(pool, "every_5_minutes", now, "run_once", "queue", None).await;
+    let (allow, _) = job(pool, "every_5_minutes", now, "run_once", "allow", None).await;
+    all(pool).await;
+    // Nobody works: the first occurrences stay open. The next instant comes.
+    sqlx::query("UPDATE scheduled_jobs SET next_due_at = now()").execute(pool).await.unwrap();
+    all(pool).await;
+    let reasons = |record: Vec<(DateTime<Utc>, Option<String>)>| record.into_iter().map(|(_, reason)| reason).collect::<Vec<_>>();
+    assert_eq!(reasons(record(pool, skip).await), [None, Some("overlap".to_owned())]);
+    for (job, runs) in [(queue, 1_i64), (allow, 2)] {
+        assert_eq!(reasons(record(pool, job).await), [None, None]);
+        let started: i64 = sqlx::query_scalar("SELECT count(*) FROM workflow_runs WHERE scheduled_job_id = $1")
+            .bind(job)
+            .fetch_one(pool)
+            .await
+            .unwrap();
+        assert_eq!(started, runs, "job {job}");
+    }
+    let states: Vec<String> = sqlx::query_scalar("SELECT state FROM job_occurrences WHERE job_id = $1 ORDER BY scheduled_at")
+        .bind(queue)
+        .fetch_all(pool)
+        .await
+        .unwrap();
+    assert_eq!(states, ["open", "queued"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schedule_that_is_used_up_ends_and_history_may_go() {
+    let database = TestDatabase::start().await;
+    let pool = &database.pool;
+    let (id, start) = job(pool, "every_5_minutes", TimeDelta::minutes(60), "run_all", "allow", Some(3)).await;
+    all(pool).await;
+    let instants: Vec<_> = record(pool, id).await.into_iter().map(|(at, _)| at).collect();
+    assert_eq!(instants, (0..3).map(|n| start + TimeDelta::minutes(5 * n)).collect::<Vec<_>>());
+    let next: Option<DateTime<Utc>> =
+        sqlx::query_scalar("SELECT next_due_at FROM scheduled_jobs WHERE id = $1").bind(id).fetch_one(pool).await.unwrap();
+    assert_eq!(next, None);
+    // What runs next never depends on history: purge it all, and nothing runs again.
+    sqlx::query("DELETE FROM job_occurrences").execute(pool).await.unwrap();
+    sqlx::query("DELETE FROM workflow_runs").execute(pool).await.unwrap();
+    all(pool).await;
+    assert!(record(pool, id).await.is_empty(), "a purged history made a job run again");
+}
