@@ -6,6 +6,7 @@ pub mod agent;
 pub mod database;
 pub mod demo;
 pub mod engine;
+pub mod fleet;
 pub mod probe;
 pub mod processes;
 pub mod raw;
