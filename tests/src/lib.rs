@@ -3,6 +3,7 @@
 
 pub mod actor;
 pub mod agent;
+pub mod bench;
 pub mod database;
 pub mod demo;
 pub mod engine;

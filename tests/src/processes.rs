@@ -93,21 +93,19 @@ fn tail(log: &Path) -> String {
     lines.get(lines.len().saturating_sub(200)..).unwrap_or_default().join("\n")
 }
 
-/// Where a binary of the workspace is: beside this test's own executable.
+/// Where a binary of the workspace is: beside this program, or beside the folder of this test.
 ///
 /// # Panics
 /// When it is not built.
 #[must_use]
 pub fn built(binary: &str) -> PathBuf {
     let own = std::env::current_exe().expect("the path of the test");
-    let folder = own.parent().and_then(Path::parent).expect("the target folder");
-    let path = folder.join(binary);
-    assert!(
-        path.exists(),
-        "{} is not built: run cargo build --workspace --bins, or the tests through ./borealis test",
-        path.display()
-    );
-    path
+    own.ancestors()
+        .skip(1)
+        .take(2)
+        .map(|folder| folder.join(binary))
+        .find(|path| path.exists())
+        .unwrap_or_else(|| panic!("{binary} is not built: run cargo build --workspace --bins, or the tests through ./borealis test"))
 }
 
 impl Child {
