@@ -583,18 +583,15 @@ impl Agent {
     }
 
     fn cancel(&mut self, id: i64) {
-        if !self.jobs.contains_key(&id) {
-            // The job itself may still be on its way; it must find itself ended.
-            let job = Job {
-                run: None,
-                script: String::new(),
-                context: serde_json::Map::new(),
-                work: Work::default(),
-                state: State::Waiting,
-            };
-            self.jobs.insert(id, job);
-        }
-        if let Some(Job { state: State::Waiting | State::Running { .. }, .. }) = self.jobs.get(&id) {
+        // A cancel may overtake its dispatch, which must then find itself ended.
+        let job = self.jobs.entry(id).or_insert_with(|| Job {
+            run: None,
+            script: String::new(),
+            context: serde_json::Map::new(),
+            work: Work::default(),
+            state: State::Waiting,
+        });
+        if let State::Waiting | State::Running { .. } = job.state {
             count(&self.shared.record.sums.cancelled);
             self.queue.retain(|other| *other != id);
             self.end(id, failure(id, "cancelled", REASON_CANCELLED));

@@ -185,6 +185,7 @@ impl Fleet {
     /// When the threads cannot be started.
     #[must_use]
     pub fn start(machines: Vec<Machine>, settings: Settings) -> Self {
+        borealis_api::serve::raise_open_files();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(settings.threads.max(1))
             .thread_name("fleet")
