@@ -339,7 +339,7 @@ impl Agent {
 
     /// Uses the socket until it ends.
     async fn serve(&mut self, link: &mut Link) -> Ended {
-        if self.shared.settings.status {
+        if self.shared.status.load(Ordering::Relaxed) {
             self.report(&link.api, PATH_STATUS, status(&self.machine.hostname), SETTLE);
         }
         // Whatever was sent on the connection before may be lost.

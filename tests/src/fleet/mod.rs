@@ -44,7 +44,7 @@ mod record;
 use std::{
     future::Future,
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, atomic::Ordering},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, atomic::{AtomicBool, Ordering}},
     time::{Duration, Instant},
 };
 
@@ -157,6 +157,8 @@ struct Shared {
     apis: RwLock<Vec<Url>>,
     record: Record,
     slots: Vec<Slot>,
+    /// [`Settings::status`] now.
+    status: AtomicBool,
     /// Turns for the first connect.
     turns: Semaphore,
     stop: CancellationToken,
@@ -197,6 +199,7 @@ impl Fleet {
             record: Record::default(),
             slots: machines.iter().map(|_| Slot::default()).collect(),
             turns: Semaphore::new(settings.connecting.max(1)),
+            status: AtomicBool::new(settings.status),
             stop: CancellationToken::new(),
             reports: TaskTracker::new(),
             settings,
@@ -251,6 +254,11 @@ impl Fleet {
     /// From now on agents connect here; open connections stay.
     pub fn move_to(&self, apis: impl IntoIterator<Item = Url>) {
         *self.shared.apis.write().unwrap_or_else(PoisonError::into_inner) = apis.into_iter().collect();
+    }
+
+    /// Whether agents report their status after a connect from now on.
+    pub fn report_status(&self, on: bool) {
+        self.shared.status.store(on, Ordering::Relaxed);
     }
 
     /// These agents, by their place among the machines, leave now and try to come back after `away`.
