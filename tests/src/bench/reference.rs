@@ -15,7 +15,7 @@ pub async fn pgbench(cluster: &TestCluster, clients: u32, lasts: Duration) -> f6
     let once = async |arguments: &[&str]| {
         let socket = admin.query_pairs().find(|(name, _)| name == "host").map(|(_, value)| value.into_owned()).expect("a socket");
         let output = Command::new(cluster.program("pgbench"))
-            .args(["-h", &socket, "-U", admin.username(), "-q"])
+            .args(["-h", &socket, "-U", admin.username()])
             .args(arguments)
             .arg(admin.path().trim_start_matches('/'))
             .env("PGSSLMODE", "disable")
@@ -26,7 +26,7 @@ pub async fn pgbench(cluster: &TestCluster, clients: u32, lasts: Duration) -> f6
         assert!(output.status.success(), "pgbench: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
-    once(&["-i", "-s", "10"]).await;
+    once(&["-i", "-q", "-s", "10"]).await;
     let (clients, seconds) = (clients.to_string(), lasts.as_secs().max(1).to_string());
     let said = once(&["-N", "-M", "prepared", "-n", "-c", &clients, "-j", "2", "-T", &seconds]).await;
     let tps = said.lines().find_map(|line| line.strip_prefix("tps = ")).and_then(|rest| rest.split_whitespace().next());
