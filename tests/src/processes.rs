@@ -122,6 +122,11 @@ impl Child {
 
     /// Kills it at once, and waits until it is gone.
     pub fn kill(mut self) {
+        self.kill_now();
+    }
+
+    /// The same, for one that is to be replaced. It must still run.
+    pub fn kill_now(&mut self) {
         self.signal(Signal::SIGKILL);
         let _ = self.child.wait();
     }

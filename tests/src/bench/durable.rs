@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     Environment, Latencies, Report,
     environment::{Database, machine, resident_mib, tree_cpu_seconds},
-    reference,
+    per_second, reference,
 };
 use crate::{Child, probe};
 
@@ -191,11 +191,6 @@ impl Bench {
         report.figure("the same, last tenth", last_rate, "runs/s");
         worker.terminate().await;
     }
-}
-
-#[allow(clippy::cast_precision_loss)]
-fn per_second(count: usize, lasted: Duration) -> f64 {
-    count as f64 / lasted.as_secs_f64()
 }
 
 #[allow(clippy::cast_precision_loss)]
