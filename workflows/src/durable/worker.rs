@@ -45,11 +45,9 @@ const CLAIM_CONNECTIONS: u32 = 2;
 
 /// How the runtime's own connections plan: its statements are written for one plan, by index from array to row, which
 /// must not depend on when a table of runs was last analyzed.
-const PLANS: [(&str, &str); 7] = [
+const PLANS: [(&str, &str); 5] = [
     ("plan_cache_mode", "force_generic_plan"),
     ("enable_seqscan", "off"),
-    ("enable_bitmapscan", "off"),
-    ("enable_sort", "off"),
     ("enable_hashjoin", "off"),
     ("enable_mergejoin", "off"),
     ("jit", "off"),
