@@ -74,15 +74,22 @@ impl Processes {
     }
 }
 
-impl Drop for Processes {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
+impl Processes {
+    /// Prints what every process has said last.
+    pub fn show_logs(&self) {
             let mut logs: Vec<_> =
                 std::fs::read_dir(self.logs.path()).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
             logs.sort();
             for log in logs {
                 eprintln!("---- {} ----\n{}", log.file_name().unwrap_or_default().to_string_lossy(), tail(&log));
             }
+    }
+}
+
+impl Drop for Processes {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.show_logs();
         }
     }
 }
