@@ -32,42 +32,47 @@ pub const PERIOD: i64 = 2;
 
 /// Asks for work until `count` runs are accepted; the jobs are spread over `lasts`. After `stop` waiting runs get their signal.
 pub async fn run(
-    pool: Pool,
+    pool: &Pool,
     admins: Vec<Actor>,
     mut rng: StdRng,
     count: usize,
     lasts: Duration,
-    stop: CancellationToken,
+    stop: &CancellationToken,
 ) -> Accepted {
-    let jobs = tokio::spawn(jobs(admins, rng.random(), lasts));
+    let seed = rng.random();
+    let (mut accepted, jobs) = tokio::join!(runs(pool, rng, count, lasts, stop), jobs(admins, seed, lasts));
+    (accepted.jobs, accepted.recurrent) = jobs;
+    accepted
+}
+
+async fn runs(pool: &Pool, mut rng: StdRng, count: usize, lasts: Duration, stop: &CancellationToken) -> Accepted {
     let mut accepted = Accepted::default();
     let mut waiting: Vec<Uuid> = Vec::new();
     let pause = lasts.mul_f64(0.9) / u32::try_from(count.max(1)).unwrap_or(1);
     for n in 0..count {
         let (workflow, input) = pick(&mut rng);
         let key = format!("chaos:{n}");
-        let run = until_answered(|| begin(&pool, &workflow, &key, &input)).await;
+        let run = until_answered(|| begin(pool, &workflow, &key, &input)).await;
         accepted.runs.push((run, key));
         if workflow.name == "probe" {
             waiting.push(run);
         }
         if rng.random_bool(0.1) {
-            let asked = until_answered(|| cancel(&pool, run)).await;
+            let asked = until_answered(|| cancel(pool, run)).await;
             if asked != CancelAsked::Ended {
                 accepted.cancels.insert(run);
             }
         }
         if rng.random_bool(0.3) && !waiting.is_empty() {
             let run = waiting.swap_remove(rng.random_range(0..waiting.len()));
-            until_answered(|| send(&pool, run)).await;
+            until_answered(|| send(pool, run)).await;
         }
         tokio::time::sleep(pause).await;
     }
     stop.cancelled().await;
     for run in waiting {
-        until_answered(|| send(&pool, run)).await;
+        until_answered(|| send(pool, run)).await;
     }
-    (accepted.jobs, accepted.recurrent) = jobs.await.expect("the jobs");
     accepted
 }
 
