@@ -25,7 +25,7 @@ use super::{
 pub(super) struct Commit {
     pub run_id: Uuid,
     pub token: Uuid,
-    kind: &'static str,
+    pub kind: &'static str,
     next_step: Option<&'static str>,
     data: Value,
     error: Option<String>,
@@ -73,6 +73,11 @@ impl Commit {
                 commit.wait_ms = wait.at_most.map(milliseconds);
             }
             Err(StepError::Stopped) => commit.kind = "release",
+            // Begun and not known to have ended: a step that must not be repeated is not, whatever cut it off.
+            Err(StepError::Transient(error)) if step.never_retry => {
+                commit.kind = "fail";
+                commit.error = Some(format!("interrupted: {}", error.replace('\0', " ")));
+            }
             Err(StepError::Transient(error)) if attempt < step.retry.attempts => {
                 commit.kind = "retry";
                 commit.error = Some(error.replace('\0', " "));

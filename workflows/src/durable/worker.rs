@@ -162,7 +162,7 @@ async fn run_step(workflow: Arc<Workflow>, process: Process, mut claim: Claim) {
 }
 
 /// Runs the step's function under its time limit. Its transaction comes back only with a good answer.
-async fn execute(
+pub(super) async fn execute(
     workflow: Arc<Workflow>,
     step: &'static str,
     mut context: StepContext,
