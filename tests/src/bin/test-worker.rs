@@ -19,7 +19,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let agents: Arc<dyn Agents> = match std::env::var("BOREALIS_INTERNAL_URL") {
         Ok(internal) => {
             let secret = std::fs::read_to_string(PathBuf::from(std::env::var("BOREALIS_ENGINE_SECRET_FILE")?))?;
-            Arc::new(ApiClient::new(internal.parse()?, secret.trim(), id)?)
+            Arc::new(ApiClient::new(vec![internal.parse()?], secret.trim(), id)?)
         }
         Err(_) => Arc::new(probe::NoAgents),
     };
