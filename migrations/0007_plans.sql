@@ -1,7 +1,6 @@
 -- Indexes for lists and retention on large tables. What a list is ordered by, its index is ordered by too.
 
--- Lists of runs go by id, never by created_at.
-DROP INDEX workflow_runs_created;
+-- Lists of runs go by id.
 DROP INDEX workflow_runs_job;
 CREATE INDEX workflow_runs_job ON workflow_runs (scheduled_job_id, id DESC) WHERE scheduled_job_id IS NOT NULL;
 -- The few that operators look for among the many that went well.

@@ -14,6 +14,15 @@ pub struct Backoff {
 }
 
 impl Backoff {
+    /// A socket that lived this long was good: the next wait starts small again.
+    pub const GOOD_SOCKET: Duration = Duration::from_secs(60);
+
+    /// The waits between two sockets: up to a second after the first failure, five minutes at most.
+    #[must_use]
+    pub const fn of_sockets() -> Self {
+        Self::new(Duration::from_secs(1), Duration::from_secs(300))
+    }
+
     /// Waits up to `base` after the first failure and twice as long after each further one, up to `cap`.
     #[must_use]
     pub const fn new(base: Duration, cap: Duration) -> Self {
@@ -61,7 +70,7 @@ mod tests {
     use super::*;
 
     const fn backoff() -> Backoff {
-        Backoff::new(Duration::from_secs(1), Duration::from_secs(300))
+        Backoff::of_sockets()
     }
 
     #[test]

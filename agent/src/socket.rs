@@ -29,11 +29,6 @@ use crate::client::{self, parse_retry_after};
 use crate::config::is_loopback;
 use crate::report::Status;
 
-/// First and longest wait before connecting again.
-const RECONNECT_BASE: Duration = Duration::from_secs(1);
-const RECONNECT_CAP: Duration = Duration::from_secs(300);
-/// A connection that lived this long was good: the next wait starts small again.
-const GOOD_CONNECTION: Duration = Duration::from_secs(60);
 /// TCP, TLS and upgrade together.
 const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 /// From the upgrade to the connected namespace (contract remote 8.3).
@@ -182,7 +177,7 @@ pub(crate) fn inbox() -> (mpsc::Sender<Inbound>, mpsc::Receiver<Inbound>) {
 impl Socket {
     /// Connects again and again until `stop`.
     pub(crate) async fn keep_up(&self, stop: CancellationToken) {
-        let mut backoff = Backoff::new(RECONNECT_BASE, RECONNECT_CAP);
+        let mut backoff = Backoff::of_sockets();
         while !stop.is_cancelled() {
             self.status.active("socket_connecting");
             let ended = self.connect_once(backoff.failures(), &stop).await;
@@ -190,7 +185,7 @@ impl Socket {
             if stop.is_cancelled() {
                 return;
             }
-            if ended.lived > GOOD_CONNECTION {
+            if ended.lived > Backoff::GOOD_SOCKET {
                 backoff.reset();
             }
             let pause = backoff.wait(ended.hint);

@@ -86,6 +86,7 @@ fn run(verb: Verb) -> Result<()> {
     runtime.block_on(async {
         match verb {
             Verb::Serve(environment) => {
+                serve::raise_open_files();
                 let pool = pool(&environment, "borealis-api")?;
                 let (stop, _) = up::on_signals()?;
                 serve::serve(environment.settings()?, pool, stop).await?.wait().await;

@@ -35,6 +35,15 @@ pub const DRAIN_S: u64 = 10;
 /// How long after a failed look at the secret store the next one follows, in seconds.
 const PREPARE_RETRY_S: u64 = 5;
 
+/// Lets this process have as many files open as it may: every agent's socket is one, and the usual limit is 1,024.
+pub fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
 /// A running API process.
 #[derive(Debug)]
 pub struct Running {

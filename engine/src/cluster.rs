@@ -83,7 +83,9 @@ impl Paths {
 pub enum Durability {
     /// Nothing that was committed; the cluster outlives a crash of ours.
     Full,
-    /// Everything: for tests. The cluster also ends with the process that started it, however that ends.
+    /// Nothing either, but the cluster ends with the process that started it, however that ends: for measurements.
+    Bench,
+    /// Everything: for tests. The cluster also ends with the process that started it.
     Test,
 }
 
@@ -157,7 +159,7 @@ impl Cluster {
         };
         let socket = socket::reachable(&paths.data.join(socket::FOLDER))?;
         let mut cluster = Self { paths: paths.clone(), process, socket, _warden: None };
-        if durability == Durability::Test {
+        if durability != Durability::Full {
             cluster._warden = Some(warden(cluster.pid())?);
         }
         cluster.until_ready().await?;

@@ -2,7 +2,10 @@
 
 use std::{str::FromStr, time::Duration};
 
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{
+    Connection,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
 
 use crate::error::{Error, Result};
 
@@ -37,13 +40,35 @@ pub fn connect(options: &Options) -> Result<Pool> {
         .application_name(&options.application_name)
         // A process that froze inside a transaction must not keep its locks for longer than its leases.
         .options([("idle_in_transaction_session_timeout", "10s")]);
-    Ok(PgPoolOptions::new()
-        .max_connections(options.max_connections)
+    Ok(pool(options.max_connections).connect_lazy_with(connect))
+}
+
+/// A second, small pool to the same database, with settings of its own, for what must not wait behind requests or steps.
+#[must_use]
+pub fn sibling(main: &Pool, max_connections: u32, settings: &[(&str, &str)]) -> Pool {
+    let connect = (*main.connect_options()).clone().options(settings.iter().copied());
+    pool(max_connections).connect_lazy_with(connect)
+}
+
+/// A connection that was used a moment ago is used again without asking; one that has been idle may be gone and is tried.
+fn pool(max_connections: u32) -> PgPoolOptions {
+    PgPoolOptions::new()
+        .max_connections(max_connections)
         .acquire_timeout(Duration::from_secs(5))
         .idle_timeout(Duration::from_secs(300))
-        .test_before_acquire(true)
-        .connect_lazy_with(connect))
+        .test_before_acquire(false)
+        .before_acquire(|connection, about| {
+            Box::pin(async move {
+                if about.idle_for > TRUSTED_FOR {
+                    connection.ping().await?;
+                }
+                Ok(true)
+            })
+        })
 }
+
+/// How long an idle connection is taken to be alive.
+const TRUSTED_FOR: Duration = Duration::from_secs(1);
 
 /// Brings the database to this version. Safe to call from several processes at once: sqlx takes an advisory lock.
 ///

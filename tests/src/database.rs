@@ -7,7 +7,7 @@ use std::{
 };
 
 use borealis_engine::{
-    cluster::{Cluster, Durability, Paths},
+    cluster::{Binaries, Cluster, Durability, Paths},
     db::{self, Pool},
 };
 use sha2::{Digest, Sha256};
@@ -93,16 +93,41 @@ static OWN: OnceCell<TestCluster> = OnceCell::const_new();
 pub struct TestCluster {
     cluster: Cluster,
     paths: Paths,
+    durability: Durability,
     _folder: tempfile::TempDir,
 }
 
 impl TestCluster {
     /// Makes and starts one; takes a second or two.
     pub async fn start() -> Self {
+        Self::with(Durability::Test).await
+    }
+
+    /// Makes and starts one that commits as the one of `./borealis up` does, for measurements.
+    pub async fn durable() -> Self {
+        Self::with(Durability::Bench).await
+    }
+
+    async fn with(durability: Durability) -> Self {
         let folder = tempfile::Builder::new().prefix("borealis-postgres-").tempdir().expect("a folder");
         let paths = Paths::under(folder.path());
-        let cluster = start(&paths).await;
-        Self { cluster, paths, _folder: folder }
+        let cluster = start(&paths, durability).await;
+        Self { cluster, paths, durability, _folder: folder }
+    }
+
+    /// The server's process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.cluster.pid().as_raw().unsigned_abs()
+    }
+
+    /// A program of the server's version.
+    ///
+    /// # Panics
+    /// When its version is not installed any more.
+    #[must_use]
+    pub fn program(&self, name: &str) -> std::path::PathBuf {
+        Binaries::find(self.paths.data()).expect("an installed PostgreSQL").file(name)
     }
 
     /// The server's maintenance database.
@@ -116,9 +141,9 @@ impl TestCluster {
         // A test cluster commits without waiting for its disk; what it has answered must not be lost here.
         let mut connection = connect(&self.url()).await;
         execute(&mut connection, "CHECKPOINT".into()).await;
-        let Self { cluster, paths, _folder } = self;
+        let Self { cluster, paths, durability, _folder } = self;
         cluster.stop().await.unwrap_or_else(|error| panic!("the test's Postgres does not stop: {error:?}"));
-        StoppedCluster { paths, _folder }
+        StoppedCluster { paths, durability, _folder }
     }
 }
 
@@ -126,20 +151,21 @@ impl TestCluster {
 #[derive(Debug)]
 pub struct StoppedCluster {
     paths: Paths,
+    durability: Durability,
     _folder: tempfile::TempDir,
 }
 
 impl StoppedCluster {
     /// Starts it again.
     pub async fn start(self) -> TestCluster {
-        let Self { paths, _folder } = self;
-        let cluster = start(&paths).await;
-        TestCluster { cluster, paths, _folder }
+        let Self { paths, durability, _folder } = self;
+        let cluster = start(&paths, durability).await;
+        TestCluster { cluster, paths, durability, _folder }
     }
 }
 
-async fn start(paths: &Paths) -> Cluster {
-    Cluster::start(paths, Durability::Test).await.unwrap_or_else(|error| panic!("no Postgres for the tests: {error}"))
+async fn start(paths: &Paths, durability: Durability) -> Cluster {
+    Cluster::start(paths, durability).await.unwrap_or_else(|error| panic!("no Postgres for the tests: {error}"))
 }
 
 fn at(admin: &Url, name: &str) -> Url {

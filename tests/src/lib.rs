@@ -3,10 +3,13 @@
 
 pub mod actor;
 pub mod agent;
+pub mod bench;
 pub mod database;
 pub mod demo;
 pub mod engine;
+pub mod fleet;
 pub mod house;
+pub mod installation;
 pub mod probe;
 pub mod processes;
 pub mod proxy;
@@ -20,6 +23,7 @@ pub use actor::{Actor, Device, Reply};
 pub use database::{TestCluster, TestDatabase};
 pub use engine::TestEngine;
 pub use house::House;
+pub use installation::Installation;
 pub use processes::{Child, Processes};
 pub use proxy::Proxy;
 pub use robot::Robot;

@@ -26,7 +26,7 @@ pub const CHILDREN: i64 = 3;
 /// All of them.
 #[must_use]
 pub fn registry() -> Registry {
-    Registry::new([probe(), child(), fragile(), moody(), sleeper(), napper(), plain()])
+    Registry::new([probe(), child(), fragile(), moody(), sleeper(), napper(), plain(), single()])
 }
 
 /// Five steps: one that writes rows, one that calls outside, a fan-out, a wait, an end. Cancel leaves a row.
@@ -80,6 +80,16 @@ pub fn plain() -> Workflow {
         .step("three", |cx| Box::pin(end(cx)))
         .step("four", |cx| Box::pin(end(cx)))
         .step("five", |cx| Box::pin(end(cx)))
+}
+
+/// One step that answers when it began: microseconds since 1970 by the clock of the machine.
+#[must_use]
+pub fn single() -> Workflow {
+    workflow("single", 1).step("stamp", |cx| Box::pin(stamp(cx)))
+}
+
+async fn stamp(_: &mut StepContext) -> StepResult {
+    Ok(Outcome::Next(json!(chrono::Utc::now().timestamp_micros())))
 }
 
 async fn write(cx: &mut StepContext) -> StepResult {

@@ -74,15 +74,22 @@ impl Processes {
     }
 }
 
-impl Drop for Processes {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
+impl Processes {
+    /// Prints what every process has said last.
+    pub fn show_logs(&self) {
             let mut logs: Vec<_> =
                 std::fs::read_dir(self.logs.path()).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
             logs.sort();
             for log in logs {
                 eprintln!("---- {} ----\n{}", log.file_name().unwrap_or_default().to_string_lossy(), tail(&log));
             }
+    }
+}
+
+impl Drop for Processes {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.show_logs();
         }
     }
 }
@@ -93,21 +100,19 @@ fn tail(log: &Path) -> String {
     lines.get(lines.len().saturating_sub(200)..).unwrap_or_default().join("\n")
 }
 
-/// Where a binary of the workspace is: beside this test's own executable.
+/// Where a binary of the workspace is: beside this program, or beside the folder of this test.
 ///
 /// # Panics
 /// When it is not built.
 #[must_use]
 pub fn built(binary: &str) -> PathBuf {
     let own = std::env::current_exe().expect("the path of the test");
-    let folder = own.parent().and_then(Path::parent).expect("the target folder");
-    let path = folder.join(binary);
-    assert!(
-        path.exists(),
-        "{} is not built: run cargo build --workspace --bins, or the tests through ./borealis test",
-        path.display()
-    );
-    path
+    own.ancestors()
+        .skip(1)
+        .take(2)
+        .map(|folder| folder.join(binary))
+        .find(|path| path.exists())
+        .unwrap_or_else(|| panic!("{binary} is not built: run cargo build --workspace --bins, or the tests through ./borealis test"))
 }
 
 impl Child {
@@ -124,6 +129,11 @@ impl Child {
 
     /// Kills it at once, and waits until it is gone.
     pub fn kill(mut self) {
+        self.kill_now();
+    }
+
+    /// The same, for one that is to be replaced. It must still run.
+    pub fn kill_now(&mut self) {
         self.signal(Signal::SIGKILL);
         let _ = self.child.wait();
     }

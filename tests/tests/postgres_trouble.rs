@@ -73,7 +73,11 @@ impl Scene {
         let job = self.job().await;
         self.house.all_are(job, "Success", 1).await;
         self.house.workflows_end().await;
-        assert!(self.robot.memory().sent.values().all(|times| *times <= self.robot.memory().connections), "{:?}", self.robot.memory());
+        assert!(
+            self.robot.memory().sent.values().all(|times| *times <= self.robot.memory().connections),
+            "{:?}",
+            self.robot.memory()
+        );
         assert_eq!(self.robot.memory().sent.len(), under_way.len() + 1);
         self.listens_again().await;
     }
@@ -308,7 +312,10 @@ async fn postgres_takes_no_more_connections() {
 }
 
 async fn execute(scene: &Scene, sql: &str) {
-    sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned())).execute(&scene.house.database.pool).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned()))
+        .execute(&scene.house.database.pool)
+        .await
+        .unwrap_or_else(|error| panic!("{sql}: {error}"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -327,7 +334,11 @@ async fn postgres_is_read_only() {
     // What only reads is answered, the rest may come again.
     let _ = scene.get("/api/assemblies").await.expect(200);
     unavailable("a new site", &scene.house.admin.post("/api/sites", json!({"name": "another"})).await);
-    execute(&scene, &format!("SET default_transaction_read_only = off; ALTER DATABASE {database} RESET default_transaction_read_only")).await;
+    execute(
+        &scene,
+        &format!("SET default_transaction_read_only = off; ALTER DATABASE {database} RESET default_transaction_read_only"),
+    )
+    .await;
     scene.both(Proxy::cut);
     scene.goes_on(&[under_way]).await;
 }
@@ -337,7 +348,9 @@ async fn postgres_is_read_only() {
 async fn the_disk_is_full() {
     let database = TestDatabase::start().await;
     let Some(disk) = Disk::under(&database).await else {
-        println!("not shown here: only root may mount a small file system, and nothing else is full without filling the machine's own");
+        println!(
+            "not shown here: only root may mount a small file system, and nothing else is full without filling the machine's own"
+        );
         return;
     };
     let scene = Scene::on(database).await;
@@ -372,7 +385,8 @@ impl Disk {
     async fn under(database: &TestDatabase) -> Option<Self> {
         let folder = tempfile::tempdir().expect("a folder");
         // Whoever owns the server's socket is who the server runs as.
-        let socket = database.url.query_pairs().find(|(name, _)| name == "host").map(|(_, folder)| folder.into_owned()).expect("a socket");
+        let socket =
+            database.url.query_pairs().find(|(name, _)| name == "host").map(|(_, folder)| folder.into_owned()).expect("a socket");
         let socket = std::path::Path::new(&socket).join(format!(".s.PGSQL.{}", database.url.port().unwrap_or(5432)));
         let owner = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(socket).expect("the server's socket"));
         let mounted = std::process::Command::new("mount")

@@ -130,10 +130,11 @@ async fn either_process_may_be_killed_in_the_middle_of_jobs() {
     killed(&mut house, &robots, &script, 1).await;
     sent_once(&robots, 6);
     // Each result was recorded once: one activity for each machine and job, one journal entry for each step.
-    let activities: i64 = sqlx::query_scalar("SELECT count(*) FROM activity_history WHERE status = 'Success' AND stdout = 'ran ' || id || E'\\n'")
-        .fetch_one(&house.database.pool)
-        .await
-        .expect("a count");
+    let activities: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM activity_history WHERE status = 'Success' AND stdout = 'ran ' || id || E'\\n'")
+            .fetch_one(&house.database.pool)
+            .await
+            .expect("a count");
     assert_eq!(activities, i64::try_from(6 * MACHINES).expect("a count"));
     let doubled: i64 = sqlx::query_scalar(
         "SELECT count(*) FROM (SELECT 1 FROM workflow_journal WHERE step = 'finish' GROUP BY run_id HAVING count(*) <> 1) AS doubled",

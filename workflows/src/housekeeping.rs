@@ -134,17 +134,17 @@ pub async fn sweep(services: &Services, history_days: i32) -> Result<bool> {
     sqlx::query!("DELETE FROM idempotency_keys WHERE created_at < now() - interval '1 day'").execute(pool).await?;
     sqlx::query!("DELETE FROM workers WHERE last_seen_at < now() - interval '1 day'").execute(pool).await?;
     let runs = sqlx::query!(
-        "DELETE FROM workflow_runs WHERE id IN (
-             SELECT id FROM workflow_runs WHERE finished_at < now() - $1::int * interval '1 day' ORDER BY finished_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
+        "DELETE FROM workflow_runs WHERE id = ANY (ARRAY(
+             SELECT id FROM workflow_runs WHERE finished_at < now() - $1::int * interval '1 day' ORDER BY finished_at LIMIT $2 FOR UPDATE SKIP LOCKED))",
         history_days,
         BATCH,
     )
     .execute(pool)
     .await?;
     let activities = sqlx::query!(
-        "DELETE FROM activity_history WHERE id IN (
+        "DELETE FROM activity_history WHERE id = ANY (ARRAY(
              SELECT id FROM activity_history WHERE delivery = 'done' AND finished_at < now() - $1::int * interval '1 day'
-             ORDER BY finished_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
+             ORDER BY finished_at LIMIT $2 FOR UPDATE SKIP LOCKED))",
         history_days,
         BATCH,
     )
@@ -152,11 +152,11 @@ pub async fn sweep(services: &Services, history_days: i32) -> Result<bool> {
     .await?;
     // The latest occurrence of a job stays: operators look at it, however old it is.
     let occurrences = sqlx::query!(
-        "DELETE FROM job_occurrences WHERE id IN (
+        "DELETE FROM job_occurrences WHERE id = ANY (ARRAY(
              SELECT o.id FROM job_occurrences o
              WHERE o.state = 'closed' AND o.finished_at < now() - $1::int * interval '1 day'
                AND EXISTS (SELECT FROM job_occurrences later WHERE later.job_id = o.job_id AND later.scheduled_at > o.scheduled_at)
-             ORDER BY o.finished_at LIMIT $2 FOR UPDATE OF o SKIP LOCKED)",
+             ORDER BY o.finished_at LIMIT $2 FOR UPDATE OF o SKIP LOCKED))",
         history_days,
         BATCH,
     )

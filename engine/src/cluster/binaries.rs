@@ -72,7 +72,9 @@ impl Binaries {
         }
     }
 
-    pub(super) fn file(&self, name: &str) -> PathBuf {
+    /// One of its programs.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
 }

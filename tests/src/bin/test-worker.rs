@@ -26,8 +26,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let pool = db::connect(&db::Options { url, max_connections: 8, application_name: "test-worker".into() })?;
     let registry =
         Registry::new(borealis_workflows::registry().iter().chain(probe::registry().iter()).map(|workflow| (**workflow).clone()));
+    let concurrency = std::env::var("CONCURRENCY").map_or(Ok(16), |text| text.parse())?;
     let options =
-        borealis_workers::Options { id, concurrency: 16, history_days: 30, duties: std::env::var("NO_DUTIES").is_err() };
+        borealis_workers::Options { id, concurrency, history_days: 30, duties: std::env::var("NO_DUTIES").is_err() };
     let stop = CancellationToken::new();
     let stopping = stop.clone();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;

@@ -64,19 +64,24 @@ const HINTED: (&str, &str) = (
 
 /// Rows that must not exist once everything has ended.
 const AT_THE_END: [(&str, &str); 4] = [
-    ("a run that has not ended", "SELECT id::text || ' ' || workflow || ' ' || state || ' at ' || step FROM workflow_runs WHERE finished_at IS NULL"),
+    (
+        "a run that has not ended",
+        "SELECT id::text || ' ' || workflow || ' ' || state || ' at ' || step FROM workflow_runs WHERE finished_at IS NULL",
+    ),
     ("a hint that means nothing", "SELECT id || ' of ' || encode(job, 'hex')::uuid FROM apalis.jobs"),
     ("an occurrence that was never closed", "SELECT id::text || ' ' || state FROM job_occurrences WHERE state <> 'closed'"),
     ("a leader of nothing", "SELECT duty FROM duty_leases WHERE expires_at > now() + interval '5 seconds'"),
 ];
 
 fn union(rules: &[(&str, &str)]) -> String {
-    let parts: Vec<String> = rules.iter().map(|(name, sql)| format!("SELECT $r${name}$r$ AS rule, t.id FROM ({sql}) AS t(id)")).collect();
+    let parts: Vec<String> =
+        rules.iter().map(|(name, sql)| format!("SELECT $r${name}$r$ AS rule, t.id FROM ({sql}) AS t(id)")).collect();
     parts.join("\nUNION ALL\n")
 }
 
 async fn broken(pool: &Pool, sql: String) -> Vec<String> {
-    let rows: Vec<(String, String)> = sqlx::query_as(AssertSqlSafe(sql)).fetch_all(pool).await.expect("the rules can be asked for");
+    let rows: Vec<(String, String)> =
+        sqlx::query_as(AssertSqlSafe(sql)).fetch_all(pool).await.expect("the rules can be asked for");
     rows.into_iter().map(|(rule, id)| format!("{rule}: {id}")).collect()
 }
 

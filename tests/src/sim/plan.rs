@@ -284,7 +284,12 @@ async fn cancel(cx: &mut StepContext) -> StepResult {
     let plan: Plan = cx.input()?;
     if plan.slow_cancel && cx.wake == Wake::First {
         let at_most = Some(std::time::Duration::from_millis(UNDONE_MS));
-        return Ok(Outcome::Wait(Wait { signal: Some(UNDONE.into()), children: false, at_most, state: after(cx, json!({"wait_ms": UNDONE_MS})) }));
+        return Ok(Outcome::Wait(Wait {
+            signal: Some(UNDONE.into()),
+            children: false,
+            at_most,
+            state: after(cx, json!({"wait_ms": UNDONE_MS})),
+        }));
     }
     effect(cx).await?;
     Ok(Outcome::Done(after(cx, json!("effect"))))

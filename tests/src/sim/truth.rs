@@ -19,11 +19,13 @@ impl World {
     pub async fn judge(&mut self) {
         let ends: Vec<(Uuid, String, Option<String>)> =
             sqlx::query_as("SELECT id, state, error FROM workflow_runs").fetch_all(&self.pool).await.expect("runs");
-        let ends: BTreeMap<Uuid, (String, Option<String>)> = ends.into_iter().map(|(id, state, error)| (id, (state, error))).collect();
-        let rows: Vec<Entry> = sqlx::query_as("SELECT run_id, seq, step, output, committed_at FROM workflow_journal ORDER BY run_id, seq")
-            .fetch_all(&self.pool)
-            .await
-            .expect("the journal");
+        let ends: BTreeMap<Uuid, (String, Option<String>)> =
+            ends.into_iter().map(|(id, state, error)| (id, (state, error))).collect();
+        let rows: Vec<Entry> =
+            sqlx::query_as("SELECT run_id, seq, step, output, committed_at FROM workflow_journal ORDER BY run_id, seq")
+                .fetch_all(&self.pool)
+                .await
+                .expect("the journal");
         let mut journals: BTreeMap<Uuid, Vec<Entry>> = BTreeMap::new();
         for row in rows {
             journals.entry(row.0).or_default().push(row);
@@ -59,7 +61,11 @@ impl World {
     /// Every instant of a job was decided once.
     async fn job(&self, job: &Job) -> Vec<String> {
         let (used, next): (i64, Option<DateTime<Utc>>) =
-            sqlx::query_as("SELECT occurrences_used, next_due_at FROM scheduled_jobs WHERE id = $1").bind(job.id).fetch_one(&self.pool).await.expect("the job");
+            sqlx::query_as("SELECT occurrences_used, next_due_at FROM scheduled_jobs WHERE id = $1")
+                .bind(job.id)
+                .fetch_one(&self.pool)
+                .await
+                .expect("the job");
         let rows: Vec<(DateTime<Utc>, Option<String>, Option<String>, i64)> = sqlx::query_as(
             "SELECT o.scheduled_at, r.skip_reason, r.error, (SELECT count(*) FROM workflow_runs w WHERE w.workflow = 'scheduled_run' AND w.start_key = o.id::text)
              FROM job_occurrences o LEFT JOIN scheduled_job_runs r ON r.occurrence_id = o.id AND o.workflow_run_id IS NULL WHERE o.job_id = $1 ORDER BY 1",
@@ -151,7 +157,10 @@ fn end(run: &Run, state: &str, error: Option<&str>, journal: &[Entry]) -> Vec<St
             }
         }
         if with == "deadline" {
-            let before = journal.iter().rev().find(|(_, _, other, output, began)| other == step && began <= at && output["with"]["wait_ms"].is_i64());
+            let before = journal
+                .iter()
+                .rev()
+                .find(|(_, _, other, output, began)| other == step && began <= at && output["with"]["wait_ms"].is_i64());
             let early = before.is_none_or(|(_, _, _, output, began)| {
                 (*at - *began).num_milliseconds() < output["with"]["wait_ms"].as_i64().unwrap_or(0)
             });

@@ -10,6 +10,7 @@ use borealis_workflows::{
     CancelAsked, NewRun, Services,
     durable::{
         claim::{self, Claim},
+        commit::Written,
         definition::{Registry, StepError},
         recovery,
         single::{self, Executed, Place},
@@ -92,8 +93,8 @@ enum Stage {
     Claimed(Claim),
     /// Waits for the committer.
     Executed(Executed),
-    /// Wrote rows of its own; since when its transaction is open, and whether the outcome is written in it.
-    Own(Executed, i64, bool),
+    /// Wrote rows of its own; since when its transaction is open, and what became of the outcome once it is written in it.
+    Own(Executed, i64, Option<Written>),
     /// Is being written.
     Leaving,
 }
@@ -188,7 +189,11 @@ impl World {
                 if !error.is_transient() {
                     self.wrong.push(format!("{what}: refused: {error:?}"));
                 }
-                self.tell(format!("{what}: {} ({})", error.code, error.source.map(|source| source.to_string()).unwrap_or_default()));
+                self.tell(format!(
+                    "{what}: {} ({})",
+                    error.code,
+                    error.source.map(|source| source.to_string()).unwrap_or_default()
+                ));
                 None
             }
         }
@@ -215,7 +220,10 @@ impl World {
 
     /// Sets the stage: bounds, jobs, workers.
     pub async fn open(&mut self) {
-        sqlx::query("INSERT INTO workflow_limits (key, bound) VALUES ('one', 1), ('two', 2)").execute(&self.pool).await.expect("bounds");
+        sqlx::query("INSERT INTO workflow_limits (key, bound) VALUES ('one', 1), ('two', 2)")
+            .execute(&self.pool)
+            .await
+            .expect("bounds");
         for _ in 0..self.rng.random_range(0..3) {
             self.add_job().await;
         }
@@ -225,7 +233,8 @@ impl World {
     }
 
     async fn add_job(&mut self) {
-        let (kind, step) = [("every_5_minutes", 300), ("every_15_minutes", 900), ("every_hour", 3600)][self.rng.random_range(0..3)];
+        let (kind, step) =
+            [("every_5_minutes", 300), ("every_15_minutes", 900), ("every_hour", 3600)][self.rng.random_range(0..3)];
         let misfire = ["skip", "run_once", "run_all"][self.rng.random_range(0..3)];
         let overlap = ["skip", "queue", "allow"][self.rng.random_range(0..3)];
         let max = self.rng.random_bool(0.3).then(|| self.rng.random_range(1..20_i64));
@@ -310,14 +319,21 @@ impl World {
             2 => vec!["one".to_owned(), "two".to_owned(), "boundless".to_owned()],
             _ => Vec::new(),
         };
-        let new = NewRun { key: key.clone(), input: json!(plan), priority: self.rng.random_range(0..1_000_000), limit_keys, ..NewRun::default() };
+        let new = NewRun {
+            key: key.clone(),
+            input: json!(plan),
+            priority: self.rng.random_range(0..1_000_000),
+            limit_keys,
+            ..NewRun::default()
+        };
         let Ok(mut tx) = self.pool.begin().await else { return };
         let started = start(&mut tx, &workflow, new).await;
         let Some(started) = self.answer("start", started).await else {
             let _ = tx.rollback().await;
             return;
         };
-        let known = self.runs.iter().find(|run| key.is_some() && run.key == key && run.workflow == workflow.name).map(|run| run.id);
+        let known =
+            self.runs.iter().find(|run| key.is_some() && run.key == key && run.workflow == workflow.name).map(|run| run.id);
         if (known.is_some() == started.created) || known.is_some_and(|known| known != started.run_id) {
             self.wrong.push(format!("start with key {key:?} answered {started:?}, known was {known:?}"));
         }
@@ -437,7 +453,11 @@ impl World {
             return;
         }
         let rows: Vec<(Uuid, Option<Uuid>, Option<String>)> =
-            sqlx::query_as("SELECT id, parent_id, start_key FROM workflow_runs WHERE id = ANY ($1)").bind(&unknown).fetch_all(&self.pool).await.expect("runs");
+            sqlx::query_as("SELECT id, parent_id, start_key FROM workflow_runs WHERE id = ANY ($1)")
+                .bind(&unknown)
+                .fetch_all(&self.pool)
+                .await
+                .expect("runs");
         for (id, parent, key) in rows {
             let key = key.unwrap_or_default();
             let label = match parent {
@@ -469,7 +489,8 @@ impl World {
         let Held { run, token, renewed, stop, workflow, stage } = self.workers[at].held.remove(index);
         let Stage::Claimed(claim) = stage else { return };
         let version = 1;
-        let place = Place { workflow: &workflow, version, stop: stop.clone(), jitter };
+        let goes_on = self.rng.random_bool(0.8);
+        let place = Place { workflow: &workflow, version, stop: stop.clone(), jitter, goes_on };
         let witness = self.witness.clone();
         let executed = witness.hears(claim.execute(&self.registry, self.services.clone(), place)).await;
         let Some(executed) = executed else {
@@ -480,7 +501,7 @@ impl World {
         self.unsettled = true;
         let own = if executed.tx.is_some() { ", in a transaction of its own" } else { "" };
         self.tell(format!("{} runs {} {}{own}", self.workers[at].name, self.label(run), executed));
-        let stage = if executed.tx.is_some() { Stage::Own(executed, self.clock.now(), false) } else { Stage::Executed(executed) };
+        let stage = if executed.tx.is_some() { Stage::Own(executed, self.clock.now(), None) } else { Stage::Executed(executed) };
         self.workers[at].held.push(Held { run, token, renewed, stop, workflow, stage });
     }
 
@@ -510,37 +531,67 @@ impl World {
         }
         let name = self.workers[at].name.clone();
         let labels: Vec<String> = batch.iter().map(|held| self.label(held.run)).collect();
-        let Ok(mut tx) = self.pool.begin().await else { return };
-        let executed = outcomes(&batch);
-        let written = single::write_batch(&mut tx, &name, &executed).await;
         let what = format!("{name} commits {}", labels.join(" "));
+        let executed = outcomes(&batch);
+        let alone = fault > 0 && executed.iter().all(|executed| executed.is_alone());
+        let written = if alone {
+            match self.pool.acquire().await {
+                Ok(mut connection) => single::write_batch(&mut connection, &name, &executed).await,
+                Err(error) => Err(error.into()),
+            }
+        } else {
+            self.write_together(&name, &executed, fault > 0).await
+        };
         let Some(written) = self.answer(&what, written).await else {
-            tx.rollback().await.expect("a rollback");
             self.workers[at].held.extend(batch);
             return;
         };
         if fault == 0 {
-            tx.rollback().await.expect("a rollback");
             self.tell(format!("{what}: does not arrive"));
             self.workers[at].held.extend(batch);
             return;
         }
-        tx.commit().await.expect("a commit");
         self.tell(format!("{what}: {written:?}"));
-        for (held, written) in batch.iter().zip(&written) {
-            if !written {
-                self.refused(held);
+        if fault == 1 {
+            let again = single::write_again(&self.pool, &name, &outcomes(&batch)).await;
+            if let Some(again) = self.answer("the same batch again", again).await {
+                let wrong = again.iter().zip(&written).any(|(again, first)| match first {
+                    Written::Kept => *again != Written::Kept,
+                    _ => *again != Written::Lost,
+                });
+                if wrong {
+                    self.wrong.push(format!("{what}: {written:?}, and repeated: {again:?}"));
+                }
             }
         }
-        if fault == 1 {
-            let Ok(mut tx) = self.pool.begin().await else { return };
-            let again = single::write_batch(&mut tx, &name, &executed).await;
-            if let Some(again) = self.answer("the same batch again", again).await
-                && again.contains(&true)
-            {
-                self.wrong.push(format!("{what}: a repeated commit was written: {again:?}"));
-            }
-            tx.commit().await.expect("a commit");
+        for (held, written) in batch.into_iter().zip(written) {
+            self.settled(at, held, written);
+        }
+    }
+
+    async fn write_together(&self, worker: &str, executed: &[&Executed], arrives: bool) -> borealis_engine::Result<Vec<Written>> {
+        let mut tx = self.pool.begin().await?;
+        let written = single::write_batch(&mut tx, worker, executed).await;
+        if written.is_ok() && arrives {
+            tx.commit().await?
+        } else {
+            tx.rollback().await?
+        }
+        written
+    }
+
+    /// What a worker does with a claim whose outcome is written: goes on, lets go, or learns that it was not its own any more.
+    fn settled(&mut self, at: usize, held: Held, written: Written) {
+        let Held { run, token, renewed, stop, workflow, stage } = held;
+        match (written, stage) {
+            (Written::Kept, Stage::Executed(executed) | Stage::Own(executed, ..)) => match executed.next() {
+                Some(next) => {
+                    self.workers[at].held.push(Held { run, token, renewed, stop, workflow, stage: Stage::Claimed(next) });
+                }
+                None => self.wrong.push(format!("{}: a lease was kept for no step", self.label(run))),
+            },
+            (Written::Lost, _) => self.refused(run, renewed),
+            _ => {}
         }
     }
 
@@ -548,14 +599,13 @@ impl World {
     async fn commit_own(&mut self, at: usize, index: usize, fault: u32) {
         let name = self.workers[at].name.clone();
         let mut held = self.workers[at].held.remove(index);
-        let Stage::Own(mut executed, since, written) = std::mem::replace(&mut held.stage, Stage::Leaving) else { return };
+        let Stage::Own(mut executed, since, mut written) = std::mem::replace(&mut held.stage, Stage::Leaving) else { return };
         let what = format!("{name} commits {} itself", self.label(held.run));
         let gone = executed.tx.is_none();
-        let mut ours = true;
-        if !gone && !written {
+        if !gone && written.is_none() {
             let wrote = executed.write_own(&name).await;
             match wrote {
-                Ok(wrote) => ours = wrote,
+                Ok(wrote) => written = Some(wrote),
                 Err(error) => {
                     if !error.is_transient() {
                         self.wrong.push(format!("{what}: {error:?}"));
@@ -564,11 +614,10 @@ impl World {
                 }
             }
         }
-        if !ours {
+        if !gone && written == Some(Written::Lost) {
             self.tell(format!("{what}: refused"));
             executed.tx.take().expect("a transaction").rollback().await.expect("a rollback");
-            held.stage = Stage::Executed(executed);
-            return self.refused(&held);
+            return self.refused(held.run, held.renewed);
         }
         match (gone, fault) {
             (true, _) | (_, 0) => self.undo(at, held, executed, &what).await,
@@ -576,21 +625,21 @@ impl World {
                 executed.tx.take().expect("a transaction").commit().await.expect("a commit");
                 self.tell(format!("{what}, but the answer is lost"));
                 executed.undone(StepError::Transient("the answer of the commit was lost".into()));
-                let Ok(mut tx) = self.pool.begin().await else { return };
-                let again = single::write_batch(&mut tx, &name, &[&executed]).await;
-                if self.answer("its failure", again).await.is_some_and(|again| again.contains(&true)) {
+                let again = self.write_together(&name, &[&executed], true).await;
+                if self.answer("its failure", again).await.is_some_and(|again| again != [Written::Lost]) {
                     self.wrong.push(format!("{what}: a committed step failed afterwards"));
                 }
-                tx.commit().await.expect("a commit");
             }
             (_, 2..5) => {
                 self.tell(format!("{what}: written, and stays open"));
-                held.stage = Stage::Own(executed, since, true);
+                held.stage = Stage::Own(executed, since, written);
                 self.workers[at].held.push(held);
             }
             _ => {
                 executed.tx.take().expect("a transaction").commit().await.expect("a commit");
-                self.tell(what);
+                self.tell(format!("{what}: {written:?}"));
+                held.stage = Stage::Executed(executed);
+                self.settled(at, held, written.unwrap_or(Written::Lost));
             }
         }
     }
@@ -607,10 +656,10 @@ impl World {
     }
 
     /// An outcome was refused: right only if the lease was over.
-    fn refused(&mut self, held: &Held) {
-        let age = self.clock.now() - held.renewed;
+    fn refused(&mut self, run: Uuid, renewed: i64) {
+        let age = self.clock.now() - renewed;
         if age <= LEASE_MS {
-            self.wrong.push(format!("{}: refused {age} ms after its lease was renewed", self.label(held.run)));
+            self.wrong.push(format!("{}: refused {age} ms after its lease was renewed", self.label(run)));
         }
     }
 
@@ -742,7 +791,9 @@ impl World {
         let Some(run) = self.pick_run() else { return };
         let waits: Vec<usize> = (0..run.plan.acts.len()).filter(|at| matches!(run.plan.acts[*at], Act::Signal(..))).collect();
         let name = match waits.as_slice() {
-            waits if !waits.is_empty() && self.rng.random_bool(0.85) => plan::signal_name(waits[self.rng.random_range(0..waits.len())]),
+            waits if !waits.is_empty() && self.rng.random_bool(0.85) => {
+                plan::signal_name(waits[self.rng.random_range(0..waits.len())])
+            }
             _ if self.rng.random_bool(0.7) => plan::UNDONE.to_owned(),
             _ => "unheard".to_owned(),
         };
@@ -778,7 +829,10 @@ impl World {
         let Some(run) = self.pick_run() else { return };
         let Ok(mut tx) = self.pool.begin().await else { return };
         let leased: Result<bool, _> =
-            sqlx::query_scalar("SELECT lease_token IS NOT NULL FROM workflow_runs WHERE id = $1 FOR UPDATE").bind(run.id).fetch_one(&mut *tx).await;
+            sqlx::query_scalar("SELECT lease_token IS NOT NULL FROM workflow_runs WHERE id = $1 FOR UPDATE")
+                .bind(run.id)
+                .fetch_one(&mut *tx)
+                .await;
         let what = format!("cancel {}", self.label(run.id));
         let Some(leased) = self.answer(&what, leased.map_err(Into::into)).await else {
             let _ = tx.rollback().await;
@@ -800,8 +854,10 @@ impl World {
     }
 
     async fn retry_one(&mut self) {
-        let failed: Vec<Uuid> =
-            sqlx::query_scalar("SELECT id FROM workflow_runs WHERE state = 'failed'").fetch_all(&self.pool).await.expect("failed runs");
+        let failed: Vec<Uuid> = sqlx::query_scalar("SELECT id FROM workflow_runs WHERE state = 'failed'")
+            .fetch_all(&self.pool)
+            .await
+            .expect("failed runs");
         let mut failed: Vec<(String, Uuid)> = failed.into_iter().map(|id| (self.label(id), id)).collect();
         failed.sort();
         if failed.is_empty() {
@@ -922,13 +978,13 @@ impl World {
                     busy |= self.claim(at, &workflow, version, 200, false).await > 0;
                 }
             }
-            while let Some(index) = self.workers[at].held.iter().position(|held| matches!(held.stage, Stage::Claimed(_))) {
-                busy = true;
-                self.execute(at, index).await;
-                self.commit_owned(at).await;
-            }
             while !self.workers[at].held.is_empty() {
-                self.commit_batch(at, 9).await;
+                busy = true;
+                match self.workers[at].held.iter().position(|held| matches!(held.stage, Stage::Claimed(_))) {
+                    Some(index) => self.execute(at, index).await,
+                    None => self.commit_batch(at, 9).await,
+                }
+                self.commit_owned(at).await;
             }
         }
         busy

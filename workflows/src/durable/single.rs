@@ -7,14 +7,15 @@ use borealis_engine::{
     Result,
     db::{Pool, Tx},
 };
+use serde_json::Value;
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
     claim::Claim,
-    commit::{Commit, write},
-    definition::{Registry, StepContext, StepError, StepResult, Wake, Workflow},
+    commit::{Attempt, Commit, Written, repair, write},
+    definition::{Outcome, Registry, StepContext, StepError, Wake, Workflow},
     lease, worker,
 };
 use crate::Services;
@@ -24,46 +25,13 @@ pub use lease::Renewed;
 /// A step that has run: its answer, and what that means for its run, not yet written.
 #[derive(Debug)]
 pub struct Executed {
-    /// The run.
-    pub run_id: Uuid,
-    /// The lease the step was claimed with.
-    pub token: Uuid,
     workflow: Arc<Workflow>,
-    step: String,
-    attempt: i32,
+    step: &'static str,
     commit: Commit,
+    /// The claim of the next step, if the lease stays ours.
+    next: Option<Claim>,
     /// The transaction the step has written through, which has to commit its outcome.
     pub tx: Option<Tx<'static>>,
-}
-
-impl Claim {
-    /// The run that is claimed, and the token of its lease.
-    #[must_use]
-    pub fn lease(&self) -> (Uuid, Uuid) {
-        (self.run_id, self.token)
-    }
-
-    /// Runs the claimed step. `None` when the registry does not know it. `jitter` is between 0 and 1.
-    pub async fn execute(self, registry: &Registry, services: Arc<Services>, place: Place<'_>) -> Option<Executed> {
-        let workflow = registry.find(place.workflow, place.version)?.clone();
-        let step = workflow.find(&self.step)?;
-        let context = StepContext {
-            run_id: self.run_id,
-            step: step.name,
-            seq: self.seq,
-            attempt: self.attempt,
-            wake: Wake::read(self.wake.as_ref()),
-            input: self.input,
-            state: self.state,
-            services,
-            stop: place.stop,
-            tx: None,
-        };
-        let (answer, tx) = worker::execute(workflow.clone(), step.name, context).await;
-        let commit = Commit::decide(&workflow, step, (self.run_id, self.token, self.attempt), answer, place.jitter);
-        let (run_id, token, attempt) = (self.run_id, self.token, self.attempt);
-        Some(Executed { run_id, token, step: self.step, attempt, commit, workflow, tx })
-    }
 }
 
 /// What a claim does not say of the step it is for.
@@ -77,11 +45,52 @@ pub struct Place<'a> {
     pub stop: CancellationToken,
     /// What the pause of a retry is varied by, between 0 and 1.
     pub jitter: f64,
+    /// Whether the worker would run the next step at once.
+    pub goes_on: bool,
 }
 
-impl fmt::Display for Executed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} in try {}: {}", self.step, self.attempt, self.commit.kind)
+impl Claim {
+    /// The run that is claimed, and the token of its lease.
+    #[must_use]
+    pub fn lease(&self) -> (Uuid, Uuid) {
+        (self.run_id, self.token)
+    }
+
+    /// Runs the claimed step. `None` when the registry does not know it.
+    pub async fn execute(self, registry: &Registry, services: Arc<Services>, place: Place<'_>) -> Option<Executed> {
+        let workflow = registry.find(place.workflow, place.version)?.clone();
+        let step = workflow.find(&self.step)?;
+        let of =
+            Attempt { run_id: self.run_id, token: self.token, seq: self.seq, attempt: self.attempt, is_child: self.is_child };
+        let context = StepContext {
+            run_id: self.run_id,
+            step: step.name,
+            seq: self.seq,
+            attempt: self.attempt,
+            wake: Wake::read(self.wake.as_ref()),
+            input: self.input.clone(),
+            state: self.state,
+            services,
+            stop: place.stop,
+            tx: None,
+        };
+        let (answer, tx) = worker::execute(step, context).await;
+        let state = if let Ok(Outcome::Next(state)) = &answer { state.clone() } else { Value::Null };
+        let next = workflow.after(step.name).map(|next| Claim {
+            run_id: self.run_id,
+            token: self.token,
+            step: next.name.to_owned(),
+            seq: self.seq + 1,
+            attempt: 1,
+            input: self.input,
+            state,
+            wake: None,
+            is_child: self.is_child,
+            slot: None,
+        });
+        let commit = Commit::decide(&workflow, step, of, answer, place.jitter, place.goes_on);
+        let step = step.name;
+        Some(Executed { step, commit, next, workflow, tx })
     }
 }
 
@@ -89,32 +98,62 @@ impl Executed {
     /// What is to be written instead when the step's own transaction did not commit: it failed like any other attempt.
     pub fn undone(&mut self, error: StepError) {
         self.tx = None;
-        self.decide(Err(error));
+        if let Some(step) = self.workflow.find(self.step) {
+            self.commit = Commit::decide(&self.workflow, step, self.commit.of.clone(), Err(error), 0.0, false);
+        }
     }
 
-    fn decide(&mut self, answer: StepResult) {
-        let Some(step) = self.workflow.find(&self.step) else { return };
-        self.commit = Commit::decide(&self.workflow, step, (self.run_id, self.token, self.attempt), answer, 0.0);
-    }
-
-    /// Writes the outcome into the step's own transaction, which the caller then commits. False when the lease was lost.
+    /// Writes the outcome into the step's own transaction, which the caller then commits.
     ///
     /// # Errors
     /// When the database refuses.
-    pub async fn write_own(&mut self, worker: &str) -> Result<bool> {
-        let Some(tx) = self.tx.as_mut() else { return Ok(false) };
-        Ok(write(tx, worker, std::slice::from_ref(&self.commit)).await? == [true])
+    pub async fn write_own(&mut self, worker: &str) -> Result<Written> {
+        let Some(tx) = self.tx.as_mut() else { return Ok(Written::Lost) };
+        Ok(write(tx, worker, std::slice::from_ref(&self.commit)).await?.first().copied().unwrap_or(Written::Lost))
+    }
+
+    /// Whether its outcome is one statement, which needs no transaction.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        self.commit.is_alone()
+    }
+
+    /// The claim of the next step, after [`Written::Kept`].
+    #[must_use]
+    pub fn next(self) -> Option<Claim> {
+        self.next
     }
 }
 
-/// Writes the outcomes of steps that have no transaction of their own, as one batch within the caller's. Answers, in order,
-/// whether each was written.
+impl fmt::Display for Executed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} in try {}: {}", self.step, self.commit.of.attempt, self.commit.kind)
+    }
+}
+
+/// Writes the outcomes of steps that have no transaction of their own, as one batch through the caller's connection.
+/// Answers, in order, what became of each.
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn write_batch(conn: &mut PgConnection, worker: &str, executed: &[&Executed]) -> Result<Vec<bool>> {
-    let commits: Vec<Commit> = executed.iter().map(|executed| executed.commit.clone()).collect();
-    write(conn, worker, &commits).await
+pub async fn write_batch(conn: &mut PgConnection, worker: &str, executed: &[&Executed]) -> Result<Vec<Written>> {
+    write(conn, worker, &commits(executed)).await
+}
+
+/// Writes a batch again whose answer was lost.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn write_again(pool: &Pool, worker: &str, executed: &[&Executed]) -> Result<Vec<Written>> {
+    let commits = commits(executed);
+    let mut tx = pool.begin().await?;
+    let written = write(&mut tx, worker, &commits).await?;
+    tx.commit().await?;
+    repair(pool, &commits, written).await
+}
+
+fn commits(executed: &[&Executed]) -> Vec<Commit> {
+    executed.iter().map(|executed| executed.commit.clone()).collect()
 }
 
 /// Renews the leases of these runs, each given with its token, and answers those that still were theirs.
