@@ -14,6 +14,9 @@ pub type Pool = sqlx::PgPool;
 /// A transaction; what is written through it is committed together.
 pub type Tx<'a> = sqlx::Transaction<'a, sqlx::Postgres>;
 
+/// How long Postgres may take to say that it is ready.
+const READY_LIMIT: Duration = Duration::from_secs(6);
+
 static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");
 
 /// How a process connects.
@@ -78,19 +81,24 @@ pub async fn migrate(pool: &Pool) -> Result<()> {
     })
 }
 
-/// Whether Postgres answers and has every migration of this version. What `/ready` reports.
+/// Whether Postgres answers, has every migration of this version and takes writes. What `/ready` reports.
 ///
 /// # Errors
-/// When it does not answer, or is behind.
+/// When it does not answer in time, is behind, or only lets itself be read.
 pub async fn ready(pool: &Pool) -> Result<()> {
-    let applied: i64 = sqlx::query_scalar("SELECT count(*) FROM _sqlx_migrations WHERE success").fetch_one(pool).await?;
+    let unavailable = |code, message: String| Error::new(crate::error::Kind::Unavailable, code, message).retry_after(2);
+    let asking = sqlx::query_as::<_, (i64, bool)>(
+        "SELECT count(*), current_setting('transaction_read_only')::boolean FROM _sqlx_migrations WHERE success",
+    );
+    let (applied, read_only) = tokio::time::timeout(READY_LIMIT, asking.fetch_one(pool)).await.map_err(|_| {
+        unavailable("database_unavailable", format!("The database did not answer within {} s.", READY_LIMIT.as_secs()))
+    })??;
     let known = MIGRATOR.iter().count();
     if usize::try_from(applied).unwrap_or(0) < known {
-        return Err(Error::new(
-            crate::error::Kind::Unavailable,
-            "migrations_pending",
-            format!("{applied} of {known} migrations are applied."),
-        ));
+        return Err(unavailable("migrations_pending", format!("{applied} of {known} migrations are applied.")));
+    }
+    if read_only {
+        return Err(unavailable("database_read_only", "The database takes no writes now.".to_owned()));
     }
     Ok(())
 }

@@ -121,8 +121,10 @@ impl House {
         let pending = Enrollment::request(&Actor::anonymous(&self.admin.base), &hostname, &self.code, new_key()).await;
         let found = self.admin.get("/api/admin/device-approvals?status=pending").await.ok();
         let approvals = found["approvals"].as_array().expect("approvals");
-        let approval = approvals.iter().find(|approval| approval["approval_reference"] == pending.reference()).expect("the approval");
-        let _ = self.admin.post(&format!("/api/admin/device-approvals/{}/approve", id_text(&approval["id"])), json!({})).await.ok();
+        let approval =
+            approvals.iter().find(|approval| approval["approval_reference"] == pending.reference()).expect("the approval");
+        let _ =
+            self.admin.post(&format!("/api/admin/device-approvals/{}/approve", id_text(&approval["id"])), json!({})).await.ok();
         pending.finish(self.site).await
     }
 

@@ -16,6 +16,7 @@ pub mod processes;
 pub mod proxy;
 pub mod raw;
 pub mod robot;
+pub mod sim;
 pub mod totp;
 pub mod wait;
 

@@ -162,7 +162,12 @@ async fn carry(client: TcpStream, shared: Arc<Shared>, connection: Arc<Connectio
     connection.cut.cancel();
 }
 
-async fn pump(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, mut line: watch::Receiver<Line>, asks: Option<&Connection>) {
+async fn pump(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    mut line: watch::Receiver<Line>,
+    asks: Option<&Connection>,
+) {
     let mut buffer = vec![0; CHUNK];
     loop {
         let Ok(read @ 1..) = from.read(&mut buffer).await else { return };

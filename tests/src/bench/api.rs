@@ -144,7 +144,8 @@ async fn fill(stand: &Stand, options: &Options) {
     for statement in history {
         sqlx::query(statement).execute(&stand.database.pool).await.expect("the history");
     }
-    let rows: i64 = sqlx::query_scalar("SELECT count(*) FROM activity_history").fetch_one(&stand.database.pool).await.expect("a count");
+    let rows: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM activity_history").fetch_one(&stand.database.pool).await.expect("a count");
     eprintln!("  {} devices, {count} jobs, {rows} results in the tables", options.devices);
     stand.vacuum().await;
     let _: Value = stand.installation.admin.get("/api/scheduled_jobs?limit=1").await.ok();

@@ -28,7 +28,11 @@ async fn main() -> ExitCode {
             println!("seed {seed}: nothing lost, nothing doubled");
         } else {
             outcome.broken.iter().for_each(|line| println!("  BROKEN: {line}"));
-            println!("seed {seed}: {} promises broken; again with: ./borealis chaos --seed {seed} --seconds {}", outcome.broken.len(), options.seconds);
+            println!(
+                "seed {seed}: {} promises broken; again with: ./borealis chaos --seed {seed} --seconds {}",
+                outcome.broken.len(),
+                options.seconds
+            );
             failed.push(seed);
         }
     }

@@ -88,7 +88,11 @@ impl Scene {
         let fleet = Fleet::start(
             machines,
             Settings {
-                work: Work::of(|_| Work { takes: Duration::from_millis(rand::random_range(0..1_500)), chunks: 2, ..Work::default() }),
+                work: Work::of(|_| Work {
+                    takes: Duration::from_millis(rand::random_range(0..1_500)),
+                    chunks: 2,
+                    ..Work::default()
+                }),
                 heartbeat: Some(Duration::from_secs(5)),
                 ..Settings::at(house.apis.iter().map(|api| api.base.clone()))
             },

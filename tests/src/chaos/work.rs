@@ -123,16 +123,24 @@ async fn until_answered<T>(ask: impl AsyncFn() -> borealis_engine::Result<T>) ->
 
 /// A job for every device every few seconds, over REST at any of the API processes, and one that is due all the time.
 async fn jobs(admins: Vec<Actor>, seed: u64, lasts: Duration) -> (Vec<i64>, Option<i64>) {
-    let script = until_made(&admins, seed, "/api/assemblies", "script", &json!({
-        "domain": "user", "display_name": "chaos", "assembly_type": "script", "assembly_subtype": "bash",
-        "payload": {"name": "chaos", "type": "bash", "script": "echo chaos", "timeout_seconds": 600}
-    }))
+    let script = until_made(
+        &admins,
+        seed,
+        "/api/assemblies",
+        "script",
+        &json!({
+            "domain": "user", "display_name": "chaos", "assembly_type": "script", "assembly_subtype": "bash",
+            "payload": {"name": "chaos", "type": "bash", "script": "echo chaos", "timeout_seconds": 600}
+        }),
+    )
     .await;
-    let job = |schedule: Value, targets: Value| {
-        json!({"name": "chaos", "components": [{"assembly_guid": script["assembly_guid"], "name": "chaos"}], "targets": targets, "schedule": schedule})
-    };
-    let often = job(json!({"type": "cron", "cron": format!("*/{PERIOD} * * * * *"), "misfire": "run_all", "overlap": "allow"}),
-        json!([{"kind": "device", "hostname": "fleet-0"}]));
+    let job = |schedule: Value, targets: Value| json!({"name": "chaos", "components": [{"assembly_guid": script["assembly_guid"], "name": "chaos"}], "targets": targets, "schedule": schedule});
+    let mut often = job(
+        json!({"type": "cron", "cron": format!("*/{PERIOD} * * * * *")}),
+        json!([{"kind": "device", "hostname": "fleet-0"}]),
+    );
+    often["misfire_policy"] = json!("run_all");
+    often["overlap_policy"] = json!("allow");
     let recurrent = until_made(&admins, seed, "/api/scheduled_jobs", "recurrent", &often).await["job"]["id"].as_i64();
     let (mut made, began, mut n) = (Vec::new(), tokio::time::Instant::now(), 0);
     while began.elapsed() < lasts.mul_f64(0.9) {

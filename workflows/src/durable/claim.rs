@@ -87,7 +87,18 @@ pub async fn claim(pool: &Pool, queue: &str, worker: &str, limit: usize) -> Resu
         if let (Some(run_id), Some(token), Some(step), Some(seq), Some(attempt), Some(input), Some(state)) =
             (row.id, row.lease_token, row.step, row.seq, row.attempt, row.input, row.state_data)
         {
-            claims.push(Claim { run_id, token, step, seq, attempt, input, state, wake: row.wake, is_child: row.is_child, slot: None });
+            claims.push(Claim {
+                run_id,
+                token,
+                step,
+                seq,
+                attempt,
+                input,
+                state,
+                wake: row.wake,
+                is_child: row.is_child,
+                slot: None,
+            });
         }
     }
     if limited {
@@ -266,7 +277,8 @@ async fn fetch(pool: &Pool, queue: &str, worker: &str, slots: &Arc<Semaphore>, w
         } else {
             // Under load there is more in a moment, and one claim for all of it costs the same.
             tokio::time::sleep(BREATH).await;
-            wakeup.sleeps(queue).await;
+            // Without an answer nobody will notify; then the poll has to do.
+            let _ = tokio::time::timeout(POLL_EVERY, wakeup.sleeps(queue)).await;
             sleeps = true;
         }
     }

@@ -43,7 +43,7 @@ pub struct Commit {
     /// Whose it is.
     pub of: Attempt,
     step: &'static str,
-    kind: &'static str,
+    pub(super) kind: &'static str,
     next_step: Option<&'static str>,
     data: Value,
     error: Option<String>,
@@ -109,6 +109,11 @@ impl Commit {
                 commit.wait_ms = wait.at_most.map(milliseconds);
             }
             Err(StepError::Stopped) => commit.kind = "release",
+            // Begun and not known to have ended: a step that must not be repeated is not, whatever cut it off.
+            Err(StepError::Transient(error)) if step.never_retry => {
+                commit.kind = "fail";
+                commit.error = Some(format!("interrupted: {}", error.replace('\0', " ")));
+            }
             Err(StepError::Transient(error)) if attempt < step.retry.attempts => {
                 commit.kind = "retry";
                 commit.error = Some(error.replace('\0', " "));
@@ -136,7 +141,7 @@ impl Commit {
     }
 
     /// Whether one statement is all there is to write: nobody else's row has to be looked at.
-    fn is_alone(&self) -> bool {
+    pub(super) fn is_alone(&self) -> bool {
         !self.of.is_child && self.wait_signal.is_none() && !self.wait_children
     }
 
@@ -243,7 +248,7 @@ async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> 
                        AND workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL) = 'waiting',
                    wait_until = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL)
                        WHEN 'waiting' THEN now() + a.wait_ms * interval '1 millisecond' END,
-                   wake = CASE WHEN a.kind IN ('retry', 'release') AND (r.cancel_requested_at IS NULL OR r.step = 'cancel') THEN r.wake END,
+                   wake = CASE WHEN a.kind = 'fail' THEN r.wake WHEN a.kind IN ('retry', 'release') AND (r.cancel_requested_at IS NULL OR r.step = 'cancel') THEN r.wake END,
                    ready_at = now() + a.delay_ms * interval '1 millisecond',
                    lease_token = NULL, lease_expires_at = NULL, worker = NULL,
                    finished_at = CASE WHEN workflow_becomes(a.kind, a.next_step IS NULL, r.step, false) IN ('succeeded', 'failed', 'cancelled')
@@ -422,7 +427,8 @@ async fn persist(pool: &Pool, worker: &str, commits: &[Commit]) -> Vec<Written> 
     }
 }
 
-async fn transaction(pool: &Pool, worker: &str, commits: &[Commit]) -> Result<Vec<Written>> {
+/// Writes a batch as a whole, also one that may have been written before.
+pub(super) async fn transaction(pool: &Pool, worker: &str, commits: &[Commit]) -> Result<Vec<Written>> {
     let written = if commits.iter().all(Commit::is_alone) {
         write(&mut *pool.acquire().await?, worker, commits).await?
     } else {

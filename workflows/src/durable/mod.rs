@@ -11,6 +11,7 @@
 //! * [`commit`]: the one place where a step's outcome is written, fenced by its lease, batched naturally.
 //! * [`lease`]: renewing what this process holds, and learning of cancellation.
 //! * [`recovery`]: runs of dead workers, ended waits, lost hints.
+//! * [`single`]: one operation at a time, for the simulator of the tests.
 //! * [`worker`]: the workflow type of its own on apalis' `IntoWorkerService`, and the process around it.
 
 pub mod claim;
@@ -19,6 +20,7 @@ pub mod definition;
 pub mod fault;
 pub mod lease;
 pub mod recovery;
+pub mod single;
 pub mod start;
 pub mod wakeup;
 pub mod worker;

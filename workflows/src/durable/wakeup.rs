@@ -18,6 +18,9 @@ const READY: &str = "borealis_ready";
 /// The channel on which the scheduler is told that a due instant has changed.
 pub const SCHEDULE_CHANGED: &str = "borealis_schedule";
 
+/// How long the connection may take to answer before it is made anew.
+const ANSWER: Duration = Duration::from_secs(5);
+
 /// Wakes those who wait for a name: a queue, or [`SCHEDULE_CHANGED`].
 #[derive(Debug, Clone)]
 pub struct Wakeup {
@@ -142,16 +145,20 @@ async fn receive(
     }
 }
 
-/// Sets or removes the mark that `workflow_hint` looks for.
+/// Sets or removes the mark that `workflow_hint` looks for. A connection that does not answer is given up.
 async fn mark(listener: &mut PgListener, queue: &str, sleeps: bool) -> Result<(), sqlx::Error> {
-    if sleeps {
-        sqlx::query!("SELECT pg_advisory_lock_shared(hashtext('borealis.idle'), hashtext($1))::text AS done", queue)
-            .fetch_one(listener)
-            .await?;
-    } else {
-        sqlx::query!("SELECT pg_advisory_unlock_shared(hashtext('borealis.idle'), hashtext($1)) AS done", queue)
-            .fetch_one(listener)
-            .await?;
-    }
-    Ok(())
+    let marking = async {
+        if sleeps {
+            sqlx::query!("SELECT pg_advisory_lock_shared(hashtext('borealis.idle'), hashtext($1))::text AS done", queue)
+                .fetch_one(listener)
+                .await
+                .map(drop)
+        } else {
+            sqlx::query!("SELECT pg_advisory_unlock_shared(hashtext('borealis.idle'), hashtext($1)) AS done", queue)
+                .fetch_one(listener)
+                .await
+                .map(drop)
+        }
+    };
+    tokio::time::timeout(ANSWER, marking).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
 }

@@ -45,7 +45,7 @@ const CLAIM_CONNECTIONS: u32 = 2;
 
 /// How the runtime's own connections plan: its statements are written for one plan, by index from array to row, which
 /// must not depend on when a table of runs was last analyzed.
-const PLANS: [(&str, &str); 5] = [
+pub const PLANS: [(&str, &str); 5] = [
     ("plan_cache_mode", "force_generic_plan"),
     ("enable_seqscan", "off"),
     ("enable_hashjoin", "off"),
@@ -216,7 +216,7 @@ async fn run_step(workflow: &Arc<Workflow>, process: &Process, mut claim: Claim,
 }
 
 /// Runs the step's function under its time limit. Its transaction comes back only with a good answer.
-async fn execute(step: &Step, mut context: StepContext) -> (StepResult, Option<borealis_engine::db::Tx<'static>>) {
+pub(super) async fn execute(step: &Step, mut context: StepContext) -> (StepResult, Option<borealis_engine::db::Tx<'static>>) {
     let caught = tokio::time::timeout(
         step.timeout,
         futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe((step.run)(&mut context))),
@@ -249,10 +249,7 @@ pub async fn run(registry: Registry, services: Services, options: Options, stop:
     let process = Process {
         committer: Committer::spawn(&vital, &options.name),
         leases: Leases::default(),
-        claims: Claims {
-            unflushed: borealis_engine::db::sibling(&pool, CLAIM_CONNECTIONS, &unflushed),
-            durable: vital.clone(),
-        },
+        claims: Claims { unflushed: borealis_engine::db::sibling(&pool, CLAIM_CONNECTIONS, &unflushed), durable: vital.clone() },
         slots: Arc::new(Semaphore::new(options.concurrency.max(1))),
         wakeup: Wakeup::spawn(vital.clone(), queues, drain.clone()),
         drain: drain.clone(),
