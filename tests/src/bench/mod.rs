@@ -13,6 +13,7 @@ pub mod dispatch;
 pub mod durable;
 pub mod environment;
 pub mod load;
+pub mod peers;
 pub mod plain;
 pub mod reference;
 pub mod report;

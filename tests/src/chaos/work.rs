@@ -135,10 +135,8 @@ async fn jobs(admins: Vec<Actor>, seed: u64, lasts: Duration) -> (Vec<i64>, Opti
     )
     .await;
     let job = |schedule: Value, targets: Value| json!({"name": "chaos", "components": [{"assembly_guid": script["assembly_guid"], "name": "chaos"}], "targets": targets, "schedule": schedule});
-    let mut often = job(
-        json!({"type": "cron", "cron": format!("*/{PERIOD} * * * * *")}),
-        json!([{"kind": "device", "hostname": "fleet-0"}]),
-    );
+    let mut often =
+        job(json!({"type": "cron", "cron": format!("*/{PERIOD} * * * * *")}), json!([{"kind": "device", "hostname": "fleet-0"}]));
     often["misfire_policy"] = json!("run_all");
     often["overlap_policy"] = json!("allow");
     let recurrent = until_made(&admins, seed, "/api/scheduled_jobs", "recurrent", &often).await["job"]["id"].as_i64();
