@@ -56,8 +56,8 @@ pub async fn claim(pool: &Pool, queue: &str, worker: &str, limit: usize) -> Resu
                FROM workflow_runs r JOIN (SELECT DISTINCT run_id FROM hint) h ON h.run_id = r.id
                ORDER BY r.id FOR UPDATE OF r
            ), consumed AS (
-               DELETE FROM apalis.jobs j USING hint h LEFT JOIN run ON run.id = h.run_id
-               WHERE j.id = h.id AND NOT (coalesce(run.limited, false) AND coalesce(run.ready, false))
+               DELETE FROM apalis.jobs j USING hint h
+               WHERE j.id = h.id AND h.run_id <> ALL (ARRAY(SELECT id FROM run WHERE limited AND ready))
            ), leased AS (
                UPDATE workflow_runs r
                SET lease_token = gen_random_uuid(), lease_expires_at = now() + interval '10 seconds', worker = $3,

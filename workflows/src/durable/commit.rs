@@ -2,12 +2,13 @@
 //!
 //! Everything a step changes in its run is one statement over arrays: the run and the event that tells of it, guarded row
 //! by row by the lease token and the number of the step. A step that has lost its lease changes nothing and is told so.
-//! A worker that may go on keeps the lease for the next step, so that between two steps there is neither queue nor claim.
+//! A worker that may go on keeps the lease for the next step ([`hand_over`]), so that between two steps there is neither
+//! queue nor claim; every other outcome gives the lease up ([`release`]).
 //!
 //! Steps that wrote no domain rows share statements by *natural batching*: the committer takes all that is waiting,
 //! commits it, and starts over when that commit has returned. Nothing waits for a timer; an idle committer commits at once.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use borealis_engine::{Result, db::Pool};
 use serde_json::{Value, json};
@@ -34,6 +35,15 @@ pub struct Attempt {
     pub attempt: i32,
     /// Whether the run is a child: its end then concerns its parent.
     pub is_child: bool,
+}
+
+/// A run and the token of one of its leases.
+type Lease = (Uuid, Uuid);
+
+impl Attempt {
+    fn lease(&self) -> Lease {
+        (self.run_id, self.token)
+    }
 }
 
 /// The outcome of one attempt of one step, ready to be written.
@@ -139,8 +149,8 @@ impl Commit {
         }
     }
 
-    /// Whether the one statement is all there is to write: nobody else's row has to be looked at.
-    pub(super) fn is_alone(&self) -> bool {
+    /// Whether one statement is all there is to write: nobody else's row has to be looked at.
+    fn is_alone(&self) -> bool {
         !self.of.is_child && self.wait_signal.is_none() && !self.wait_children
     }
 
@@ -162,15 +172,67 @@ fn milliseconds(duration: Duration) -> i64 {
 /// are [alone](Commit::is_alone) are written as a whole. Answers what became of each, in order.
 ///
 /// # Errors
-/// When the database refuses; then nothing was written.
+/// When the database refuses. In a transaction nothing was written then; without one, each outcome was written or was not.
 pub async fn write(conn: &mut PgConnection, worker: &str, commits: &[Commit]) -> Result<Vec<Written>> {
-    // In the order of their ids, as everybody locks runs.
-    let mut order: Vec<usize> = (0..commits.len()).collect();
-    order.sort_by_key(|at| commits.get(*at).map(|commit| commit.of.run_id));
-    let sorted: Vec<&Commit> = order.iter().filter_map(|at| commits.get(*at)).collect();
-    fn all<'a, T>(commits: &[&'a Commit], field: impl Fn(&'a Commit) -> T) -> Vec<T> {
-        commits.iter().map(|commit| field(commit)).collect()
+    let kept = hand_over(&mut *conn, worker, &sorted(commits.iter().filter(|commit| commit.keeps))).await?;
+    let others = sorted(commits.iter().filter(|commit| !kept.contains(&commit.of.lease())));
+    let released = if others.is_empty() { HashSet::new() } else { release(conn, worker, &others).await? };
+    // By lease and not by run: an attempt that has lost its lease may be in one batch with the one that has it.
+    let written = |commit: &Commit| match commit.of.lease() {
+        lease if kept.contains(&lease) => Written::Kept,
+        lease if released.contains(&lease) => Written::Released,
+        _ => Written::Lost,
+    };
+    Ok(commits.iter().map(written).collect())
+}
+
+/// In the order of their ids, as everybody locks runs.
+fn sorted<'a>(commits: impl Iterator<Item = &'a Commit>) -> Vec<&'a Commit> {
+    let mut sorted: Vec<&Commit> = commits.collect();
+    sorted.sort_by_key(|commit| commit.of.run_id);
+    sorted
+}
+
+fn all<'a, T>(commits: &[&'a Commit], field: impl Fn(&'a Commit) -> T) -> Vec<T> {
+    commits.iter().map(|commit| field(commit)).collect()
+}
+
+/// Commits steps whose worker goes on with the next one under the same lease: no column of an index changes. Answers the
+/// leases it was done for; the others are lost, or their runs are to be cancelled.
+async fn hand_over(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> Result<HashSet<Lease>> {
+    if commits.is_empty() {
+        return Ok(HashSet::new());
     }
+    let kept = sqlx::query!(
+        r#"WITH written AS (
+               UPDATE workflow_runs r
+               SET step = a.next_step, seq = r.seq + 1, attempt = 1, worker_deaths = 0, state_data = a.data, wake = NULL,
+                   event_seq = r.event_seq + 1, updated_at = now()
+               FROM unnest($1::uuid[], $2::uuid[], $3::int[], $4::int[], $5::text[], $6::text[], $7::jsonb[])
+                   AS a(id, token, seq, attempt, step, next_step, data)
+               WHERE r.id = a.id AND r.lease_token = a.token AND r.seq = a.seq AND r.cancel_requested_at IS NULL
+               RETURNING r.id, a.token, r.event_seq, a.step, a.attempt, a.seq, a.data
+           ), event AS (
+               INSERT INTO workflow_events (run_id, seq, kind, step, attempt, worker, step_seq, output)
+               SELECT id, event_seq, 'step_committed', step, attempt, $8, seq, data FROM written
+           )
+           SELECT id, token AS "token!" FROM written"#,
+        &all(commits, |c| c.of.run_id),
+        &all(commits, |c| c.of.token),
+        &all(commits, |c| c.of.seq),
+        &all(commits, |c| c.of.attempt),
+        &all(commits, |c| c.step) as &[&str],
+        &all(commits, |c| c.next_step) as &[Option<&str>],
+        &all(commits, |c| &c.data) as &[&Value],
+        worker,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(kept.into_iter().map(|row| (row.id, row.token)).collect())
+}
+
+/// Writes outcomes that end the lease, and what follows from them for others. Answers the runs whose outcome is written.
+async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> Result<HashSet<Lease>> {
     // Whether a cancel was asked for is read from the row that is updated, so that one that commits while this statement
     // waits for the row is seen.
     let rows = sqlx::query!(
@@ -181,12 +243,11 @@ pub async fn write(conn: &mut PgConnection, worker: &str, commits: &[Commit]) ->
                    seq = r.seq + (a.kind IN ('next', 'done', 'wait'))::int,
                    attempt = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL)
                        WHEN 'retry_scheduled' THEN r.attempt WHEN 'failed' THEN r.attempt
-                       WHEN 'released' THEN greatest(r.attempt - 1, 0) ELSE (a.keeps AND r.cancel_requested_at IS NULL)::int END,
+                       WHEN 'released' THEN greatest(r.attempt - 1, 0) ELSE 0 END,
                    worker_deaths = CASE WHEN a.kind IN ('retry', 'release') THEN r.worker_deaths ELSE 0 END,
                    state = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL)
                        WHEN 'succeeded' THEN 'succeeded' WHEN 'failed' THEN 'failed' WHEN 'cancelled' THEN 'cancelled' WHEN 'cancelling' THEN 'cancelling'
-                       ELSE CASE WHEN r.step = 'cancel' THEN 'cancelling' WHEN a.kind = 'wait' THEN 'waiting'
-                                 WHEN a.keeps THEN 'running' ELSE 'pending' END END,
+                       ELSE CASE WHEN r.step = 'cancel' THEN 'cancelling' WHEN a.kind = 'wait' THEN 'waiting' ELSE 'pending' END END,
                    state_data = CASE WHEN a.kind IN ('next', 'wait') THEN a.data ELSE r.state_data END,
                    output = CASE WHEN workflow_becomes(a.kind, a.next_step IS NULL, r.step, false) IN ('succeeded', 'cancelled') THEN a.data ELSE r.output END,
                    error = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, false)
@@ -198,20 +259,18 @@ pub async fn write(conn: &mut PgConnection, worker: &str, commits: &[Commit]) ->
                        AND workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL) = 'waiting',
                    wait_until = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL)
                        WHEN 'waiting' THEN now() + a.wait_ms * interval '1 millisecond' END,
-                   wake = CASE WHEN a.kind = 'fail' THEN r.wake WHEN a.kind IN ('retry', 'release') AND (r.cancel_requested_at IS NULL OR r.step = 'cancel') THEN r.wake END,
-                   ready_at = CASE WHEN a.keeps AND r.cancel_requested_at IS NULL THEN r.ready_at ELSE now() + a.delay_ms * interval '1 millisecond' END,
-                   lease_token = CASE WHEN a.keeps AND r.cancel_requested_at IS NULL THEN r.lease_token END,
-                   lease_expires_at = CASE WHEN a.keeps AND r.cancel_requested_at IS NULL THEN r.lease_expires_at END,
-                   worker = CASE WHEN a.keeps AND r.cancel_requested_at IS NULL THEN r.worker END,
+                   wake = CASE WHEN a.kind = 'fail' OR a.kind IN ('retry', 'release') AND (r.cancel_requested_at IS NULL OR r.step = 'cancel') THEN r.wake END,
+                   ready_at = now() + a.delay_ms * interval '1 millisecond',
+                   lease_token = NULL, lease_expires_at = NULL, worker = NULL,
                    finished_at = CASE WHEN workflow_becomes(a.kind, a.next_step IS NULL, r.step, false) IN ('succeeded', 'failed', 'cancelled')
                        THEN now() END,
                    event_seq = r.event_seq + 1, updated_at = now()
                FROM unnest($1::uuid[], $2::uuid[], $3::int[], $4::text[], $5::text[], $6::text[], $7::jsonb[], $8::text[], $9::text[],
-                           $10::boolean[], $11::bigint[], $12::bigint[], $13::jsonb[], $14::boolean[], $15::int[])
-                   AS a(id, token, seq, step, kind, next_step, data, error, wait_signal, wait_children, wait_ms, delay_ms, detail, keeps, attempt)
+                           $10::boolean[], $11::bigint[], $12::bigint[], $13::jsonb[], $14::int[])
+                   AS a(id, token, seq, step, kind, next_step, data, error, wait_signal, wait_children, wait_ms, delay_ms, detail, attempt)
                WHERE r.id = a.id AND r.lease_token = a.token AND r.seq = a.seq
                RETURNING r.id, r.workflow, r.version, r.event_seq, r.priority, r.ready_at, r.parent_id, r.finished_at, r.parked, r.wait_signal,
-                         r.wait_children, r.open_children, r.lease_token, a.step, a.seq, a.attempt, a.kind, a.data, a.detail,
+                         r.wait_children, r.open_children, a.token, a.step, a.seq, a.attempt, a.kind, a.data, a.detail,
                          CASE WHEN r.finished_at IS NOT NULL THEN r.state
                               WHEN r.parked THEN 'waiting'
                               WHEN r.step = 'cancel' AND a.step <> 'cancel' THEN 'cancelling'
@@ -220,39 +279,38 @@ pub async fn write(conn: &mut PgConnection, worker: &str, commits: &[Commit]) ->
                               ELSE 'released' END AS becomes
            ), event AS (
                INSERT INTO workflow_events (run_id, seq, kind, step, attempt, worker, detail, step_seq, output)
-               SELECT id, event_seq, becomes, step, attempt, $16, detail,
+               SELECT id, event_seq, becomes, step, attempt, $15, detail,
                       CASE WHEN kind IN ('next', 'done', 'wait') THEN seq END, CASE WHEN kind IN ('next', 'done', 'wait') THEN data END
                FROM written
            )
-           SELECT id AS "id!", (lease_token IS NOT NULL) AS "kept!", parent_id, (finished_at IS NOT NULL) AS "finished!", parked AS "parked!",
+           SELECT id AS "id!", token AS "token!", parent_id, (finished_at IS NOT NULL) AS "finished!", parked AS "parked!",
                   wait_signal, wait_children AS "wait_children!", open_children AS "open_children!",
-                  CASE WHEN finished_at IS NULL AND NOT parked AND lease_token IS NULL
+                  CASE WHEN finished_at IS NULL AND NOT parked
                        THEN workflow_hint(id, workflow || '.v' || version, event_seq, ready_at, priority) IS NOT NULL END AS hinted
            FROM written"#,
-        &all(&sorted, |c| c.of.run_id),
-        &all(&sorted, |c| c.of.token),
-        &all(&sorted, |c| c.of.seq),
-        &all(&sorted, |c| c.step) as &[&str],
-        &all(&sorted, |c| c.kind) as &[&str],
-        &all(&sorted, |c| c.next_step) as &[Option<&str>],
-        &all(&sorted, |c| &c.data) as &[&Value],
-        &all(&sorted, |c| c.error.as_deref()) as &[Option<&str>],
-        &all(&sorted, |c| c.wait_signal.as_deref()) as &[Option<&str>],
-        &all(&sorted, |c| c.wait_children),
-        &all(&sorted, |c| c.wait_ms) as &[Option<i64>],
-        &all(&sorted, |c| c.delay_ms),
-        &all(&sorted, Commit::detail),
-        &all(&sorted, |c| c.keeps),
-        &all(&sorted, |c| c.of.attempt),
+        &all(commits, |c| c.of.run_id),
+        &all(commits, |c| c.of.token),
+        &all(commits, |c| c.of.seq),
+        &all(commits, |c| c.step) as &[&str],
+        &all(commits, |c| c.kind) as &[&str],
+        &all(commits, |c| c.next_step) as &[Option<&str>],
+        &all(commits, |c| &c.data) as &[&Value],
+        &all(commits, |c| c.error.as_deref()) as &[Option<&str>],
+        &all(commits, |c| c.wait_signal.as_deref()) as &[Option<&str>],
+        &all(commits, |c| c.wait_children),
+        &all(commits, |c| c.wait_ms) as &[Option<i64>],
+        &all(commits, |c| c.delay_ms),
+        &all(commits, Commit::detail),
+        &all(commits, |c| c.of.attempt),
         worker,
     )
     .fetch_all(&mut *conn)
     .await?;
 
-    let mut written = std::collections::HashMap::with_capacity(rows.len());
+    let mut written = HashSet::with_capacity(rows.len());
     let (mut sleeping, mut wakes, mut parents) = (Vec::new(), Vec::new(), Vec::new());
     for row in &rows {
-        written.insert(row.id, if row.kept { Written::Kept } else { Written::Released });
+        written.insert((row.id, row.token));
         if row.parked && row.wait_children && row.open_children == 0 {
             wakes.push((row.id, json!({"by": "children"})));
         } else if row.parked && row.wait_signal.is_some() {
@@ -275,7 +333,7 @@ pub async fn write(conn: &mut PgConnection, worker: &str, commits: &[Commit]) ->
     }
     wake_up(&mut *conn, &wakes).await?;
     children_ended(&mut *conn, &parents).await?;
-    Ok(commits.iter().map(|commit| written.get(&commit.of.run_id).copied().unwrap_or(Written::Lost)).collect())
+    Ok(written)
 }
 
 /// Counts ended children off their parents (one entry per child) and wakes those parents whose last child it was.
@@ -352,13 +410,8 @@ async fn run(pool: Pool, worker: String, mut inbox: mpsc::Receiver<Waiting>) {
 /// what one of its rows holds, the rows go one by one, so that one bad outcome fails alone.
 async fn persist(pool: &Pool, worker: &str, commits: &[Commit]) -> Vec<Written> {
     let started = tokio::time::Instant::now();
-    let mut unanswered = false;
     loop {
-        let tried = match transaction(pool, worker, commits).await {
-            Ok(written) if unanswered => repair(pool, commits, written).await,
-            other => other,
-        };
-        match tried {
+        match transaction(pool, worker, commits).await {
             Ok(written) => return written,
             Err(error) if error.is_transient() => {
                 if started.elapsed() > LEASE {
@@ -366,7 +419,6 @@ async fn persist(pool: &Pool, worker: &str, commits: &[Commit]) -> Vec<Written> 
                     return vec![Written::Lost; commits.len()];
                 }
                 tracing::warn!(?error, "commit failed, trying again");
-                unanswered = true;
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
             Err(error) if commits.len() == 1 => {
@@ -386,22 +438,25 @@ async fn persist(pool: &Pool, worker: &str, commits: &[Commit]) -> Vec<Written> 
     }
 }
 
-async fn transaction(pool: &Pool, worker: &str, commits: &[Commit]) -> Result<Vec<Written>> {
-    if commits.iter().all(Commit::is_alone) {
-        return write(&mut *pool.acquire().await?, worker, commits).await;
-    }
-    let mut tx = pool.begin().await?;
-    let written = write(&mut tx, worker, commits).await?;
-    tx.commit().await?;
-    Ok(written)
+pub(super) async fn transaction(pool: &Pool, worker: &str, commits: &[Commit]) -> Result<Vec<Written>> {
+    let written = if commits.iter().all(Commit::is_alone) {
+        write(&mut *pool.acquire().await?, worker, commits).await?
+    } else {
+        let mut tx = pool.begin().await?;
+        let written = write(&mut tx, worker, commits).await?;
+        tx.commit().await?;
+        written
+    };
+    let doubtful = |(commit, written): (&Commit, &Written)| commit.keeps && *written == Written::Lost;
+    if commits.iter().zip(&written).any(doubtful) { repair(pool, commits, written).await } else { Ok(written) }
 }
 
 /// An earlier try may have been committed although its answer was lost. Then the lease is still ours, one step further.
-pub(super) async fn repair(pool: &Pool, commits: &[Commit], mut written: Vec<Written>) -> Result<Vec<Written>> {
+async fn repair(pool: &Pool, commits: &[Commit], mut written: Vec<Written>) -> Result<Vec<Written>> {
     let (ids, tokens): (Vec<Uuid>, Vec<Uuid>) = commits.iter().map(|commit| (commit.of.run_id, commit.of.token)).unzip();
     let seqs: Vec<i32> = commits.iter().map(|commit| commit.of.seq).collect();
-    let ours = sqlx::query_scalar!(
-        r#"SELECT r.id FROM workflow_runs r JOIN unnest($1::uuid[], $2::uuid[], $3::int[]) AS t(id, token, seq)
+    let ours = sqlx::query!(
+        r#"SELECT r.id, t.token AS "token!" FROM workflow_runs r JOIN unnest($1::uuid[], $2::uuid[], $3::int[]) AS t(id, token, seq)
                ON r.id = t.id AND r.lease_token = t.token AND r.seq = t.seq + 1"#,
         &ids,
         &tokens,
@@ -409,8 +464,9 @@ pub(super) async fn repair(pool: &Pool, commits: &[Commit], mut written: Vec<Wri
     )
     .fetch_all(pool)
     .await?;
+    let ours: HashSet<Lease> = ours.into_iter().map(|row| (row.id, row.token)).collect();
     for (answer, commit) in written.iter_mut().zip(commits) {
-        if *answer == Written::Lost && commit.keeps && ours.contains(&commit.of.run_id) {
+        if *answer == Written::Lost && commit.keeps && ours.contains(&commit.of.lease()) {
             *answer = Written::Kept;
         }
     }
