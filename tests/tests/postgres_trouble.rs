@@ -100,18 +100,27 @@ impl Scene {
     }
 }
 
-/// What people, machines and anonymous callers ask, reading and writing.
+/// What people, machines and anonymous callers ask, reading and writing, all at once.
 async fn requests(admin: &Actor, robot: &Robot) -> Vec<(&'static str, Reply)> {
     let host = json!({"hostnames": [robot.device.hostname], "assembly_guid": "none"});
-    let nobody = Actor::anonymous(&admin.base);
+    let (nobody, login) = (Actor::anonymous(&admin.base), json!({"username": "admin", "password": "wrong"}));
+    let replies = tokio::join!(
+        admin.get("/api/devices"),
+        admin.get("/api/scheduled_jobs"),
+        admin.get("/api/runs"),
+        admin.post("/api/sites", json!({"name": "another"})),
+        admin.post("/api/scripts/quick_run", host),
+        nobody.post("/api/auth/login", login),
+        robot.device.actor.post("/api/agent/heartbeat", json!({"metrics": {}})),
+    );
     vec![
-        ("devices", admin.get("/api/devices").await),
-        ("jobs", admin.get("/api/scheduled_jobs").await),
-        ("runs", admin.get("/api/runs").await),
-        ("site", admin.post("/api/sites", json!({"name": "another"})).await),
-        ("quick run", admin.post("/api/scripts/quick_run", host).await),
-        ("sign in", nobody.post("/api/auth/login", json!({"username": "admin", "password": "wrong"})).await),
-        ("heartbeat", robot.device.actor.post("/api/agent/heartbeat", json!({"metrics": {}})).await),
+        ("devices", replies.0),
+        ("jobs", replies.1),
+        ("runs", replies.2),
+        ("site", replies.3),
+        ("quick run", replies.4),
+        ("sign in", replies.5),
+        ("heartbeat", replies.6),
     ]
 }
 

@@ -22,7 +22,7 @@ use self::{clock::Clock, world::World};
 use crate::TestDatabase;
 
 /// Operations of one seed, before the quiet.
-const OPERATIONS: u32 = 200;
+const OPERATIONS: u32 = 120;
 /// Operations between two looks at the rules.
 const INSPECT_EVERY: u32 = 20;
 /// How many of the last operations a failure shows.

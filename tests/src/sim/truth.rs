@@ -11,6 +11,8 @@ use super::{
     world::{Job, Run, World},
 };
 
+/// A decided instant: when, why it was skipped with which note, and how many workflow runs carry it out.
+type Decided = (DateTime<Utc>, Option<String>, Option<String>, i64);
 /// A committed step.
 type Entry = (Uuid, i32, String, Value, DateTime<Utc>);
 
@@ -66,7 +68,7 @@ impl World {
                 .fetch_one(&self.pool)
                 .await
                 .expect("the job");
-        let rows: Vec<(DateTime<Utc>, Option<String>, Option<String>, i64)> = sqlx::query_as(
+        let rows: Vec<Decided> = sqlx::query_as(
             "SELECT o.scheduled_at, r.skip_reason, r.error, (SELECT count(*) FROM workflow_runs w WHERE w.workflow = 'scheduled_run' AND w.start_key = o.id::text)
              FROM job_occurrences o LEFT JOIN scheduled_job_runs r ON r.occurrence_id = o.id AND o.workflow_run_id IS NULL WHERE o.job_id = $1 ORDER BY 1",
         )

@@ -533,14 +533,10 @@ impl World {
         let labels: Vec<String> = batch.iter().map(|held| self.label(held.run)).collect();
         let what = format!("{name} commits {}", labels.join(" "));
         let executed = outcomes(&batch);
-        let alone = fault > 0 && executed.iter().all(|executed| executed.is_alone());
-        let written = if alone {
-            match self.pool.acquire().await {
-                Ok(mut connection) => single::write_batch(&mut connection, &name, &executed).await,
-                Err(error) => Err(error.into()),
-            }
+        let written = if fault == 0 {
+            self.write_in_vain(&name, &executed).await
         } else {
-            self.write_together(&name, &executed, fault > 0).await
+            single::commit_batch(&self.pool, &name, &executed).await
         };
         let Some(written) = self.answer(&what, written).await else {
             self.workers[at].held.extend(batch);
@@ -553,7 +549,7 @@ impl World {
         }
         self.tell(format!("{what}: {written:?}"));
         if fault == 1 {
-            let again = single::write_again(&self.pool, &name, &outcomes(&batch)).await;
+            let again = single::commit_batch(&self.pool, &name, &outcomes(&batch)).await;
             if let Some(again) = self.answer("the same batch again", again).await {
                 let wrong = again.iter().zip(&written).any(|(again, first)| match first {
                     Written::Kept => *again != Written::Kept,
@@ -569,14 +565,11 @@ impl World {
         }
     }
 
-    async fn write_together(&self, worker: &str, executed: &[&Executed], arrives: bool) -> borealis_engine::Result<Vec<Written>> {
+    /// A batch whose connection is lost before the commit.
+    async fn write_in_vain(&self, worker: &str, executed: &[&Executed]) -> borealis_engine::Result<Vec<Written>> {
         let mut tx = self.pool.begin().await?;
         let written = single::write_batch(&mut tx, worker, executed).await;
-        if written.is_ok() && arrives {
-            tx.commit().await?
-        } else {
-            tx.rollback().await?
-        }
+        tx.rollback().await?;
         written
     }
 
@@ -625,7 +618,7 @@ impl World {
                 executed.tx.take().expect("a transaction").commit().await.expect("a commit");
                 self.tell(format!("{what}, but the answer is lost"));
                 executed.undone(StepError::Transient("the answer of the commit was lost".into()));
-                let again = self.write_together(&name, &[&executed], true).await;
+                let again = single::commit_batch(&self.pool, &name, &[&executed]).await;
                 if self.answer("its failure", again).await.is_some_and(|again| again != [Written::Lost]) {
                     self.wrong.push(format!("{what}: a committed step failed afterwards"));
                 }

@@ -37,6 +37,15 @@ pub struct Attempt {
     pub is_child: bool,
 }
 
+/// A run and the token of one of its leases.
+type Lease = (Uuid, Uuid);
+
+impl Attempt {
+    fn lease(&self) -> Lease {
+        (self.run_id, self.token)
+    }
+}
+
 /// The outcome of one attempt of one step, ready to be written.
 #[derive(Debug, Clone)]
 pub struct Commit {
@@ -141,7 +150,7 @@ impl Commit {
     }
 
     /// Whether one statement is all there is to write: nobody else's row has to be looked at.
-    pub(super) fn is_alone(&self) -> bool {
+    fn is_alone(&self) -> bool {
         !self.of.is_child && self.wait_signal.is_none() && !self.wait_children
     }
 
@@ -166,11 +175,12 @@ fn milliseconds(duration: Duration) -> i64 {
 /// When the database refuses. In a transaction nothing was written then; without one, each outcome was written or was not.
 pub async fn write(conn: &mut PgConnection, worker: &str, commits: &[Commit]) -> Result<Vec<Written>> {
     let kept = hand_over(&mut *conn, worker, &sorted(commits.iter().filter(|commit| commit.keeps))).await?;
-    let others = sorted(commits.iter().filter(|commit| !kept.contains(&commit.of.run_id)));
+    let others = sorted(commits.iter().filter(|commit| !kept.contains(&commit.of.lease())));
     let released = if others.is_empty() { HashSet::new() } else { release(conn, worker, &others).await? };
-    let written = |commit: &Commit| match commit.of.run_id {
-        run if kept.contains(&run) => Written::Kept,
-        run if released.contains(&run) => Written::Released,
+    // By lease and not by run: an attempt that has lost its lease may be in one batch with the one that has it.
+    let written = |commit: &Commit| match commit.of.lease() {
+        lease if kept.contains(&lease) => Written::Kept,
+        lease if released.contains(&lease) => Written::Released,
         _ => Written::Lost,
     };
     Ok(commits.iter().map(written).collect())
@@ -188,12 +198,12 @@ fn all<'a, T>(commits: &[&'a Commit], field: impl Fn(&'a Commit) -> T) -> Vec<T>
 }
 
 /// Commits steps whose worker goes on with the next one under the same lease: no column of an index changes. Answers the
-/// runs it was done for; the others have lost their lease or are to be cancelled.
-async fn hand_over(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> Result<HashSet<Uuid>> {
+/// leases it was done for; the others are lost, or their runs are to be cancelled.
+async fn hand_over(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> Result<HashSet<Lease>> {
     if commits.is_empty() {
         return Ok(HashSet::new());
     }
-    let kept = sqlx::query_scalar!(
+    let kept = sqlx::query!(
         r#"WITH written AS (
                UPDATE workflow_runs r
                SET step = a.next_step, seq = r.seq + 1, attempt = 1, worker_deaths = 0, state_data = a.data, wake = NULL,
@@ -201,11 +211,12 @@ async fn hand_over(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -
                FROM unnest($1::uuid[], $2::uuid[], $3::int[], $4::int[], $5::text[], $6::text[], $7::jsonb[])
                    AS a(id, token, seq, attempt, step, next_step, data)
                WHERE r.id = a.id AND r.lease_token = a.token AND r.seq = a.seq AND r.cancel_requested_at IS NULL
-               RETURNING r.id, r.event_seq, a.step, a.attempt, a.seq, a.data
+               RETURNING r.id, a.token, r.event_seq, a.step, a.attempt, a.seq, a.data
+           ), event AS (
+               INSERT INTO workflow_events (run_id, seq, kind, step, attempt, worker, step_seq, output)
+               SELECT id, event_seq, 'step_committed', step, attempt, $8, seq, data FROM written
            )
-           INSERT INTO workflow_events (run_id, seq, kind, step, attempt, worker, step_seq, output)
-           SELECT id, event_seq, 'step_committed', step, attempt, $8, seq, data FROM written
-           RETURNING run_id"#,
+           SELECT id, token AS "token!" FROM written"#,
         &all(commits, |c| c.of.run_id),
         &all(commits, |c| c.of.token),
         &all(commits, |c| c.of.seq),
@@ -217,11 +228,11 @@ async fn hand_over(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -
     )
     .fetch_all(conn)
     .await?;
-    Ok(kept.into_iter().collect())
+    Ok(kept.into_iter().map(|row| (row.id, row.token)).collect())
 }
 
 /// Writes outcomes that end the lease, and what follows from them for others. Answers the runs whose outcome is written.
-async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> Result<HashSet<Uuid>> {
+async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> Result<HashSet<Lease>> {
     // Whether a cancel was asked for is read from the row that is updated, so that one that commits while this statement
     // waits for the row is seen.
     let rows = sqlx::query!(
@@ -248,7 +259,7 @@ async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> 
                        AND workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL) = 'waiting',
                    wait_until = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL)
                        WHEN 'waiting' THEN now() + a.wait_ms * interval '1 millisecond' END,
-                   wake = CASE WHEN a.kind = 'fail' THEN r.wake WHEN a.kind IN ('retry', 'release') AND (r.cancel_requested_at IS NULL OR r.step = 'cancel') THEN r.wake END,
+                   wake = CASE WHEN a.kind = 'fail' OR a.kind IN ('retry', 'release') AND (r.cancel_requested_at IS NULL OR r.step = 'cancel') THEN r.wake END,
                    ready_at = now() + a.delay_ms * interval '1 millisecond',
                    lease_token = NULL, lease_expires_at = NULL, worker = NULL,
                    finished_at = CASE WHEN workflow_becomes(a.kind, a.next_step IS NULL, r.step, false) IN ('succeeded', 'failed', 'cancelled')
@@ -259,7 +270,7 @@ async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> 
                    AS a(id, token, seq, step, kind, next_step, data, error, wait_signal, wait_children, wait_ms, delay_ms, detail, attempt)
                WHERE r.id = a.id AND r.lease_token = a.token AND r.seq = a.seq
                RETURNING r.id, r.workflow, r.version, r.event_seq, r.priority, r.ready_at, r.parent_id, r.finished_at, r.parked, r.wait_signal,
-                         r.wait_children, r.open_children, a.step, a.seq, a.attempt, a.kind, a.data, a.detail,
+                         r.wait_children, r.open_children, a.token, a.step, a.seq, a.attempt, a.kind, a.data, a.detail,
                          CASE WHEN r.finished_at IS NOT NULL THEN r.state
                               WHEN r.parked THEN 'waiting'
                               WHEN r.step = 'cancel' AND a.step <> 'cancel' THEN 'cancelling'
@@ -272,7 +283,7 @@ async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> 
                       CASE WHEN kind IN ('next', 'done', 'wait') THEN seq END, CASE WHEN kind IN ('next', 'done', 'wait') THEN data END
                FROM written
            )
-           SELECT id AS "id!", parent_id, (finished_at IS NOT NULL) AS "finished!", parked AS "parked!",
+           SELECT id AS "id!", token AS "token!", parent_id, (finished_at IS NOT NULL) AS "finished!", parked AS "parked!",
                   wait_signal, wait_children AS "wait_children!", open_children AS "open_children!",
                   CASE WHEN finished_at IS NULL AND NOT parked
                        THEN workflow_hint(id, workflow || '.v' || version, event_seq, ready_at, priority) IS NOT NULL END AS hinted
@@ -299,7 +310,7 @@ async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> 
     let mut written = HashSet::with_capacity(rows.len());
     let (mut sleeping, mut wakes, mut parents) = (Vec::new(), Vec::new(), Vec::new());
     for row in &rows {
-        written.insert(row.id);
+        written.insert((row.id, row.token));
         if row.parked && row.wait_children && row.open_children == 0 {
             wakes.push((row.id, json!({"by": "children"})));
         } else if row.parked && row.wait_signal.is_some() {
@@ -445,8 +456,8 @@ pub(super) async fn transaction(pool: &Pool, worker: &str, commits: &[Commit]) -
 async fn repair(pool: &Pool, commits: &[Commit], mut written: Vec<Written>) -> Result<Vec<Written>> {
     let (ids, tokens): (Vec<Uuid>, Vec<Uuid>) = commits.iter().map(|commit| (commit.of.run_id, commit.of.token)).unzip();
     let seqs: Vec<i32> = commits.iter().map(|commit| commit.of.seq).collect();
-    let ours = sqlx::query_scalar!(
-        r#"SELECT r.id FROM workflow_runs r JOIN unnest($1::uuid[], $2::uuid[], $3::int[]) AS t(id, token, seq)
+    let ours = sqlx::query!(
+        r#"SELECT r.id, t.token AS "token!" FROM workflow_runs r JOIN unnest($1::uuid[], $2::uuid[], $3::int[]) AS t(id, token, seq)
                ON r.id = t.id AND r.lease_token = t.token AND r.seq = t.seq + 1"#,
         &ids,
         &tokens,
@@ -454,8 +465,9 @@ async fn repair(pool: &Pool, commits: &[Commit], mut written: Vec<Written>) -> R
     )
     .fetch_all(pool)
     .await?;
+    let ours: HashSet<Lease> = ours.into_iter().map(|row| (row.id, row.token)).collect();
     for (answer, commit) in written.iter_mut().zip(commits) {
-        if *answer == Written::Lost && commit.keeps && ours.contains(&commit.of.run_id) {
+        if *answer == Written::Lost && commit.keeps && ours.contains(&commit.of.lease()) {
             *answer = Written::Kept;
         }
     }

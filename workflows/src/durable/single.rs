@@ -112,12 +112,6 @@ impl Executed {
         Ok(write(tx, worker, std::slice::from_ref(&self.commit)).await?.first().copied().unwrap_or(Written::Lost))
     }
 
-    /// Whether its outcome is one statement, which needs no transaction.
-    #[must_use]
-    pub fn is_alone(&self) -> bool {
-        self.commit.is_alone()
-    }
-
     /// The claim of the next step, after [`Written::Kept`].
     #[must_use]
     pub fn next(self) -> Option<Claim> {
@@ -131,21 +125,20 @@ impl fmt::Display for Executed {
     }
 }
 
-/// Writes the outcomes of steps that have no transaction of their own, as one batch through the caller's connection.
-/// Answers, in order, what became of each.
+/// Commits the outcomes of steps that have no transaction of their own, as one batch. Answers, in order, what became of each.
+///
+/// # Errors
+/// When the database refuses; the same batch may be tried again.
+pub async fn commit_batch(pool: &Pool, worker: &str, executed: &[&Executed]) -> Result<Vec<Written>> {
+    transaction(pool, worker, &commits(executed)).await
+}
+
+/// As [`commit_batch`], through the caller's transaction.
 ///
 /// # Errors
 /// When the database refuses.
 pub async fn write_batch(conn: &mut PgConnection, worker: &str, executed: &[&Executed]) -> Result<Vec<Written>> {
     write(conn, worker, &commits(executed)).await
-}
-
-/// Writes a batch again whose answer was lost.
-///
-/// # Errors
-/// When the database refuses.
-pub async fn write_again(pool: &Pool, worker: &str, executed: &[&Executed]) -> Result<Vec<Written>> {
-    transaction(pool, worker, &commits(executed)).await
 }
 
 fn commits(executed: &[&Executed]) -> Vec<Commit> {
