@@ -55,10 +55,8 @@ async fn fill(pool: &PgPool) {
              SELECT {}, 'host-' || n, 1 + n % 20, 'f' || n, '', now() FROM generate_series(1, {DEVICES}) n",
             id("n", 1)
         ),
-        format!(
-            "INSERT INTO device_sockets (device_guid, service_mode, socket_id, api_process)
-             SELECT guid, 'system', guid::text, '00000000-0000-0000-0000-000000000001' FROM devices"
-        ),
+        "INSERT INTO device_sockets (device_guid, service_mode, socket_id, api_process)
+             SELECT guid, 'system', guid::text, '00000000-0000-0000-0000-000000000001' FROM devices".to_owned(),
         format!(
             "INSERT INTO workflow_runs (id, workflow, version, state, step, event_seq, seq, input, started_at, finished_at, created_at, error, scheduled_job_id)
              SELECT {}, 'scheduled_run', 1, CASE WHEN n % 1000 = 0 THEN 'failed' ELSE 'succeeded' END, 'finish', 2, 1, '{{}}', t, t, t,
