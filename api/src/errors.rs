@@ -8,6 +8,9 @@ use axum::{
 use borealis_engine::{Error, Kind};
 use serde_json::{Map, Value};
 
+/// When to come again after an outage that does not say it, in seconds.
+const RETRY_AFTER_S: u64 = 2;
+
 /// What handlers return.
 pub type Result<T, E = ApiError> = std::result::Result<T, E>;
 
@@ -47,7 +50,11 @@ pub struct ErrorBody(pub Map<String, Value>);
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let Self(error) = self;
+        let Self(mut error) = self;
+        if error.kind == Kind::Unavailable {
+            // Whoever is turned away for what passes by itself is told when to come again.
+            error.retry_after_s.get_or_insert(RETRY_AFTER_S);
+        }
         if error.kind == Kind::Bug {
             tracing::error!(code = error.code, source = ?error.source, "request failed");
         } else if error.source.is_some() {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::postgres::{PgListener, PgPoolOptions};
+use sqlx::postgres::PgListener;
 use tokio::sync::mpsc;
 
 use crate::{Result, db::Pool};
@@ -25,13 +25,6 @@ pub enum Heard {
         /// Its payload.
         payload: String,
     },
-}
-
-/// A second, small pool to the same database, for what must not wait behind requests: listeners and notifications.
-#[must_use]
-pub fn pool(main: &Pool, max_connections: u32) -> Pool {
-    let options = (*main.connect_options()).clone();
-    PgPoolOptions::new().max_connections(max_connections).acquire_timeout(Duration::from_secs(5)).connect_lazy_with(options)
 }
 
 /// Listens on `channels` and passes on what is heard, until the receiver is gone. Comes back by itself when Postgres does.

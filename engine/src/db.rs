@@ -2,7 +2,10 @@
 
 use std::{str::FromStr, time::Duration};
 
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{
+    Connection,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
 
 use crate::error::{Error, Result};
 
@@ -10,6 +13,9 @@ use crate::error::{Error, Result};
 pub type Pool = sqlx::PgPool;
 /// A transaction; what is written through it is committed together.
 pub type Tx<'a> = sqlx::Transaction<'a, sqlx::Postgres>;
+
+/// How long Postgres may take to say that it is ready.
+const READY_LIMIT: Duration = Duration::from_secs(6);
 
 static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");
 
@@ -34,12 +40,31 @@ pub fn connect(options: &Options) -> Result<Pool> {
         .application_name(&options.application_name)
         // A process that froze inside a transaction must not keep its locks for longer than its leases.
         .options([("idle_in_transaction_session_timeout", "10s")]);
-    Ok(PgPoolOptions::new()
-        .max_connections(options.max_connections)
+    Ok(pool(options.max_connections).connect_lazy_with(connect))
+}
+
+/// A second, small pool to the same database, with settings of its own, for what must not wait behind requests or steps.
+#[must_use]
+pub fn sibling(main: &Pool, max_connections: u32, settings: &[(&str, &str)]) -> Pool {
+    let connect = (*main.connect_options()).clone().options(settings.iter().copied());
+    pool(max_connections).connect_lazy_with(connect)
+}
+
+/// A connection that was used a moment ago is used again without asking; one that has been idle may be gone and is tried.
+fn pool(max_connections: u32) -> PgPoolOptions {
+    PgPoolOptions::new()
+        .max_connections(max_connections)
         .acquire_timeout(Duration::from_secs(5))
         .idle_timeout(Duration::from_secs(300))
-        .test_before_acquire(true)
-        .connect_lazy_with(connect))
+        .test_before_acquire(false)
+        .before_acquire(|connection, about| {
+            Box::pin(async move {
+                if about.idle_for > TRUSTED_FOR {
+                    connection.ping().await?;
+                }
+                Ok(true)
+            })
+        })
 }
 
 /// A transaction for statements over many rows. Each is planned for the tables as they are now: a plan kept from the time when
@@ -60,6 +85,9 @@ pub async fn plan_afresh(conn: &mut sqlx::PgConnection) -> Result<()> {
     Ok(())
 }
 
+/// How long an idle connection is taken to be alive.
+const TRUSTED_FOR: Duration = Duration::from_secs(1);
+
 /// Brings the database to this version. Safe to call from several processes at once: sqlx takes an advisory lock.
 ///
 /// # Errors
@@ -71,19 +99,24 @@ pub async fn migrate(pool: &Pool) -> Result<()> {
     })
 }
 
-/// Whether Postgres answers and has every migration of this version. What `/ready` reports.
+/// Whether Postgres answers, has every migration of this version and takes writes. What `/ready` reports.
 ///
 /// # Errors
-/// When it does not answer, or is behind.
+/// When it does not answer in time, is behind, or only lets itself be read.
 pub async fn ready(pool: &Pool) -> Result<()> {
-    let applied: i64 = sqlx::query_scalar("SELECT count(*) FROM _sqlx_migrations WHERE success").fetch_one(pool).await?;
+    let unavailable = |code, message: String| Error::new(crate::error::Kind::Unavailable, code, message).retry_after(2);
+    let asking = sqlx::query_as::<_, (i64, bool)>(
+        "SELECT count(*), current_setting('transaction_read_only')::boolean FROM _sqlx_migrations WHERE success",
+    );
+    let (applied, read_only) = tokio::time::timeout(READY_LIMIT, asking.fetch_one(pool)).await.map_err(|_| {
+        unavailable("database_unavailable", format!("The database did not answer within {} s.", READY_LIMIT.as_secs()))
+    })??;
     let known = MIGRATOR.iter().count();
     if usize::try_from(applied).unwrap_or(0) < known {
-        return Err(Error::new(
-            crate::error::Kind::Unavailable,
-            "migrations_pending",
-            format!("{applied} of {known} migrations are applied."),
-        ));
+        return Err(unavailable("migrations_pending", format!("{applied} of {known} migrations are applied.")));
+    }
+    if read_only {
+        return Err(unavailable("database_read_only", "The database takes no writes now.".to_owned()));
     }
     Ok(())
 }

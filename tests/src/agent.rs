@@ -44,6 +44,28 @@ pub async fn open(addr: std::net::SocketAddr, path: &str, headers: &[(&str, &str
     }
 }
 
+/// Opens an agent's socket where there may be nobody: what [`open_agent`] would panic about is an error here.
+///
+/// # Errors
+/// With the reason, when there is no socket after [`PATIENCE`].
+pub async fn try_open_agent(addr: std::net::SocketAddr, token: &str) -> Result<Socket, String> {
+    let mut request = format!("ws://{addr}/socket.io/?EIO=4&transport=websocket").into_client_request().expect("a request");
+    for (name, value) in [("authorization", format!("Bearer {token}")), ("x-borealis-agent-context", "SYSTEM".into())] {
+        request.headers_mut().insert(name, value.parse().expect("a header value"));
+    }
+    let opening = async {
+        let (stream, _) = tokio_tungstenite::connect_async(request).await.map_err(|error| error.to_string())?;
+        let mut socket = Socket { stream, next_ack: 0 };
+        let opened = socket.next().await;
+        socket.send(&Frame::Connect(None)).await;
+        match (opened, socket.next().await) {
+            (Some(Frame::Open(_)), Some(Frame::Connect(_))) => Ok(socket),
+            other => Err(format!("refused: {other:?}")),
+        }
+    };
+    tokio::time::timeout(PATIENCE, opening).await.map_err(|_| "no answer".to_owned())?
+}
+
 /// Opens an agent's socket with its access token.
 ///
 /// # Errors
@@ -63,9 +85,13 @@ impl Socket {
     /// # Panics
     /// When nothing comes for [`PATIENCE`].
     pub async fn frame(&mut self) -> Option<Frame> {
+        tokio::time::timeout(PATIENCE, self.next()).await.expect("a frame, or the end")
+    }
+
+    /// As [`Self::frame`], for as long as it takes. Nothing is lost when it is cut off.
+    pub async fn next(&mut self) -> Option<Frame> {
         loop {
-            let next = tokio::time::timeout(PATIENCE, self.stream.next()).await.expect("a frame, or the end");
-            match next? {
+            match self.stream.next().await? {
                 Ok(Message::Text(text)) => match framing::decode(&text).expect("a frame") {
                     Frame::Ping(payload) => self.send(&Frame::Pong(payload)).await,
                     frame => return Some(frame),

@@ -147,6 +147,16 @@ impl TestCluster {
     }
 }
 
+impl TestCluster {
+    /// Ends the server at once, as a crash does: it comes back by its log.
+    pub async fn crash(self) -> StoppedCluster {
+        let Self { mut cluster, paths, durability, _folder } = self;
+        nix::sys::signal::kill(cluster.pid(), nix::sys::signal::Signal::SIGQUIT).expect("the test's Postgres runs");
+        cluster.exited().await;
+        StoppedCluster { paths, durability, _folder }
+    }
+}
+
 /// A Postgres that is away for now.
 #[derive(Debug)]
 pub struct StoppedCluster {

@@ -4,20 +4,28 @@
 pub mod actor;
 pub mod agent;
 pub mod bench;
+pub mod chaos;
 pub mod database;
 pub mod demo;
 pub mod engine;
 pub mod fleet;
+pub mod house;
 pub mod installation;
 pub mod probe;
 pub mod processes;
+pub mod proxy;
 pub mod raw;
+pub mod robot;
+pub mod sim;
 pub mod totp;
 pub mod wait;
 
 pub use actor::{Actor, Device, Reply};
 pub use database::{TestCluster, TestDatabase};
 pub use engine::TestEngine;
+pub use house::House;
 pub use installation::Installation;
 pub use processes::{Child, Processes};
+pub use proxy::Proxy;
+pub use robot::Robot;
 pub use wait::eventually;

@@ -1,6 +1,12 @@
 //! What a worker asks of the API process, over the internal listener: signed, retried, bounded in time.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use borealis_engine::{
     Error, Kind, Result,
@@ -49,21 +55,26 @@ pub struct Emitted {
     pub error: Option<String>,
 }
 
-/// The way to the API process.
+/// The way to the API processes: any of them will do, and the one that answered last is asked first.
 #[derive(Debug, Clone)]
 pub struct ApiClient {
     http: reqwest::Client,
-    base: Url,
+    bases: Arc<[Url]>,
+    /// How often another one was turned to; which one is asked follows from it.
+    turns: Arc<AtomicUsize>,
     key: Key,
     worker: String,
 }
 
 impl ApiClient {
-    /// A client of the internal listener at `base`, signing with the engine secret's text as `worker`.
+    /// A client of the internal listeners at `bases`, signing with the engine secret's text as `worker`.
     ///
     /// # Errors
-    /// When no HTTP client can be made.
-    pub fn new(base: Url, secret: &str, worker: Uuid) -> Result<Self> {
+    /// When there is no listener, or no HTTP client can be made.
+    pub fn new(bases: Vec<Url>, secret: &str, worker: Uuid) -> Result<Self> {
+        if bases.is_empty() {
+            return Err(Error::field("invalid_setting", "BOREALIS_INTERNAL_URL", "it names no API process."));
+        }
         // Whoever comes second finds one installed, which is as good.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder()
@@ -73,7 +84,8 @@ impl ApiClient {
             .no_proxy()
             .build()
             .map_err(Error::bug)?;
-        Ok(Self { http, base, key: Key::derive(secret), worker: worker.to_string() })
+        let key = Key::derive(secret);
+        Ok(Self { http, bases: bases.into(), turns: Arc::default(), key, worker: worker.to_string() })
     }
 
     /// Passes events on to agents; answers one result for each, in order.
@@ -112,7 +124,7 @@ impl ApiClient {
         let mut pause = FIRST_PAUSE;
         let mut attempt = 1;
         loop {
-            let error = match self.once(method, route, &body).await {
+            let error = match self.any(method, route, &body).await {
                 Ok(answer) => return Ok(answer),
                 Err(error) if error.is_transient() && attempt < ATTEMPTS => error,
                 Err(error) => return Err(error),
@@ -125,9 +137,23 @@ impl ApiClient {
         }
     }
 
+    /// Asks the API processes in turn, from the one that answered last, until one answers.
+    async fn any(&self, method: &'static str, route: &str, body: &[u8]) -> Result<Value> {
+        let turn = self.turns.load(Ordering::Relaxed);
+        let mut last = Error::bug("no API process");
+        for base in self.bases.iter().cycle().skip(turn % self.bases.len()).take(self.bases.len()) {
+            match self.once(base, method, route, body).await {
+                Err(error) if error.is_transient() => last = error,
+                answer => return answer,
+            }
+            self.turns.fetch_add(1, Ordering::Relaxed);
+        }
+        Err(last)
+    }
+
     /// One attempt, with a timestamp and nonce of its own: one whose answer was lost is not a replay of the next.
-    async fn once(&self, method: &'static str, route: &str, body: &[u8]) -> Result<Value> {
-        let url = self.base.join(&format!("{PREFIX}{route}")).map_err(Error::bug)?;
+    async fn once(&self, base: &Url, method: &'static str, route: &str, body: &[u8]) -> Result<Value> {
+        let url = base.join(&format!("{PREFIX}{route}")).map_err(Error::bug)?;
         let timestamp = chrono::Utc::now().timestamp().to_string();
         let nonce = internal::nonce();
         let path_and_query = match url.query() {

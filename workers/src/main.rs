@@ -17,9 +17,9 @@ struct Arguments {
     /// The database; the same as the API's.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, global = true)]
     database_url: Option<String>,
-    /// The API's internal listener.
-    #[arg(long, env = "BOREALIS_INTERNAL_URL", default_value = "http://127.0.0.1:8081", global = true)]
-    internal_url: url::Url,
+    /// The internal listeners of the API processes, any of which will do, separated by commas.
+    #[arg(long, env = "BOREALIS_INTERNAL_URL", value_delimiter = ',', default_value = "http://127.0.0.1:8081", global = true)]
+    internal_url: Vec<url::Url>,
     /// The file that holds the engine secret, which signs requests to the internal listener.
     #[arg(long, env = "BOREALIS_ENGINE_SECRET_FILE", global = true)]
     engine_secret_file: Option<PathBuf>,

@@ -28,14 +28,17 @@ pub async fn keep(services: Services, history_days: i32, stop: CancellationToken
     let mut every = tokio::time::interval(DEADLINES_EVERY);
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut pass = 0_u32;
+    let mut behind = false;
     while stop.run_until_cancelled(every.tick()).await.is_some() {
         if let Err(error) = deadlines(&services, pass.is_multiple_of(PASSES_BETWEEN_SWEEPS)).await {
             tracing::warn!(?error, "deadlines not enforced");
         }
-        if pass.is_multiple_of(PASSES_BETWEEN_SWEEPS)
-            && let Err(error) = sweep(&services, history_days).await
-        {
-            tracing::warn!(?error, "old rows not removed");
+        // One batch in each pass for as long as there is more, so that deadlines never wait for old rows.
+        if behind || pass.is_multiple_of(PASSES_BETWEEN_SWEEPS) {
+            behind = sweep(&services, history_days).await.unwrap_or_else(|error| {
+                tracing::warn!(?error, "old rows not removed");
+                false
+            });
         }
         pass = pass.wrapping_add(1);
     }
@@ -117,11 +120,11 @@ async fn abandoned(services: &Services) -> Result<()> {
     Ok(())
 }
 
-/// Removes what is older than `history_days`, a batch at a time. What runs next never depends on it.
+/// Removes a batch of what is older than `history_days`. What runs next never depends on it. Answers whether there is more.
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn sweep(services: &Services, history_days: i32) -> Result<()> {
+pub async fn sweep(services: &Services, history_days: i32) -> Result<bool> {
     let pool = &services.pool;
     enrollment::approvals::expire_old(pool).await?;
     sqlx::query!("DELETE FROM rate_counters WHERE window_start < now() - interval '1 day'").execute(pool).await?;
@@ -130,34 +133,35 @@ pub async fn sweep(services: &Services, history_days: i32) -> Result<()> {
     sqlx::query!("DELETE FROM operator_sessions WHERE expires_at < now()").execute(pool).await?;
     sqlx::query!("DELETE FROM idempotency_keys WHERE created_at < now() - interval '1 day'").execute(pool).await?;
     sqlx::query!("DELETE FROM workers WHERE last_seen_at < now() - interval '1 day'").execute(pool).await?;
-    sqlx::query!(
-        "DELETE FROM workflow_runs WHERE id IN (
-             SELECT id FROM workflow_runs WHERE finished_at < now() - $1::int * interval '1 day' ORDER BY finished_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
+    let runs = sqlx::query!(
+        "DELETE FROM workflow_runs WHERE id = ANY (ARRAY(
+             SELECT id FROM workflow_runs WHERE finished_at < now() - $1::int * interval '1 day' ORDER BY finished_at LIMIT $2 FOR UPDATE SKIP LOCKED))",
         history_days,
         BATCH,
     )
     .execute(pool)
     .await?;
-    sqlx::query!(
-        "DELETE FROM activity_history WHERE id IN (
+    let activities = sqlx::query!(
+        "DELETE FROM activity_history WHERE id = ANY (ARRAY(
              SELECT id FROM activity_history WHERE delivery = 'done' AND finished_at < now() - $1::int * interval '1 day'
-             ORDER BY finished_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
+             ORDER BY finished_at LIMIT $2 FOR UPDATE SKIP LOCKED))",
         history_days,
         BATCH,
     )
     .execute(pool)
     .await?;
     // The latest occurrence of a job stays: operators look at it, however old it is.
-    sqlx::query!(
-        "DELETE FROM job_occurrences WHERE id IN (
+    let occurrences = sqlx::query!(
+        "DELETE FROM job_occurrences WHERE id = ANY (ARRAY(
              SELECT o.id FROM job_occurrences o
              WHERE o.state = 'closed' AND o.finished_at < now() - $1::int * interval '1 day'
                AND EXISTS (SELECT FROM job_occurrences later WHERE later.job_id = o.job_id AND later.scheduled_at > o.scheduled_at)
-             ORDER BY o.finished_at LIMIT $2 FOR UPDATE OF o SKIP LOCKED)",
+             ORDER BY o.finished_at LIMIT $2 FOR UPDATE OF o SKIP LOCKED))",
         history_days,
         BATCH,
     )
     .execute(pool)
     .await?;
-    Ok(())
+    let full = |deleted: sqlx::postgres::PgQueryResult| i64::try_from(deleted.rows_affected()).is_ok_and(|rows| rows >= BATCH);
+    Ok(full(runs) || full(activities) || full(occurrences))
 }

@@ -12,7 +12,7 @@ use std::{fmt, sync::Arc};
 use borealis_engine::{Error, Result, db::Pool};
 use uuid::Uuid;
 
-pub use durable::start::{CancelAsked, Child, NewRun, Started, request_cancel, retry, signal, start, start_children};
+pub use durable::start::{CancelAsked, Child, NewRun, Started, request_cancel, retry, signal, start, start_children, start_many};
 
 /// The workflows of the engine: every version that may still have runs.
 #[must_use]
@@ -52,5 +52,6 @@ pub async fn setup(pool: &Pool) -> Result<()> {
     apalis_postgres::PostgresStorage::setup(pool).await.map_err(|error| match error {
         apalis_postgres::Error::Database(error) => Error::from(error),
         other => Error::bug(other),
-    })
+    })?;
+    durable::start::own_notifications(pool).await
 }

@@ -52,8 +52,11 @@ pub async fn keep(pool: Pool, wakeup: Wakeup, worker: String, stop: Cancellation
     let _ = step_down(&pool, token).await;
 }
 
-/// One pass, if this process leads: decides all that is due and answers how long to sleep.
-async fn tick(pool: &Pool, worker: &str, token: Uuid) -> Result<Duration> {
+/// One pass, if the holder of `token` leads: decides all that is due and answers how long to sleep.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn tick(pool: &Pool, worker: &str, token: Uuid) -> Result<Duration> {
     if !lead(pool, worker, token).await? {
         return Ok(LONGEST_SLEEP);
     }

@@ -197,7 +197,7 @@ impl Hub {
 
     /// Runs the sockets of this process until `shutdown`, then closes them and takes them out of the database.
     pub async fn run(self, app: App, shutdown: CancellationToken) {
-        let pool = borealis_engine::bus::pool(&app.pool, POOL);
+        let pool = borealis_engine::db::sibling(&app.pool, POOL, &[]);
         let (bus, drive) = bus::Bus::new(pool.clone());
         let running = Arc::new(Running::new(&app, bus));
         let mut tasks = JoinSet::new();

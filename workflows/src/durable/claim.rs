@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use apalis_core::{
@@ -33,6 +34,7 @@ pub struct Claim {
     pub(super) input: Value,
     pub(super) state: Value,
     pub(super) wake: Option<Value>,
+    pub(super) is_child: bool,
     /// Given back when the step has ended.
     pub(super) slot: Option<OwnedSemaphorePermit>,
 }
@@ -54,8 +56,8 @@ pub async fn claim(pool: &Pool, queue: &str, worker: &str, limit: usize) -> Resu
                FROM workflow_runs r JOIN (SELECT DISTINCT run_id FROM hint) h ON h.run_id = r.id
                ORDER BY r.id FOR UPDATE OF r
            ), consumed AS (
-               DELETE FROM apalis.jobs j USING hint h LEFT JOIN run ON run.id = h.run_id
-               WHERE j.id = h.id AND NOT (coalesce(run.limited, false) AND coalesce(run.ready, false))
+               DELETE FROM apalis.jobs j USING hint h
+               WHERE j.id = h.id AND h.run_id <> ALL (ARRAY(SELECT id FROM run WHERE limited AND ready))
            ), leased AS (
                UPDATE workflow_runs r
                SET lease_token = gen_random_uuid(), lease_expires_at = now() + interval '10 seconds', worker = $3,
@@ -63,15 +65,15 @@ pub async fn claim(pool: &Pool, queue: &str, worker: &str, limit: usize) -> Resu
                    attempt = r.attempt + 1, event_seq = r.event_seq + 1,
                    started_at = coalesce(r.started_at, now()), updated_at = now()
                FROM run WHERE r.id = run.id AND run.ready AND NOT run.limited
-               RETURNING r.id, r.lease_token, r.step, r.seq, r.attempt, r.event_seq, r.input, r.state_data, r.wake
+               RETURNING r.id, r.lease_token, r.step, r.seq, r.attempt, r.event_seq, r.input, r.state_data, r.wake, r.parent_id
            ), event AS (
                INSERT INTO workflow_events (run_id, seq, kind, step, attempt, worker)
                SELECT id, event_seq, 'step_started', step, attempt, $3 FROM leased
            )
            SELECT id AS "id?", lease_token AS "lease_token?", step AS "step?", seq AS "seq?", attempt AS "attempt?", input AS "input?",
-                  state_data AS "state_data?", wake AS "wake?", false AS "limited!" FROM leased
+                  state_data AS "state_data?", wake AS "wake?", (parent_id IS NOT NULL) AS "is_child!", false AS "limited!" FROM leased
            UNION ALL
-           SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, true WHERE EXISTS (SELECT FROM run WHERE limited AND ready)"#,
+           SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, false, true WHERE EXISTS (SELECT FROM run WHERE limited AND ready)"#,
         queue,
         limit,
         worker,
@@ -85,7 +87,18 @@ pub async fn claim(pool: &Pool, queue: &str, worker: &str, limit: usize) -> Resu
         if let (Some(run_id), Some(token), Some(step), Some(seq), Some(attempt), Some(input), Some(state)) =
             (row.id, row.lease_token, row.step, row.seq, row.attempt, row.input, row.state_data)
         {
-            claims.push(Claim { run_id, token, step, seq, attempt, input, state, wake: row.wake, slot: None });
+            claims.push(Claim {
+                run_id,
+                token,
+                step,
+                seq,
+                attempt,
+                input,
+                state,
+                wake: row.wake,
+                is_child: row.is_child,
+                slot: None,
+            });
         }
     }
     if limited {
@@ -141,12 +154,12 @@ async fn claim_limited(pool: &Pool, queue: &str, worker: &str, limit: i64) -> Re
                    attempt = r.attempt + 1, event_seq = r.event_seq + 1,
                    started_at = coalesce(r.started_at, now()), updated_at = now()
                WHERE r.id = ANY ($1)
-               RETURNING r.id, r.lease_token, r.step, r.seq, r.attempt, r.event_seq, r.input, r.state_data, r.wake
+               RETURNING r.id, r.lease_token, r.step, r.seq, r.attempt, r.event_seq, r.input, r.state_data, r.wake, r.parent_id
            ), event AS (
                INSERT INTO workflow_events (run_id, seq, kind, step, attempt, worker)
                SELECT id, event_seq, 'step_started', step, attempt, $2 FROM leased
            )
-           SELECT id, lease_token AS "lease_token!", step, seq, attempt, input, state_data, wake FROM leased"#,
+           SELECT id, lease_token AS "lease_token!", step, seq, attempt, input, state_data, wake, (parent_id IS NOT NULL) AS "is_child!" FROM leased"#,
         &admitted,
         worker,
     )
@@ -164,6 +177,7 @@ async fn claim_limited(pool: &Pool, queue: &str, worker: &str, limit: i64) -> Re
             input: row.input,
             state: row.state_data,
             wake: row.wake,
+            is_child: row.is_child,
             slot: None,
         })
         .collect())
@@ -213,7 +227,12 @@ impl DurableBackend {
     }
 }
 
+/// Claims for as long as there is something to claim, then sleeps until a starter wakes it. Whoever starts a run only
+/// notifies those who have said that they sleep, so after saying it there is one more look, and for what was under way
+/// at that moment a few more, further and further apart.
 async fn fetch(pool: &Pool, queue: &str, worker: &str, slots: &Arc<Semaphore>, wakeup: &Wakeup, claims: &mpsc::Sender<Claim>) {
+    let mut sleeps = false;
+    let mut pause = FIRST_PAUSE;
     loop {
         let woken = wakeup.listen(queue);
         tokio::pin!(woken);
@@ -234,18 +253,41 @@ async fn fetch(pool: &Pool, queue: &str, worker: &str, slots: &Arc<Semaphore>, w
                 continue;
             }
         };
-        let full = claimed.len() == asked;
+        let (full, none) = (claimed.len() == asked, claimed.is_empty());
         for (mut claim, permit) in claimed.into_iter().zip(permits.drain(..)) {
             claim.slot = Some(permit);
             if claims.send(claim).await.is_err() {
                 return;
             }
         }
-        if !full {
-            let _ = tokio::time::timeout(POLL_EVERY, woken).await;
+        drop(permits);
+        if !none {
+            pause = FIRST_PAUSE;
+            if std::mem::take(&mut sleeps) {
+                wakeup.wakes(queue);
+            }
+        }
+        if full {
+            continue;
+        }
+        if sleeps {
+            if tokio::time::timeout(pause, woken).await.is_err() {
+                pause = (pause * 4).min(POLL_EVERY);
+            }
+        } else {
+            // Under load there is more in a moment, and one claim for all of it costs the same.
+            tokio::time::sleep(BREATH).await;
+            // Without an answer nobody will notify; then the poll has to do.
+            let _ = tokio::time::timeout(POLL_EVERY, wakeup.sleeps(queue)).await;
+            sleeps = true;
         }
     }
 }
+
+/// How long a fetcher that has not got all it asked for waits before it looks again.
+const BREATH: Duration = Duration::from_millis(2);
+/// How long one that sleeps waits at first before it looks unasked.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
 
 impl Backend for DurableBackend {
     type Task = Task<Claim>;

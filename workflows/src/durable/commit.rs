@@ -1,12 +1,14 @@
 //! The one place where the outcome of a step is written.
 //!
-//! Everything a step changes in its run is one statement over arrays: run, journal and event of each step, guarded row by
-//! row by the lease token the step was claimed with. A step that has lost its lease changes nothing and is told so.
+//! Everything a step changes in its run is one statement over arrays: the run and the event that tells of it, guarded row
+//! by row by the lease token and the number of the step. A step that has lost its lease changes nothing and is told so.
+//! A worker that may go on keeps the lease for the next step ([`hand_over`]), so that between two steps there is neither
+//! queue nor claim; every other outcome gives the lease up ([`release`]).
 //!
-//! Steps that wrote no domain rows share transactions by *natural batching*: the committer takes all that is waiting,
+//! Steps that wrote no domain rows share statements by *natural batching*: the committer takes all that is waiting,
 //! commits it, and starts over when that commit has returned. Nothing waits for a timer; an idle committer commits at once.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use borealis_engine::{Result, db::Pool};
 use serde_json::{Value, json};
@@ -15,17 +17,33 @@ use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 use super::{
-    COMMIT_BATCH, LEASE,
+    COMMIT_BATCH, COMMIT_LANES, LEASE,
     definition::{Outcome, Step, StepError, Workflow},
-    start::{Hint, push_hints, wake_up},
+    start::wake_up,
 };
+
+/// The attempt of a step whose outcome is written, as it was claimed.
+#[derive(Debug, Clone)]
+pub struct Attempt {
+    /// The run.
+    pub run_id: Uuid,
+    /// The lease.
+    pub token: Uuid,
+    /// The step's number in the run.
+    pub seq: i32,
+    /// The try of the step.
+    pub attempt: i32,
+    /// Whether the run is a child: its end then concerns its parent.
+    pub is_child: bool,
+}
 
 /// The outcome of one attempt of one step, ready to be written.
 #[derive(Debug, Clone)]
-pub(super) struct Commit {
-    pub run_id: Uuid,
-    pub token: Uuid,
-    kind: &'static str,
+pub struct Commit {
+    /// Whose it is.
+    pub of: Attempt,
+    step: &'static str,
+    pub(super) kind: &'static str,
     next_step: Option<&'static str>,
     data: Value,
     error: Option<String>,
@@ -33,20 +51,36 @@ pub(super) struct Commit {
     wait_children: bool,
     wait_ms: Option<i64>,
     delay_ms: i64,
+    keeps: bool,
+}
+
+/// What became of an outcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Written {
+    /// It is written, and the next step is ours under the same lease.
+    Kept,
+    /// It is written, and the lease is given up.
+    Released,
+    /// The lease had been lost: nothing of the attempt happened.
+    Lost,
 }
 
 impl Commit {
-    /// Decides what an attempt's answer means for its run. Pure: `jitter` is between 0 and 1.
+    /// Decides what an attempt's answer means for its run. Pure: `jitter` is between 0 and 1; `goes_on` says whether the
+    /// worker would run the next step at once.
+    #[must_use]
     pub fn decide(
         workflow: &Workflow,
         step: &Step,
-        (run_id, token, attempt): (Uuid, Uuid, i32),
+        of: Attempt,
         answer: Result<Outcome, StepError>,
         jitter: f64,
+        goes_on: bool,
     ) -> Self {
+        let attempt = of.attempt;
         let mut commit = Self {
-            run_id,
-            token,
+            of,
+            step: step.name,
             kind: "next",
             next_step: None,
             data: Value::Null,
@@ -55,10 +89,12 @@ impl Commit {
             wait_children: false,
             wait_ms: None,
             delay_ms: 0,
+            keeps: false,
         };
         match answer {
             Ok(Outcome::Next(state)) => {
                 commit.next_step = workflow.after(step.name).map(|step| step.name);
+                commit.keeps = goes_on && commit.next_step.is_some();
                 commit.data = state;
             }
             Ok(Outcome::Done(output)) => {
@@ -73,6 +109,11 @@ impl Commit {
                 commit.wait_ms = wait.at_most.map(milliseconds);
             }
             Err(StepError::Stopped) => commit.kind = "release",
+            // Begun and not known to have ended: a step that must not be repeated is not, whatever cut it off.
+            Err(StepError::Transient(error)) if step.never_retry => {
+                commit.kind = "fail";
+                commit.error = Some(format!("interrupted: {}", error.replace('\0', " ")));
+            }
             Err(StepError::Transient(error)) if attempt < step.retry.attempts => {
                 commit.kind = "retry";
                 commit.error = Some(error.replace('\0', " "));
@@ -94,8 +135,14 @@ impl Commit {
             kind: "fail",
             error: Some(format!("outcome_refused: {}", reason.replace('\0', " "))),
             data: Value::Null,
+            keeps: false,
             ..self.clone()
         }
+    }
+
+    /// Whether one statement is all there is to write: nobody else's row has to be looked at.
+    pub(super) fn is_alone(&self) -> bool {
+        !self.of.is_child && self.wait_signal.is_none() && !self.wait_children
     }
 
     fn detail(&self) -> Value {
@@ -112,127 +159,156 @@ fn milliseconds(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// Writes outcomes within the caller's transaction. Answers, in order, whether each was written: false means that the lease
-/// was lost and that nothing of that step happened.
-pub(super) async fn write(conn: &mut PgConnection, worker: &str, commits: &[Commit]) -> Result<Vec<bool>> {
-    let ids: Vec<Uuid> = commits.iter().map(|c| c.run_id).collect();
-    let tokens: Vec<Uuid> = commits.iter().map(|c| c.token).collect();
-    let kinds: Vec<String> = commits.iter().map(|c| c.kind.to_owned()).collect();
-    let next: Vec<Option<String>> = commits.iter().map(|c| c.next_step.map(str::to_owned)).collect();
-    let data: Vec<Value> = commits.iter().map(|c| c.data.clone()).collect();
-    let errors: Vec<Option<String>> = commits.iter().map(|c| c.error.clone()).collect();
-    let signals: Vec<Option<String>> = commits.iter().map(|c| c.wait_signal.clone()).collect();
-    let children: Vec<bool> = commits.iter().map(|c| c.wait_children).collect();
-    let waits: Vec<Option<i64>> = commits.iter().map(|c| c.wait_ms).collect();
-    let delays: Vec<i64> = commits.iter().map(|c| c.delay_ms).collect();
-    let details: Vec<Value> = commits.iter().map(Commit::detail).collect();
-    // Locked by a statement of its own: the next one then reads what was committed while this one waited, a cancel above all.
-    sqlx::query!(
-        "SELECT r.id FROM workflow_runs r JOIN unnest($1::uuid[], $2::uuid[]) AS t(id, token) ON r.id = t.id AND r.lease_token = t.token
-         ORDER BY r.id FOR UPDATE OF r",
-        &ids,
-        &tokens,
-    )
-    .fetch_all(&mut *conn)
-    .await?;
-    let rows = sqlx::query!(
-        r#"WITH asked AS (
-               SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::jsonb[], $6::text[], $7::text[], $8::boolean[],
-                                    $9::bigint[], $10::bigint[], $11::jsonb[])
-                   AS t(id, token, kind, next_step, data, error, wait_signal, wait_children, wait_ms, delay_ms, detail)
-           ), decided AS (
-               SELECT a.*, r.step AS old_step, r.seq AS old_seq, r.attempt AS old_attempt,
-                      a.kind IN ('next', 'done', 'wait') AS journaled,
-                      CASE
-                          WHEN a.kind = 'done' OR (a.kind = 'next' AND a.next_step IS NULL)
-                              THEN CASE WHEN r.step = 'cancel' THEN 'cancelled' ELSE 'succeeded' END
-                          WHEN a.kind = 'fail' THEN 'failed'
-                          WHEN r.cancel_requested_at IS NOT NULL AND r.step <> 'cancel' THEN 'cancelling'
-                          WHEN a.kind = 'next' THEN 'step_committed'
-                          WHEN a.kind = 'wait' THEN 'waiting'
-                          WHEN a.kind = 'retry' THEN 'retry_scheduled'
-                          ELSE 'released'
-                      END AS becomes
-               FROM asked a JOIN workflow_runs r ON r.id = a.id AND r.lease_token = a.token
-           ), written AS (
+/// Writes outcomes through the caller's connection, in its transaction when there is one; without one, only outcomes that
+/// are [alone](Commit::is_alone) are written as a whole. Answers what became of each, in order.
+///
+/// # Errors
+/// When the database refuses. In a transaction nothing was written then; without one, each outcome was written or was not.
+pub async fn write(conn: &mut PgConnection, worker: &str, commits: &[Commit]) -> Result<Vec<Written>> {
+    let kept = hand_over(&mut *conn, worker, &sorted(commits.iter().filter(|commit| commit.keeps))).await?;
+    let others = sorted(commits.iter().filter(|commit| !kept.contains(&commit.of.run_id)));
+    let released = if others.is_empty() { HashSet::new() } else { release(conn, worker, &others).await? };
+    let written = |commit: &Commit| match commit.of.run_id {
+        run if kept.contains(&run) => Written::Kept,
+        run if released.contains(&run) => Written::Released,
+        _ => Written::Lost,
+    };
+    Ok(commits.iter().map(written).collect())
+}
+
+/// In the order of their ids, as everybody locks runs.
+fn sorted<'a>(commits: impl Iterator<Item = &'a Commit>) -> Vec<&'a Commit> {
+    let mut sorted: Vec<&Commit> = commits.collect();
+    sorted.sort_by_key(|commit| commit.of.run_id);
+    sorted
+}
+
+fn all<'a, T>(commits: &[&'a Commit], field: impl Fn(&'a Commit) -> T) -> Vec<T> {
+    commits.iter().map(|commit| field(commit)).collect()
+}
+
+/// Commits steps whose worker goes on with the next one under the same lease: no column of an index changes. Answers the
+/// runs it was done for; the others have lost their lease or are to be cancelled.
+async fn hand_over(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> Result<HashSet<Uuid>> {
+    if commits.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let kept = sqlx::query_scalar!(
+        r#"WITH written AS (
                UPDATE workflow_runs r
-               SET step = CASE d.becomes WHEN 'cancelling' THEN 'cancel' WHEN 'step_committed' THEN d.next_step ELSE r.step END,
-                   seq = r.seq + d.journaled::int,
-                   attempt = CASE d.becomes WHEN 'retry_scheduled' THEN r.attempt WHEN 'released' THEN greatest(r.attempt - 1, 0)
-                                            WHEN 'failed' THEN r.attempt ELSE 0 END,
-                   worker_deaths = CASE WHEN d.becomes IN ('retry_scheduled', 'released') THEN r.worker_deaths ELSE 0 END,
-                   state = CASE
-                       WHEN d.becomes IN ('succeeded', 'failed', 'cancelled') THEN d.becomes
-                       WHEN d.becomes = 'cancelling' OR r.step = 'cancel' THEN 'cancelling'
-                       WHEN d.becomes = 'waiting' THEN 'waiting'
-                       ELSE 'pending' END,
-                   state_data = CASE WHEN d.kind IN ('next', 'wait') THEN d.data ELSE r.state_data END,
-                   output = CASE WHEN d.becomes IN ('succeeded', 'cancelled') THEN d.data ELSE r.output END,
-                   error = CASE d.becomes WHEN 'failed' THEN d.error WHEN 'cancelled' THEN coalesce(r.cancel_reason, 'cancelled') ELSE r.error END,
-                   parked = d.becomes = 'waiting',
-                   wait_signal = CASE WHEN d.becomes = 'waiting' THEN d.wait_signal END,
-                   wait_children = d.becomes = 'waiting' AND d.wait_children,
-                   wait_until = CASE WHEN d.becomes = 'waiting' THEN now() + d.wait_ms * interval '1 millisecond' END,
-                   wake = CASE WHEN d.becomes IN ('retry_scheduled', 'released') THEN r.wake END,
-                   ready_at = now() + d.delay_ms * interval '1 millisecond',
-                   lease_token = NULL, lease_expires_at = NULL, worker = NULL,
-                   finished_at = CASE WHEN d.becomes IN ('succeeded', 'failed', 'cancelled') THEN now() END,
+               SET step = a.next_step, seq = r.seq + 1, attempt = 1, worker_deaths = 0, state_data = a.data, wake = NULL,
                    event_seq = r.event_seq + 1, updated_at = now()
-               FROM decided d
-               WHERE r.id = d.id
-               RETURNING r.id, r.workflow, r.version, r.event_seq, r.priority, r.ready_at, r.parent_id, r.finished_at, r.wait_signal,
-                         r.wait_children, r.open_children, d.becomes, d.old_step, d.old_seq, d.old_attempt, d.journaled, d.data, d.detail
-           ), journal AS (
-               INSERT INTO workflow_journal (run_id, seq, step, attempt, worker, output)
-               SELECT id, old_seq, old_step, old_attempt, $12, data FROM written WHERE journaled
-           ), event AS (
-               INSERT INTO workflow_events (run_id, seq, kind, step, attempt, worker, detail)
-               SELECT id, event_seq, becomes, old_step, old_attempt, $12, detail FROM written
+               FROM unnest($1::uuid[], $2::uuid[], $3::int[], $4::int[], $5::text[], $6::text[], $7::jsonb[])
+                   AS a(id, token, seq, attempt, step, next_step, data)
+               WHERE r.id = a.id AND r.lease_token = a.token AND r.seq = a.seq AND r.cancel_requested_at IS NULL
+               RETURNING r.id, r.event_seq, a.step, a.attempt, a.seq, a.data
            )
-           SELECT id AS "id!", workflow AS "workflow!", version AS "version!", event_seq AS "event_seq!", priority AS "priority!",
-                  ceil(extract(epoch FROM ready_at))::bigint AS "later!", floor(extract(epoch FROM ready_at))::bigint AS "now!",
-                  parent_id, (finished_at IS NOT NULL) AS "finished!", becomes AS "becomes!",
-                  wait_signal, wait_children AS "wait_children!", open_children AS "open_children!"
+           INSERT INTO workflow_events (run_id, seq, kind, step, attempt, worker, step_seq, output)
+           SELECT id, event_seq, 'step_committed', step, attempt, $8, seq, data FROM written
+           RETURNING run_id"#,
+        &all(commits, |c| c.of.run_id),
+        &all(commits, |c| c.of.token),
+        &all(commits, |c| c.of.seq),
+        &all(commits, |c| c.of.attempt),
+        &all(commits, |c| c.step) as &[&str],
+        &all(commits, |c| c.next_step) as &[Option<&str>],
+        &all(commits, |c| &c.data) as &[&Value],
+        worker,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(kept.into_iter().collect())
+}
+
+/// Writes outcomes that end the lease, and what follows from them for others. Answers the runs whose outcome is written.
+async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> Result<HashSet<Uuid>> {
+    // Whether a cancel was asked for is read from the row that is updated, so that one that commits while this statement
+    // waits for the row is seen.
+    let rows = sqlx::query!(
+        r#"WITH written AS (
+               UPDATE workflow_runs r
+               SET step = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL)
+                       WHEN 'cancelling' THEN 'cancel' WHEN 'step_committed' THEN a.next_step ELSE r.step END,
+                   seq = r.seq + (a.kind IN ('next', 'done', 'wait'))::int,
+                   attempt = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL)
+                       WHEN 'retry_scheduled' THEN r.attempt WHEN 'failed' THEN r.attempt
+                       WHEN 'released' THEN greatest(r.attempt - 1, 0) ELSE 0 END,
+                   worker_deaths = CASE WHEN a.kind IN ('retry', 'release') THEN r.worker_deaths ELSE 0 END,
+                   state = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL)
+                       WHEN 'succeeded' THEN 'succeeded' WHEN 'failed' THEN 'failed' WHEN 'cancelled' THEN 'cancelled' WHEN 'cancelling' THEN 'cancelling'
+                       ELSE CASE WHEN r.step = 'cancel' THEN 'cancelling' WHEN a.kind = 'wait' THEN 'waiting' ELSE 'pending' END END,
+                   state_data = CASE WHEN a.kind IN ('next', 'wait') THEN a.data ELSE r.state_data END,
+                   output = CASE WHEN workflow_becomes(a.kind, a.next_step IS NULL, r.step, false) IN ('succeeded', 'cancelled') THEN a.data ELSE r.output END,
+                   error = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, false)
+                       WHEN 'failed' THEN a.error WHEN 'cancelled' THEN coalesce(r.cancel_reason, 'cancelled') ELSE r.error END,
+                   parked = workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL) = 'waiting',
+                   wait_signal = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL)
+                       WHEN 'waiting' THEN a.wait_signal END,
+                   wait_children = a.wait_children
+                       AND workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL) = 'waiting',
+                   wait_until = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL)
+                       WHEN 'waiting' THEN now() + a.wait_ms * interval '1 millisecond' END,
+                   wake = CASE WHEN a.kind = 'fail' THEN r.wake WHEN a.kind IN ('retry', 'release') AND (r.cancel_requested_at IS NULL OR r.step = 'cancel') THEN r.wake END,
+                   ready_at = now() + a.delay_ms * interval '1 millisecond',
+                   lease_token = NULL, lease_expires_at = NULL, worker = NULL,
+                   finished_at = CASE WHEN workflow_becomes(a.kind, a.next_step IS NULL, r.step, false) IN ('succeeded', 'failed', 'cancelled')
+                       THEN now() END,
+                   event_seq = r.event_seq + 1, updated_at = now()
+               FROM unnest($1::uuid[], $2::uuid[], $3::int[], $4::text[], $5::text[], $6::text[], $7::jsonb[], $8::text[], $9::text[],
+                           $10::boolean[], $11::bigint[], $12::bigint[], $13::jsonb[], $14::int[])
+                   AS a(id, token, seq, step, kind, next_step, data, error, wait_signal, wait_children, wait_ms, delay_ms, detail, attempt)
+               WHERE r.id = a.id AND r.lease_token = a.token AND r.seq = a.seq
+               RETURNING r.id, r.workflow, r.version, r.event_seq, r.priority, r.ready_at, r.parent_id, r.finished_at, r.parked, r.wait_signal,
+                         r.wait_children, r.open_children, a.step, a.seq, a.attempt, a.kind, a.data, a.detail,
+                         CASE WHEN r.finished_at IS NOT NULL THEN r.state
+                              WHEN r.parked THEN 'waiting'
+                              WHEN r.step = 'cancel' AND a.step <> 'cancel' THEN 'cancelling'
+                              WHEN a.kind = 'next' THEN 'step_committed'
+                              WHEN a.kind = 'retry' THEN 'retry_scheduled'
+                              ELSE 'released' END AS becomes
+           ), event AS (
+               INSERT INTO workflow_events (run_id, seq, kind, step, attempt, worker, detail, step_seq, output)
+               SELECT id, event_seq, becomes, step, attempt, $15, detail,
+                      CASE WHEN kind IN ('next', 'done', 'wait') THEN seq END, CASE WHEN kind IN ('next', 'done', 'wait') THEN data END
+               FROM written
+           )
+           SELECT id AS "id!", parent_id, (finished_at IS NOT NULL) AS "finished!", parked AS "parked!",
+                  wait_signal, wait_children AS "wait_children!", open_children AS "open_children!",
+                  CASE WHEN finished_at IS NULL AND NOT parked
+                       THEN workflow_hint(id, workflow || '.v' || version, event_seq, ready_at, priority) IS NOT NULL END AS hinted
            FROM written"#,
-        &ids,
-        &tokens,
-        &kinds,
-        &next as &[Option<String>],
-        &data,
-        &errors as &[Option<String>],
-        &signals as &[Option<String>],
-        &children,
-        &waits as &[Option<i64>],
-        &delays,
-        &details,
+        &all(commits, |c| c.of.run_id),
+        &all(commits, |c| c.of.token),
+        &all(commits, |c| c.of.seq),
+        &all(commits, |c| c.step) as &[&str],
+        &all(commits, |c| c.kind) as &[&str],
+        &all(commits, |c| c.next_step) as &[Option<&str>],
+        &all(commits, |c| &c.data) as &[&Value],
+        &all(commits, |c| c.error.as_deref()) as &[Option<&str>],
+        &all(commits, |c| c.wait_signal.as_deref()) as &[Option<&str>],
+        &all(commits, |c| c.wait_children),
+        &all(commits, |c| c.wait_ms) as &[Option<i64>],
+        &all(commits, |c| c.delay_ms),
+        &all(commits, Commit::detail),
+        &all(commits, |c| c.of.attempt),
         worker,
     )
     .fetch_all(&mut *conn)
     .await?;
 
-    let mut hints = Vec::new();
-    let mut sleeping = Vec::new();
-    let mut wakes = Vec::new();
-    let mut parents: Vec<Uuid> = Vec::new();
+    let mut written = HashSet::with_capacity(rows.len());
+    let (mut sleeping, mut wakes, mut parents) = (Vec::new(), Vec::new(), Vec::new());
     for row in &rows {
-        match row.becomes.as_str() {
-            "waiting" if row.wait_children && row.open_children == 0 => wakes.push((row.id, json!({"by": "children"}))),
-            "waiting" if row.wait_signal.is_some() => sleeping.push(row.id),
-            "step_committed" | "retry_scheduled" | "released" | "cancelling" => hints.push(Hint {
-                run_id: row.id,
-                workflow: row.workflow.clone(),
-                version: row.version,
-                event_seq: row.event_seq,
-                ready_at: if row.becomes == "retry_scheduled" { row.later } else { row.now },
-                priority: row.priority,
-            }),
-            _ => {}
+        written.insert(row.id);
+        if row.parked && row.wait_children && row.open_children == 0 {
+            wakes.push((row.id, json!({"by": "children"})));
+        } else if row.parked && row.wait_signal.is_some() {
+            sleeping.push(row.id);
         }
         if row.finished {
             parents.extend(row.parent_id);
         }
     }
-    push_hints(&mut *conn, hints).await?;
     if !sleeping.is_empty() {
         // The runs' rows are locked now, so this later statement sees every signal that did not see them waiting.
         let used = sqlx::query!(
@@ -246,9 +322,7 @@ pub(super) async fn write(conn: &mut PgConnection, worker: &str, commits: &[Comm
     }
     wake_up(&mut *conn, &wakes).await?;
     children_ended(&mut *conn, &parents).await?;
-
-    let written: std::collections::HashSet<Uuid> = rows.iter().map(|row| row.id).collect();
-    Ok(ids.iter().map(|id| written.contains(id)).collect())
+    Ok(written)
 }
 
 /// Counts ended children off their parents (one entry per child) and wakes those parents whose last child it was.
@@ -276,41 +350,54 @@ pub(super) async fn children_ended(conn: &mut PgConnection, parents: &[Uuid]) ->
     Ok(())
 }
 
-/// Hands outcomes to the committer and waits for the commit.
+/// Hands outcomes to the committers and waits for the commit.
 #[derive(Debug, Clone)]
 pub(super) struct Committer {
-    queue: mpsc::Sender<(Commit, oneshot::Sender<bool>)>,
+    lanes: Vec<mpsc::Sender<Waiting>>,
 }
+
+type Waiting = (Commit, oneshot::Sender<Written>);
 
 impl Committer {
-    /// Starts the committer of this process. It ends when the last handle is gone.
-    pub fn spawn(pool: Pool, worker: String) -> Self {
-        let (queue, inbox) = mpsc::channel(COMMIT_BATCH * 2);
-        tokio::spawn(run(pool, worker, inbox));
-        Self { queue }
+    /// Starts the committers of this process. They end when the last handle is gone.
+    pub fn spawn(pool: &Pool, worker: &str) -> Self {
+        let lane = || {
+            let (queue, inbox) = mpsc::channel(COMMIT_BATCH * 2);
+            tokio::spawn(run(pool.clone(), worker.to_owned(), inbox));
+            queue
+        };
+        Self { lanes: (0..COMMIT_LANES).map(|_| lane()).collect() }
     }
 
-    /// Writes one outcome. False when the lease was lost, or Postgres stayed away until it must have been.
-    pub async fn commit(&self, commit: Commit) -> bool {
+    /// Writes one outcome. [`Written::Lost`] also when Postgres stayed away until the lease must have been lost.
+    pub async fn commit(&self, commit: Commit) -> Written {
         let (done, answer) = oneshot::channel();
-        self.queue.send((commit, done)).await.is_ok() && answer.await.unwrap_or(false)
+        let lane = commit.of.run_id.as_u128() % (self.lanes.len().max(1) as u128);
+        let Some(queue) = self.lanes.get(usize::try_from(lane).unwrap_or(0)) else { return Written::Lost };
+        if queue.send((commit, done)).await.is_err() {
+            return Written::Lost;
+        }
+        answer.await.unwrap_or(Written::Lost)
     }
 }
 
-async fn run(pool: Pool, worker: String, mut inbox: mpsc::Receiver<(Commit, oneshot::Sender<bool>)>) {
+async fn run(pool: Pool, worker: String, mut inbox: mpsc::Receiver<Waiting>) {
     let mut batch = Vec::with_capacity(COMMIT_BATCH);
     while inbox.recv_many(&mut batch, COMMIT_BATCH).await > 0 {
-        let (commits, waiting): (Vec<_>, Vec<_>) = batch.drain(..).unzip();
-        let answers = persist(&pool, &worker, &commits).await;
-        for (done, written) in waiting.into_iter().zip(answers) {
-            let _ = done.send(written);
+        let (alone, others): (Vec<Waiting>, Vec<Waiting>) = batch.drain(..).partition(|(commit, _)| commit.is_alone());
+        for part in [alone, others].into_iter().filter(|part| !part.is_empty()) {
+            let (commits, waiting): (Vec<_>, Vec<_>) = part.into_iter().unzip();
+            let answers = persist(&pool, &worker, &commits).await;
+            for (done, written) in waiting.into_iter().zip(answers) {
+                let _ = done.send(written);
+            }
         }
     }
 }
 
 /// Commits a batch, trying again while Postgres is away and the leases may still be ours. When a batch is refused for
 /// what one of its rows holds, the rows go one by one, so that one bad outcome fails alone.
-async fn persist(pool: &Pool, worker: &str, commits: &[Commit]) -> Vec<bool> {
+async fn persist(pool: &Pool, worker: &str, commits: &[Commit]) -> Vec<Written> {
     let started = tokio::time::Instant::now();
     loop {
         match transaction(pool, worker, commits).await {
@@ -318,14 +405,14 @@ async fn persist(pool: &Pool, worker: &str, commits: &[Commit]) -> Vec<bool> {
             Err(error) if error.is_transient() => {
                 if started.elapsed() > LEASE {
                     tracing::error!(?error, count = commits.len(), "outcomes dropped: their leases are over");
-                    return vec![false; commits.len()];
+                    return vec![Written::Lost; commits.len()];
                 }
                 tracing::warn!(?error, "commit failed, trying again");
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
             Err(error) if commits.len() == 1 => {
-                let Some(refused) = commits.first().filter(|commit| commit.kind != "fail") else { return vec![false] };
-                tracing::error!(?error, run_id = %refused.run_id, "outcome refused by the database");
+                let Some(refused) = commits.first().filter(|commit| commit.kind != "fail") else { return vec![Written::Lost] };
+                tracing::error!(?error, run_id = %refused.of.run_id, "outcome refused by the database");
                 return Box::pin(persist(pool, worker, &[refused.refused(&error)])).await;
             }
             Err(error) => {
@@ -340,9 +427,37 @@ async fn persist(pool: &Pool, worker: &str, commits: &[Commit]) -> Vec<bool> {
     }
 }
 
-async fn transaction(pool: &Pool, worker: &str, commits: &[Commit]) -> Result<Vec<bool>> {
-    let mut tx = pool.begin().await?;
-    let written = write(&mut tx, worker, commits).await?;
-    tx.commit().await?;
+/// Writes a batch as a whole, also one that may have been written before.
+pub(super) async fn transaction(pool: &Pool, worker: &str, commits: &[Commit]) -> Result<Vec<Written>> {
+    let written = if commits.iter().all(Commit::is_alone) {
+        write(&mut *pool.acquire().await?, worker, commits).await?
+    } else {
+        let mut tx = pool.begin().await?;
+        let written = write(&mut tx, worker, commits).await?;
+        tx.commit().await?;
+        written
+    };
+    let doubtful = |(commit, written): (&Commit, &Written)| commit.keeps && *written == Written::Lost;
+    if commits.iter().zip(&written).any(doubtful) { repair(pool, commits, written).await } else { Ok(written) }
+}
+
+/// An earlier try may have been committed although its answer was lost. Then the lease is still ours, one step further.
+async fn repair(pool: &Pool, commits: &[Commit], mut written: Vec<Written>) -> Result<Vec<Written>> {
+    let (ids, tokens): (Vec<Uuid>, Vec<Uuid>) = commits.iter().map(|commit| (commit.of.run_id, commit.of.token)).unzip();
+    let seqs: Vec<i32> = commits.iter().map(|commit| commit.of.seq).collect();
+    let ours = sqlx::query_scalar!(
+        r#"SELECT r.id FROM workflow_runs r JOIN unnest($1::uuid[], $2::uuid[], $3::int[]) AS t(id, token, seq)
+               ON r.id = t.id AND r.lease_token = t.token AND r.seq = t.seq + 1"#,
+        &ids,
+        &tokens,
+        &seqs,
+    )
+    .fetch_all(pool)
+    .await?;
+    for (answer, commit) in written.iter_mut().zip(commits) {
+        if *answer == Written::Lost && commit.keeps && ours.contains(&commit.of.run_id) {
+            *answer = Written::Kept;
+        }
+    }
     Ok(written)
 }

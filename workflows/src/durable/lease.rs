@@ -67,28 +67,17 @@ impl Leases {
             return Ok(());
         }
         let asked_at = tokio::time::Instant::now();
-        let renewed = sqlx::query!(
-            r#"WITH held AS (
-                   SELECT r.id FROM workflow_runs r JOIN unnest($1::uuid[], $2::uuid[]) AS t(id, token) ON r.id = t.id AND r.lease_token = t.token
-                   ORDER BY r.id FOR UPDATE OF r
-               )
-               UPDATE workflow_runs r SET lease_expires_at = now() + interval '10 seconds' FROM held WHERE r.id = held.id
-               RETURNING r.id, r.lease_token AS "token!", (r.cancel_requested_at IS NOT NULL AND r.step <> 'cancel') AS "cancelled!""#,
-            &runs,
-            &tokens,
-        )
-        .fetch_all(pool)
-        .await?;
+        let renewed = renew(pool, &runs, &tokens).await?;
         let mut all = self.lock();
         for row in &renewed {
-            if let Some(held) = all.get_mut(&row.id).filter(|held| held.token == row.token) {
+            if let Some(held) = all.get_mut(&row.run_id).filter(|held| held.token == row.token) {
                 held.renewed = asked_at;
                 if row.cancelled {
                     held.stop.cancel();
                 }
             }
         }
-        let kept: HashMap<Uuid, Uuid> = renewed.into_iter().map(|row| (row.id, row.token)).collect();
+        let kept: HashMap<Uuid, Uuid> = renewed.into_iter().map(|row| (row.run_id, row.token)).collect();
         for (run, token) in runs.into_iter().zip(tokens) {
             // Not renewed and still ours to hold: taken over. A step that has just committed is not held any more.
             if kept.get(&run) != Some(&token)
@@ -99,4 +88,32 @@ impl Leases {
         }
         Ok(())
     }
+}
+
+/// A lease that was still held and now is again for [`LEASE`].
+#[derive(Debug, Clone, Copy)]
+pub struct Renewed {
+    /// The run.
+    pub run_id: Uuid,
+    /// Its token.
+    pub token: Uuid,
+    /// Whether the running step is to stop, because a cancel was asked for.
+    pub cancelled: bool,
+}
+
+/// Renews the leases of `runs` with these `tokens`, and answers those that still were theirs.
+pub(super) async fn renew(pool: &Pool, runs: &[Uuid], tokens: &[Uuid]) -> Result<Vec<Renewed>> {
+    Ok(sqlx::query_as!(
+        Renewed,
+        r#"WITH held AS (
+               SELECT r.id FROM workflow_runs r JOIN unnest($1::uuid[], $2::uuid[]) AS t(id, token) ON r.id = t.id AND r.lease_token = t.token
+               ORDER BY r.id FOR UPDATE OF r
+           )
+           UPDATE workflow_runs r SET lease_expires_at = now() + interval '10 seconds' FROM held WHERE r.id = held.id
+           RETURNING r.id AS run_id, r.lease_token AS "token!", (r.cancel_requested_at IS NOT NULL AND r.step <> 'cancel') AS "cancelled!""#,
+        runs,
+        tokens,
+    )
+    .fetch_all(pool)
+    .await?)
 }

@@ -3,16 +3,10 @@
 
 use borealis_engine::{Result, db::Pool};
 use serde_json::json;
-use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{
-    MAX_WORKER_DEATHS, RECOVER_BATCH, RECOVER_EVERY,
-    commit::children_ended,
-    definition::Registry,
-    start::{Hint, push_hints, wake_up},
-};
+use super::{MAX_WORKER_DEATHS, RECOVER_BATCH, RECOVER_EVERY, commit::children_ended, definition::Registry, start::wake_up};
 
 /// How many passes lie between two searches for lost hints.
 const PASSES_BETWEEN_SWEEPS: u32 = 40;
@@ -116,27 +110,15 @@ pub async fn expired_leases(pool: &Pool, registry: &Registry) -> Result<usize> {
                       jsonb_strip_nulls(jsonb_build_object('deaths', worker_deaths, 'error', CASE WHEN finished_at IS NOT NULL THEN error END))
                FROM taken
            )
-           SELECT id, workflow, version, event_seq, priority, floor(extract(epoch FROM ready_at))::bigint AS "ready_at!", parent_id,
-                  (finished_at IS NOT NULL) AS "finished!" FROM taken"#,
+           SELECT parent_id, (finished_at IS NOT NULL) AS "finished!",
+                  CASE WHEN finished_at IS NULL THEN workflow_hint(id, workflow || '.v' || version, event_seq, ready_at, priority) IS NOT NULL END AS hinted
+           FROM taken"#,
         &ids,
         &errors as &[Option<String>],
     )
     .fetch_all(&mut *tx)
     .await?;
     let parents: Vec<Uuid> = rows.iter().filter(|row| row.finished).filter_map(|row| row.parent_id).collect();
-    let hints = rows
-        .into_iter()
-        .filter(|row| !row.finished)
-        .map(|row| Hint {
-            run_id: row.id,
-            workflow: row.workflow,
-            version: row.version,
-            event_seq: row.event_seq,
-            ready_at: row.ready_at,
-            priority: row.priority,
-        })
-        .collect();
-    push_hints(&mut tx, hints).await?;
     children_ended(&mut tx, &parents).await?;
     tx.commit().await?;
     Ok(lost.len())
@@ -168,34 +150,22 @@ pub async fn ended_waits(pool: &Pool) -> Result<usize> {
 /// # Errors
 /// When the database refuses.
 pub async fn lost_hints(pool: &Pool) -> Result<usize> {
-    let mut tx = pool.begin().await?;
-    let rows = ready_without_hint(&mut tx).await?;
-    let count = rows.len();
-    if count > 0 {
-        tracing::warn!(count, "runs without a hint were queued again");
-        push_hints(&mut tx, rows).await?;
-        tx.commit().await?;
-    }
-    Ok(count)
-}
-
-async fn ready_without_hint(conn: &mut PgConnection) -> Result<Vec<Hint>> {
-    Ok(sqlx::query_as!(
-        Hint,
+    let rows = sqlx::query!(
         r#"WITH ready AS (
-               SELECT r.id FROM workflow_runs r
+               SELECT r.id, r.workflow || '.v' || r.version AS queue, r.event_seq, r.priority FROM workflow_runs r
                WHERE r.state IN ('pending', 'cancelling') AND r.lease_token IS NULL AND NOT r.parked AND r.ready_at < now() - interval '10 seconds'
-                 AND NOT EXISTS (
-                     SELECT FROM apalis.jobs j
-                     WHERE j.job_type = r.workflow || '.v' || r.version AND j.idempotency_key = r.id || ':' || r.event_seq)
+                 AND NOT EXISTS (SELECT FROM apalis.jobs j WHERE j.id = r.id || ':' || r.event_seq)
                ORDER BY r.ready_at LIMIT $1 FOR UPDATE OF r SKIP LOCKED
            )
-           UPDATE workflow_runs r SET event_seq = r.event_seq FROM ready WHERE r.id = ready.id
-           RETURNING r.id AS run_id, r.workflow, r.version, r.event_seq, r.priority, floor(extract(epoch FROM now()))::bigint AS "ready_at!""#,
+           SELECT workflow_hint(id, queue, event_seq, now(), priority) IS NOT NULL AS hinted FROM ready"#,
         RECOVER_BATCH,
     )
-    .fetch_all(conn)
-    .await?)
+    .fetch_all(pool)
+    .await?;
+    if !rows.is_empty() {
+        tracing::warn!(count = rows.len(), "runs without a hint were queued again");
+    }
+    Ok(rows.len())
 }
 
 #[cfg(test)]

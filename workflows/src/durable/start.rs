@@ -1,8 +1,9 @@
 //! Starting, signalling, cancelling and retrying runs: plain functions over the caller's connection, so that each
 //! happens exactly when the caller's transaction commits.
 
-use apalis_core::task::builder::TaskBuilder;
-use borealis_engine::{Error, Result};
+use std::collections::{HashMap, HashSet};
+
+use borealis_engine::{Error, Result, db::Pool};
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -35,43 +36,18 @@ pub struct Started {
     pub created: bool,
 }
 
-/// A run that has become ready and needs a hint in its queue.
-#[derive(Debug, Clone)]
-pub(super) struct Hint {
-    pub run_id: Uuid,
-    pub workflow: String,
-    pub version: i32,
-    /// Tells this readiness from earlier ones of the run.
-    pub event_seq: i32,
-    /// When it is ready, epoch seconds of the database's clock.
-    pub ready_at: i64,
-    pub priority: i32,
-}
-
-/// Puts hints into their queues, in one statement per queue.
-pub(super) async fn push_hints(conn: &mut PgConnection, mut hints: Vec<Hint>) -> Result<()> {
-    while let Some(first) = hints.first() {
-        let (workflow, version) = (first.workflow.clone(), first.version);
-        let (these, rest): (Vec<_>, Vec<_>) =
-            hints.into_iter().partition(|hint| hint.workflow == workflow && hint.version == version);
-        let tasks = these
-            .into_iter()
-            .map(|hint| {
-                TaskBuilder::new(hint.run_id.as_bytes().to_vec())
-                    .idempotency_key(format!("{}:{}", hint.run_id, hint.event_seq))
-                    .run_at_timestamp(u64::try_from(hint.ready_at).unwrap_or(0))
-                    .priority(usize::try_from(hint.priority).unwrap_or(0))
-                    .max_attempts(1)
-                    .build()
-            })
-            .collect();
-        apalis_postgres::queries::push_tasks(conn, &super::queue(&workflow, version), tasks).await.map_err(
-            |error| match error {
-                apalis_postgres::Error::Database(error) => Error::from(error),
-                other => Error::bug(other),
-            },
-        )?;
-        hints = rest;
+/// Turns off the queue's own notification of every inserted task: `workflow_hint` notifies, and only those who sleep.
+///
+/// # Errors
+/// When the database refuses.
+pub(crate) async fn own_notifications(pool: &Pool) -> Result<()> {
+    let on = sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'apalis.jobs'::regclass AND tgname = 'notify_workers' AND tgenabled <> 'D') AS "on!""#
+    )
+    .fetch_one(pool)
+    .await?;
+    if on {
+        sqlx::query!("ALTER TABLE apalis.jobs DISABLE TRIGGER notify_workers").execute(pool).await?;
     }
     Ok(())
 }
@@ -81,48 +57,71 @@ pub(super) async fn push_hints(conn: &mut PgConnection, mut hints: Vec<Hint>) ->
 /// # Errors
 /// When the database refuses.
 pub async fn start(conn: &mut PgConnection, workflow: &Workflow, new: NewRun) -> Result<Started> {
-    let run_id = Uuid::now_v7();
+    start_many(conn, workflow, vec![new]).await?.pop().ok_or_else(|| Error::bug("a start without an answer"))
+}
+
+/// Starts runs of `workflow` in one statement, each once per key. Answers in the order of `new`.
+///
+/// # Errors
+/// When the database refuses; then none was started.
+pub async fn start_many(conn: &mut PgConnection, workflow: &Workflow, new: Vec<NewRun>) -> Result<Vec<Started>> {
+    let mut started: Vec<Started> = new.iter().map(|_| Started { run_id: Uuid::now_v7(), created: true }).collect();
+    let mut order: Vec<usize> = (0..new.len()).collect();
+    // In the order of their keys: two batches with the same keys would otherwise wait for each other.
+    order.sort_by_key(|at| new.get(*at).and_then(|new| new.key.as_deref()));
+    let sorted: Vec<(&NewRun, Uuid)> = order.iter().filter_map(|at| Some((new.get(*at)?, started.get(*at)?.run_id))).collect();
+    fn all<'a, T>(runs: &[(&'a NewRun, Uuid)], field: impl Fn(&'a NewRun) -> T) -> Vec<T> {
+        runs.iter().map(|(new, _)| field(new)).collect()
+    }
     let created = sqlx::query!(
         r#"WITH run AS (
                INSERT INTO workflow_runs
                    (id, workflow, version, start_key, step, input, state_data, priority, scheduled_job_id, site_ids, limit_keys, event_seq)
-               VALUES ($1, $2, $3, $4, $5, $6, $6, $7, $8, $9, $10, 1)
-               ON CONFLICT (workflow, start_key) DO NOTHING
-               RETURNING id, ready_at
+               SELECT id, $1, $2, start_key, $3, input, input, priority, scheduled_job_id,
+                      CASE WHEN site_ids = '[]' THEN '{}' ELSE ARRAY(SELECT jsonb_array_elements_text(site_ids)::bigint) END,
+                      CASE WHEN limit_keys = '[]' THEN '{}' ELSE ARRAY(SELECT jsonb_array_elements_text(limit_keys)) END, 1
+               FROM unnest($4::uuid[], $5::text[], $6::jsonb[], $7::int[], $8::bigint[], $9::jsonb[], $10::jsonb[])
+                   AS new(id, start_key, input, priority, scheduled_job_id, site_ids, limit_keys)
+               ON CONFLICT (workflow, start_key) WHERE start_key IS NOT NULL DO NOTHING
+               RETURNING id, ready_at, priority
            ), event AS (
-               INSERT INTO workflow_events (run_id, seq, kind, step) SELECT id, 1, 'created', $5 FROM run
+               INSERT INTO workflow_events (run_id, seq, kind, step) SELECT id, 1, 'created', $3 FROM run
            )
-           SELECT floor(extract(epoch FROM ready_at))::bigint AS "ready_at!" FROM run"#,
-        run_id,
+           SELECT id, workflow_hint(id, $11, 1, ready_at, priority) IS NOT NULL AS hinted FROM run"#,
         workflow.name,
         workflow.version,
-        new.key,
         workflow.first(),
-        new.input,
-        new.priority,
-        new.scheduled_job_id,
-        &new.site_ids,
-        &new.limit_keys,
+        &sorted.iter().map(|(_, id)| *id).collect::<Vec<_>>(),
+        &all(&sorted, |new| new.key.as_deref()) as &[Option<&str>],
+        &all(&sorted, |new| &new.input) as &[&Value],
+        &all(&sorted, |new| new.priority),
+        &all(&sorted, |new| new.scheduled_job_id) as &[Option<i64>],
+        &all(&sorted, |new| json!(new.site_ids)),
+        &all(&sorted, |new| json!(new.limit_keys)),
+        workflow.queue(),
     )
-    .fetch_optional(&mut *conn)
+    .fetch_all(&mut *conn)
     .await?;
-    let Some(created) = created else {
-        let run_id =
-            sqlx::query_scalar!("SELECT id FROM workflow_runs WHERE workflow = $1 AND start_key = $2", workflow.name, new.key)
-                .fetch_one(conn)
-                .await?;
-        return Ok(Started { run_id, created: false });
-    };
-    let hint = Hint {
-        run_id,
-        workflow: workflow.name.to_owned(),
-        version: workflow.version,
-        event_seq: 1,
-        ready_at: created.ready_at,
-        priority: new.priority,
-    };
-    push_hints(conn, vec![hint]).await?;
-    Ok(Started { run_id, created: true })
+    if created.len() == new.len() {
+        return Ok(started);
+    }
+    let created: HashSet<Uuid> = created.into_iter().map(|row| row.id).collect();
+    let keys: Vec<String> = new.iter().filter_map(|new| new.key.clone()).collect();
+    let known: HashMap<Option<String>, Uuid> = sqlx::query!(
+        "SELECT start_key, id FROM workflow_runs WHERE workflow = $1 AND start_key = ANY ($2)",
+        workflow.name,
+        &keys
+    )
+    .fetch_all(conn)
+    .await?
+    .into_iter()
+    .map(|row| (row.start_key, row.id))
+    .collect();
+    for (started, new) in started.iter_mut().zip(new).filter(|(started, _)| !created.contains(&started.run_id)) {
+        let run_id = known.get(&new.key).copied().ok_or_else(|| Error::bug("a start key that is neither new nor known"))?;
+        *started = Started { run_id, created: false };
+    }
+    Ok(started)
 }
 
 /// One child of a fan-out.
@@ -150,14 +149,14 @@ pub async fn start_children(conn: &mut PgConnection, parent: Uuid, workflow: &Wo
                SELECT c.id, $2, $3, c.key, $4, c.input, c.input, p.priority, p.scheduled_job_id, p.site_ids, p.id, 1
                FROM unnest($5::uuid[], $6::text[], $7::jsonb[]) AS c(id, key, input)
                JOIN workflow_runs p ON p.id = $1
-               ON CONFLICT (workflow, start_key) DO NOTHING
+               ON CONFLICT (workflow, start_key) WHERE start_key IS NOT NULL DO NOTHING
                RETURNING id, ready_at, priority
            ), event AS (
                INSERT INTO workflow_events (run_id, seq, kind, step) SELECT id, 1, 'created', $4 FROM run
            ), counted AS (
                UPDATE workflow_runs SET open_children = open_children + (SELECT count(*) FROM run) WHERE id = $1
            )
-           SELECT id, floor(extract(epoch FROM ready_at))::bigint AS "ready_at!", priority FROM run"#,
+           SELECT id, workflow_hint(id, $8, 1, ready_at, priority) IS NOT NULL AS hinted FROM run"#,
         parent,
         workflow.name,
         workflow.version,
@@ -165,23 +164,11 @@ pub async fn start_children(conn: &mut PgConnection, parent: Uuid, workflow: &Wo
         &ids,
         &keys,
         &inputs,
+        workflow.queue(),
     )
-    .fetch_all(&mut *conn)
+    .fetch_all(conn)
     .await?;
-    let started = rows.iter().map(|row| row.id).collect();
-    let hints = rows
-        .into_iter()
-        .map(|row| Hint {
-            run_id: row.id,
-            workflow: workflow.name.to_owned(),
-            version: workflow.version,
-            event_seq: 1,
-            ready_at: row.ready_at,
-            priority: row.priority,
-        })
-        .collect();
-    push_hints(conn, hints).await?;
-    Ok(started)
+    Ok(rows.into_iter().map(|row| row.id).collect())
 }
 
 /// Ends the waits of runs that are parked: the one way a sleeping run becomes ready. Each pair is a run and its `wake` document.
@@ -191,8 +178,7 @@ pub(super) async fn wake_up(conn: &mut PgConnection, wakes: &[(Uuid, Value)]) ->
     }
     let ids: Vec<Uuid> = wakes.iter().map(|(id, _)| *id).collect();
     let documents: Vec<Value> = wakes.iter().map(|(_, wake)| wake.clone()).collect();
-    let hints = sqlx::query_as!(
-        Hint,
+    let woken = sqlx::query!(
         r#"WITH asked AS (
                SELECT * FROM unnest($1::uuid[], $2::jsonb[]) AS t(id, wake)
            ), held AS (
@@ -208,15 +194,13 @@ pub(super) async fn wake_up(conn: &mut PgConnection, wakes: &[(Uuid, Value)]) ->
            ), event AS (
                INSERT INTO workflow_events (run_id, seq, kind, step, detail) SELECT id, event_seq, 'woken', step, wake FROM woken
            )
-           SELECT id AS run_id, workflow, version, event_seq, priority, floor(extract(epoch FROM ready_at))::bigint AS "ready_at!" FROM woken"#,
+           SELECT workflow_hint(id, workflow || '.v' || version, event_seq, ready_at, priority) IS NOT NULL AS hinted FROM woken"#,
         &ids,
         &documents,
     )
-    .fetch_all(&mut *conn)
+    .fetch_all(conn)
     .await?;
-    let count = hints.len();
-    push_hints(conn, hints).await?;
-    Ok(count)
+    Ok(woken.len())
 }
 
 /// Sends the signal `name` to a run. One that comes before the run waits for it is kept; a second one of the same name
@@ -265,10 +249,9 @@ pub enum CancelAsked {
 /// # Errors
 /// When the database refuses.
 pub async fn request_cancel(conn: &mut PgConnection, run_id: Uuid, reason: &str) -> Result<CancelAsked> {
-    let run =
-        sqlx::query!("SELECT finished_at, cancel_requested_at, lease_token FROM workflow_runs WHERE id = $1 FOR UPDATE", run_id)
-            .fetch_optional(&mut *conn)
-            .await?;
+    let run = sqlx::query!("SELECT finished_at, cancel_requested_at FROM workflow_runs WHERE id = $1 FOR UPDATE", run_id)
+        .fetch_optional(&mut *conn)
+        .await?;
     let Some(run) = run else { return Ok(CancelAsked::Unknown) };
     if run.finished_at.is_some() {
         return Ok(CancelAsked::Ended);
@@ -276,8 +259,7 @@ pub async fn request_cancel(conn: &mut PgConnection, run_id: Uuid, reason: &str)
     if run.cancel_requested_at.is_some() {
         return Ok(CancelAsked::Already);
     }
-    let hint = sqlx::query_as!(
-        Hint,
+    sqlx::query!(
         r#"WITH run AS (
                UPDATE workflow_runs
                SET cancel_requested_at = now(), cancel_reason = $2, state = 'cancelling', event_seq = event_seq + 1, updated_at = now(),
@@ -285,20 +267,18 @@ pub async fn request_cancel(conn: &mut PgConnection, run_id: Uuid, reason: &str)
                    attempt = CASE WHEN lease_token IS NULL THEN 0 ELSE attempt END,
                    parked = false, wait_signal = NULL, wait_children = false, wait_until = NULL, wake = NULL, ready_at = now()
                WHERE id = $1
-               RETURNING id, workflow, version, event_seq, priority, step, ready_at
+               RETURNING id, workflow, version, event_seq, priority, step, ready_at, lease_token
            ), event AS (
                INSERT INTO workflow_events (run_id, seq, kind, step, detail)
                SELECT id, event_seq, 'cancel_requested', step, jsonb_build_object('reason', $2::text) FROM run
            )
-           SELECT id AS run_id, workflow, version, event_seq, priority, floor(extract(epoch FROM ready_at))::bigint AS "ready_at!" FROM run"#,
+           SELECT workflow_hint(id, workflow || '.v' || version, event_seq, ready_at, priority) IS NOT NULL AS hinted
+           FROM run WHERE lease_token IS NULL"#,
         run_id,
         reason,
     )
-    .fetch_one(&mut *conn)
+    .fetch_optional(conn)
     .await?;
-    if run.lease_token.is_none() {
-        push_hints(conn, vec![hint]).await?;
-    }
     Ok(CancelAsked::Cancelling)
 }
 
@@ -314,8 +294,7 @@ pub async fn retry(conn: &mut PgConnection, run_id: Uuid, requested_by: &str) ->
     if state != "failed" {
         return Err(Error::conflict("run_not_failed", format!("Only a failed run can be retried; this one is {state}.")));
     }
-    let hint = sqlx::query_as!(
-        Hint,
+    sqlx::query!(
         r#"WITH run AS (
                UPDATE workflow_runs
                SET state = CASE WHEN step = 'cancel' THEN 'cancelling' ELSE 'pending' END, attempt = 0, worker_deaths = 0, error = NULL,
@@ -326,13 +305,13 @@ pub async fn retry(conn: &mut PgConnection, run_id: Uuid, requested_by: &str) ->
                INSERT INTO workflow_events (run_id, seq, kind, step, detail)
                SELECT id, event_seq, 'retry_requested', step, jsonb_build_object('requested_by', $2::text) FROM run
            ), parent AS (
-               UPDATE workflow_runs p SET open_children = p.open_children + 1 FROM run WHERE p.id = run.parent_id AND p.finished_at IS NULL
+               UPDATE workflow_runs p SET open_children = p.open_children + 1 FROM run WHERE p.id = run.parent_id
            )
-           SELECT id AS run_id, workflow, version, event_seq, priority, floor(extract(epoch FROM ready_at))::bigint AS "ready_at!" FROM run"#,
+           SELECT workflow_hint(id, workflow || '.v' || version, event_seq, ready_at, priority) IS NOT NULL AS hinted FROM run"#,
         run_id,
         requested_by,
     )
-    .fetch_one(&mut *conn)
+    .fetch_one(conn)
     .await?;
-    push_hints(conn, vec![hint]).await
+    Ok(())
 }

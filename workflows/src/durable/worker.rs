@@ -17,14 +17,15 @@ use apalis_core::{
 use apalis_postgres::PostgresStorage;
 use borealis_engine::{Result, db::Pool};
 use futures::future::BoxFuture;
+use serde_json::Value;
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower_service::Service;
 
 use super::{
     claim::{Claim, DurableBackend},
-    commit::{Commit, Committer, write},
-    definition::{Registry, StepContext, StepError, StepResult, Wake, Workflow},
+    commit::{Attempt, Commit, Committer, Written, write},
+    definition::{Outcome, Registry, Step, StepContext, StepError, StepResult, Wake, Workflow},
     fault,
     lease::Leases,
     recovery,
@@ -38,7 +39,19 @@ const DRAIN: Duration = Duration::from_secs(5);
 const STOP: Duration = Duration::from_secs(3);
 
 /// Connections for what keeps runs alive: renewals, commits, recovery, notifications.
-const VITAL_CONNECTIONS: u32 = 5;
+const VITAL_CONNECTIONS: u32 = 6;
+/// Connections for claims.
+const CLAIM_CONNECTIONS: u32 = 2;
+
+/// How the runtime's own connections plan: its statements are written for one plan, by index from array to row, which
+/// must not depend on when a table of runs was last analyzed.
+pub const PLANS: [(&str, &str); 5] = [
+    ("plan_cache_mode", "force_generic_plan"),
+    ("enable_seqscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+    ("jit", "off"),
+];
 
 /// Settings of a worker process.
 #[derive(Debug, Clone)]
@@ -56,10 +69,26 @@ struct Process {
     services: Arc<Services>,
     committer: Committer,
     leases: Leases,
+    claims: Claims,
     slots: Arc<Semaphore>,
     wakeup: Wakeup,
     drain: CancellationToken,
     running: TaskTracker,
+}
+
+/// Where claims are made.
+#[derive(Debug, Clone)]
+struct Claims {
+    /// A claim that a crash of Postgres takes back is made again: the step runs twice, and only one outcome is written.
+    unflushed: Pool,
+    /// For workflows with a step that must not be repeated: it begins when its claim is on disk.
+    durable: Pool,
+}
+
+impl Claims {
+    fn of(&self, workflow: &Workflow) -> Pool {
+        if workflow.steps.iter().any(|step| step.never_retry) { self.durable.clone() } else { self.unflushed.clone() }
+    }
 }
 
 /// A workflow as apalis runs it: `WorkerBuilder::new(name).backend(storage).build(flow)`.
@@ -74,10 +103,10 @@ impl IntoWorkerService<PostgresStorage<Vec<u8>>, DurableService> for DurableFlow
     type Backend = DurableBackend;
 
     fn into_service(self, storage: PostgresStorage<Vec<u8>>) -> WorkerService<DurableBackend, DurableService> {
-        let Process { name, slots, wakeup, drain, .. } = self.process.clone();
+        let Process { name, claims, slots, wakeup, drain, .. } = self.process.clone();
         let queue = storage.config().queue.to_string();
         WorkerService {
-            backend: DurableBackend::spawn(storage.pool().clone(), queue, name, slots, wakeup, drain),
+            backend: DurableBackend::spawn(claims.of(&self.workflow), queue, name, slots, wakeup, drain),
             service: DurableService { workflow: self.workflow, process: self.process },
         }
     }
@@ -103,71 +132,91 @@ impl Service<Task<Claim>> for DurableService {
         let (workflow, process) = (self.workflow.clone(), self.process.clone());
         let running = process.running.clone();
         // A task of its own: steps run in parallel, and a panic is one failed step.
-        let step = running.spawn(run_step(workflow, process, task.args));
+        let step = running.spawn(run_steps(workflow, process, task.args));
         Box::pin(async move { step.await.map_err(BoxDynError::from) })
     }
 }
 
-/// Runs the step a claim is for, from the first fail point to the last.
-async fn run_step(workflow: Arc<Workflow>, process: Process, mut claim: Claim) {
+/// Runs the step a claim is for and those after it, for as long as the lease stays ours.
+async fn run_steps(workflow: Arc<Workflow>, process: Process, mut claim: Claim) {
     let slot = claim.slot.take();
-    let (run_id, token, attempt) = (claim.run_id, claim.token, claim.attempt);
+    let (run_id, token) = (claim.run_id, claim.token);
     let stop = CancellationToken::new();
     process.leases.hold(run_id, token, stop.clone());
+    while let Some(next) = run_step(&workflow, &process, claim, stop.clone()).await {
+        claim = next;
+    }
+    process.leases.release(run_id, token);
+    drop(slot);
+}
+
+/// Runs one step, from the first fail point to the last. Answers the claim of the next one when the lease is still ours.
+async fn run_step(workflow: &Arc<Workflow>, process: &Process, mut claim: Claim, stop: CancellationToken) -> Option<Claim> {
+    let (run_id, attempt) = (claim.run_id, claim.attempt);
     let Some(step) = workflow.find(&claim.step) else {
         tracing::error!(%run_id, step = claim.step, workflow = workflow.name, "this version of the workflow has no such step");
-        process.leases.release(run_id, token);
-        return;
+        return None;
     };
     let (name, step_name) = (workflow.name, step.name);
     fault::point("before", name, step_name);
+    let next = workflow.after(step_name).map(|next| next.name);
     let context = StepContext {
         run_id,
         step: step_name,
         seq: claim.seq,
         attempt,
-        wake: Wake::read(claim.wake.as_ref()),
-        input: std::mem::take(&mut claim.input),
+        wake: Wake::read(claim.wake.take().as_ref()),
+        // The last step may have it; the others leave it to those after them.
+        input: if next.is_some() { claim.input.clone() } else { std::mem::take(&mut claim.input) },
         state: std::mem::take(&mut claim.state),
         services: process.services.clone(),
         stop,
         tx: None,
     };
     let span = tracing::info_span!("step", %run_id, workflow = name, step = step_name, attempt);
-    let (answer, tx) = tracing::Instrument::instrument(execute(workflow.clone(), step_name, context), span).await;
+    let (answer, tx) = tracing::Instrument::instrument(execute(step, context), span).await;
     fault::point("after_effect", name, step_name);
-    let commit = Commit::decide(&workflow, step, (run_id, token, attempt), answer, rand::random());
+    let of = Attempt { run_id, token: claim.token, seq: claim.seq, attempt, is_child: claim.is_child };
+    // What the next step will get, if it is ours.
+    let state = match &answer {
+        Ok(Outcome::Next(state)) if next.is_some() => state.clone(),
+        _ => Value::Null,
+    };
+    let commit = Commit::decide(workflow, step, of.clone(), answer, rand::random(), !process.drain.is_cancelled());
     let written = match tx {
         Some(mut tx) => match write(&mut tx, &process.name, std::slice::from_ref(&commit)).await {
-            Ok(written) if written == [true] => tx.commit().await.map(|()| true).map_err(borealis_engine::Error::from),
-            Ok(_) => Ok(false),
+            Ok(written) if written != [Written::Lost] => {
+                let written = written.first().copied().unwrap_or(Written::Lost);
+                tx.commit().await.map(|()| written).map_err(borealis_engine::Error::from)
+            }
+            Ok(_) => Ok(Written::Lost),
             Err(error) => Err(error),
         },
-        None => Ok(process.committer.commit(commit.clone()).await),
+        None => Ok(process.committer.commit(commit).await),
     };
     fault::point("after_commit", name, step_name);
     let written = match written {
         Ok(written) => written,
         Err(error) => {
             // The step's own transaction did not commit, so nothing of it happened: it failed like any other attempt.
-            let commit = Commit::decide(&workflow, step, (run_id, token, attempt), Err(error.into()), rand::random());
+            let commit = Commit::decide(workflow, step, of, Err(error.into()), rand::random(), false);
             process.committer.commit(commit).await
         }
     };
-    if !written {
-        tracing::warn!(%run_id, step = step_name, attempt, "outcome refused: the lease had been lost");
+    match (written, next) {
+        (Written::Kept, Some(next)) => {
+            Some(Claim { step: next.to_owned(), seq: claim.seq + 1, attempt: 1, state, wake: None, ..claim })
+        }
+        (Written::Lost, _) => {
+            tracing::warn!(%run_id, step = step_name, attempt, "outcome refused: the lease had been lost");
+            None
+        }
+        _ => None,
     }
-    process.leases.release(run_id, token);
-    drop(slot);
 }
 
 /// Runs the step's function under its time limit. Its transaction comes back only with a good answer.
-async fn execute(
-    workflow: Arc<Workflow>,
-    step: &'static str,
-    mut context: StepContext,
-) -> (StepResult, Option<borealis_engine::db::Tx<'static>>) {
-    let Some(step) = workflow.find(step) else { return (Err(StepError::bug("no such step")), None) };
+pub(super) async fn execute(step: &Step, mut context: StepContext) -> (StepResult, Option<borealis_engine::db::Tx<'static>>) {
     let caught = tokio::time::timeout(
         step.timeout,
         futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe((step.run)(&mut context))),
@@ -195,10 +244,12 @@ pub async fn run(registry: Registry, services: Services, options: Options, stop:
     let after = CancellationToken::new();
     let queues = registry.iter().map(|workflow| workflow.queue());
     // Connections of its own, so that steps that wait for one never keep a lease from being renewed.
-    let vital = borealis_engine::bus::pool(&pool, VITAL_CONNECTIONS);
+    let vital = borealis_engine::db::sibling(&pool, VITAL_CONNECTIONS, &PLANS);
+    let unflushed = [PLANS.as_slice(), &[("synchronous_commit", "off")]].concat();
     let process = Process {
-        committer: Committer::spawn(vital.clone(), options.name.clone()),
+        committer: Committer::spawn(&vital, &options.name),
         leases: Leases::default(),
+        claims: Claims { unflushed: borealis_engine::db::sibling(&pool, CLAIM_CONNECTIONS, &unflushed), durable: vital.clone() },
         slots: Arc::new(Semaphore::new(options.concurrency.max(1))),
         wakeup: Wakeup::spawn(vital.clone(), queues, drain.clone()),
         drain: drain.clone(),
