@@ -16,7 +16,3 @@ CREATE INDEX activity_history_cancels ON activity_history (device_guid)
 -- How the runs of a closed occurrence ended, so that a list need not count them: one object for each status and site, null when
 -- there are too many or it was closed before this. All runs of a closed occurrence are final.
 ALTER TABLE job_occurrences ADD COLUMN results jsonb;
-
--- A page of devices begins where the one before ended.
-CREATE INDEX devices_page ON devices (lower(hostname), guid);
-DROP INDEX devices_hostname;

@@ -43,7 +43,7 @@ async fn assert_all_recorded(installation: &Installation, job: i64, machines: us
     assert!(matches!(lines[..], [first, second] if first.starts_with("piece 0") && second.starts_with("piece 1")), "{activity}");
 }
 
-async fn assert_run_has_ended(installation: &Installation, job: i64) {
+async fn assert_run_has_ended(installation: &Installation, job: i64, machines: usize) {
     eventually("the workflow run has ended", SOON, async || {
         let found = installation.admin.get(&format!("/api/runs?job_id={job}")).await.ok();
         let runs = found["runs"].as_array().cloned().unwrap_or_default();
@@ -51,6 +51,9 @@ async fn assert_run_has_ended(installation: &Installation, job: i64) {
         (runs.first()?["state"] == "succeeded").then_some(())
     })
     .await;
+    // Now from what closing the occurrence noted, not counted.
+    let counts = &installation.admin.get(&format!("/api/scheduled_jobs/{job}")).await.ok()["job"]["result_counts"];
+    assert_eq!((&counts["success"], &counts["total_targets"]), (&json!(machines), &json!(machines)), "{counts}");
 }
 
 #[tokio::test]
@@ -76,7 +79,14 @@ async fn a_job_reaches_every_agent_once_while_groups_of_them_vanish() {
     assert_all_true(&counts, MACHINES as u64);
     assert!(counts.connects > MACHINES as u64 && counts.reports > 0, "{counts:?}");
     assert_all_recorded(&installation, job, MACHINES).await;
-    assert_run_has_ended(&installation, job).await;
+    assert_run_has_ended(&installation, job, MACHINES).await;
+    let copies: (i64, i64) = sqlx::query_as(
+        "SELECT (SELECT count(*) FROM occurrence_scripts), (SELECT count(*) FROM activity_history WHERE request ? 'script_content')",
+    )
+    .fetch_one(&database.pool)
+    .await
+    .expect("the dispatches");
+    assert_eq!(copies, (1, 0), "the script is stored once");
     fleet.until("all are back", SOON, |counts| counts.connected == MACHINES as u64).await;
     fleet.stop().await;
 }
@@ -100,6 +110,6 @@ async fn agents_follow_an_api_process_that_dies_and_comes_back_elsewhere() {
     let counts = fleet.until("every result is acknowledged", SOON, |counts| counts.acked == MACHINES as u64).await;
     assert_all_true(&counts, MACHINES as u64);
     assert_all_recorded(&installation, job, MACHINES).await;
-    assert_run_has_ended(&installation, job).await;
+    assert_run_has_ended(&installation, job, MACHINES).await;
     fleet.stop().await;
 }

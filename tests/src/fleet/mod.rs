@@ -42,7 +42,6 @@ pub mod identity;
 mod record;
 
 use std::{
-    future::Future,
     ops::Range,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
@@ -293,16 +292,6 @@ impl Fleet {
     pub async fn stop(self) {
         self.shared.stop.cancel();
         self.agents.wait().await;
-    }
-
-    /// Runs something in the fleet's threads.
-    pub fn spawn<F>(&self, future: F)
-    where
-        F: Future<Output = ()> + Send + 'static,
-    {
-        if let Some(runtime) = &self.runtime {
-            runtime.spawn(future);
-        }
     }
 
     /// How many agents have a registered socket.
