@@ -220,11 +220,10 @@ fn cases() -> Vec<Case> {
     let (ids, tokens) = (leased(4, 100), leased(5, 100));
     let case = |name, has, arguments: String, pages, in_vain| Case { name, has, arguments, pages, in_vain, of_runtime: false };
     let runtime = |name, has, arguments, pages, in_vain| Case { of_runtime: true, ..case(name, has, arguments, pages, in_vain) };
-    // As the parameters of the statement are: id, token, seq, step, kind, next_step, data, error, wait_signal, wait_children,
-    // wait_ms, delay_ms, detail, keeps, attempt, and the worker.
-    let all = ["0", "resolve", "next", "dispatch", "\"{}\"", "NULL", "NULL", "false", "NULL", "0", "\"{}\"", "false", "1"];
-    let all: Vec<String> = all.into_iter().map(|value| repeat(value, 100)).collect();
-    let writes = format!("({ids}, {tokens}, {}, 'w')", all.join(", "));
+    // As the parameters of the statements are, one element for each of the runs.
+    let columns = |values: &[&str]| values.iter().map(|value| repeat(value, 100)).collect::<Vec<_>>().join(", ");
+    let hand_over = columns(&["0", "1", "resolve", "dispatch", "\"{}\""]);
+    let release = columns(&["0", "resolve", "retry", "NULL", "\"{}\"", "x", "NULL", "false", "NULL", "500", "\"{}\"", "1"]);
     vec![
         runtime(
             "claim",
@@ -233,7 +232,20 @@ fn cases() -> Vec<Case> {
             20_000,
             10_000,
         ),
-        runtime("commit", &["UPDATE workflow_runs r", "workflow_becomes", "r.seq = a.seq"], writes, 20_000, 100),
+        runtime(
+            "commit: hand over",
+            &["SET step = a.next_step, seq = r.seq + 1"],
+            format!("({ids}, {tokens}, {hand_over}, 'w')"),
+            10_000,
+            100,
+        ),
+        runtime(
+            "commit: release",
+            &["UPDATE workflow_runs r", "workflow_becomes", "r.seq = a.seq"],
+            format!("({ids}, {tokens}, {release}, 'w')"),
+            20_000,
+            100,
+        ),
         runtime(
             "renew leases",
             &["SET lease_expires_at = now() + interval '10 seconds' FROM held", "AS run_id"],
