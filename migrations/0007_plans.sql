@@ -8,7 +8,3 @@ CREATE INDEX workflow_runs_unhappy ON workflow_runs (state, id DESC) WHERE state
 
 -- Retention.
 CREATE INDEX job_occurrences_finished ON job_occurrences (finished_at) WHERE state = 'closed';
-
--- Pages of devices.
-DROP INDEX devices_hostname;
-CREATE INDEX devices_hostname ON devices (lower(hostname), guid);

@@ -70,6 +70,24 @@ fn pool(max_connections: u32) -> PgPoolOptions {
 /// How long an idle connection is taken to be alive.
 const TRUSTED_FOR: Duration = Duration::from_secs(1);
 
+/// A transaction for statements over many rows. Each is planned for the tables as they are now: a plan kept from the time when
+/// they were empty may read all of a table for every row of another, until Postgres has analyzed them.
+///
+/// # Errors
+/// When the database is away.
+pub async fn begin_wide(pool: &Pool) -> Result<Tx<'static>> {
+    Ok(pool.begin_with("BEGIN; SET LOCAL plan_cache_mode = force_custom_plan").await?)
+}
+
+/// The same for the rest of a transaction that has begun.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn plan_afresh(conn: &mut sqlx::PgConnection) -> Result<()> {
+    sqlx::raw_sql("SET LOCAL plan_cache_mode = force_custom_plan").execute(conn).await?;
+    Ok(())
+}
+
 /// Brings the database to this version. Safe to call from several processes at once: sqlx takes an advisory lock.
 ///
 /// # Errors

@@ -40,11 +40,13 @@ pub struct House {
     pub apis: Vec<Api>,
     /// The workers.
     pub workers: Vec<Child>,
-    site: i64,
+    /// The site.
+    pub site: i64,
     code: String,
     machines: usize,
     state: tempfile::TempDir,
-    processes: Processes,
+    /// Its processes, to start more of them.
+    pub processes: Processes,
     /// The database, for what a test looks at itself. Dropped after what uses it.
     pub database: TestDatabase,
 }
@@ -101,6 +103,15 @@ impl House {
     #[must_use]
     pub fn state_dir(&self) -> &std::path::Path {
         self.state.path()
+    }
+
+    /// The engine's keys.
+    ///
+    /// # Panics
+    /// When they cannot be read.
+    #[must_use]
+    pub fn keys(&self) -> borealis_engine::keys::Keys {
+        borealis_engine::keys::Keys::load_or_create(&self.state.path().join("engine/secrets"), None).expect("the engine's keys")
     }
 
     /// A new device, enrolled and approved.

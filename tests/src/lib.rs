@@ -4,6 +4,7 @@
 pub mod actor;
 pub mod agent;
 pub mod bench;
+pub mod chaos;
 pub mod database;
 pub mod demo;
 pub mod engine;

@@ -77,12 +77,12 @@ impl Processes {
 impl Processes {
     /// Prints what every process has said last.
     pub fn show_logs(&self) {
-            let mut logs: Vec<_> =
-                std::fs::read_dir(self.logs.path()).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
-            logs.sort();
-            for log in logs {
-                eprintln!("---- {} ----\n{}", log.file_name().unwrap_or_default().to_string_lossy(), tail(&log));
-            }
+        let mut logs: Vec<_> =
+            std::fs::read_dir(self.logs.path()).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        logs.sort();
+        for log in logs {
+            eprintln!("---- {} ----\n{}", log.file_name().unwrap_or_default().to_string_lossy(), tail(&log));
+        }
     }
 }
 
@@ -107,12 +107,9 @@ fn tail(log: &Path) -> String {
 #[must_use]
 pub fn built(binary: &str) -> PathBuf {
     let own = std::env::current_exe().expect("the path of the test");
-    own.ancestors()
-        .skip(1)
-        .take(2)
-        .map(|folder| folder.join(binary))
-        .find(|path| path.exists())
-        .unwrap_or_else(|| panic!("{binary} is not built: run cargo build --workspace --bins, or the tests through ./borealis test"))
+    own.ancestors().skip(1).take(2).map(|folder| folder.join(binary)).find(|path| path.exists()).unwrap_or_else(|| {
+        panic!("{binary} is not built: run cargo build --workspace --bins, or the tests through ./borealis test")
+    })
 }
 
 impl Child {

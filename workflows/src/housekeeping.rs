@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use borealis_engine::{
-    Result, enrollment,
+    Result, db, enrollment,
     jobs::{delivery, occurrence, run},
 };
 use tokio_util::sync::CancellationToken;
@@ -50,7 +50,7 @@ pub async fn keep(services: Services, history_days: i32, stop: CancellationToken
 /// # Errors
 /// When the database refuses.
 pub async fn deadlines(services: &Services, thorough: bool) -> Result<()> {
-    let mut tx = services.pool.begin().await?;
+    let mut tx = db::begin_wide(&services.pool).await?;
     // One process at a time: the others would only wait for its locks.
     let mine = sqlx::query_scalar!(r#"SELECT pg_try_advisory_xact_lock(hashtext('borealis.deadlines')) AS "mine!""#)
         .fetch_one(&mut *tx)

@@ -42,7 +42,7 @@ pub struct Input {
     pub occurrence_id: i64,
 }
 
-/// What the steps hand on.
+/// What a cancel waits for.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Targets {
     devices: Vec<Uuid>,
@@ -87,15 +87,18 @@ async fn resolve(cx: &mut StepContext) -> StepResult {
     let Input { occurrence_id } = cx.input()?;
     let tx = cx.tx().await?;
     occurrence::freeze(tx, occurrence_id).await?;
-    let devices = occurrence::prepare(tx, occurrence_id).await?;
+    occurrence::prepare(tx, occurrence_id).await?;
     inside(cx);
-    Outcome::next(&Targets { devices })
+    Outcome::next(&())
 }
 
 /// Asks the API to send. What is marked sent is not sent again, so this may be repeated at will; a device that is away gets
 /// its script when it connects, whether or not this step ever succeeds.
 async fn dispatch(cx: &mut StepContext) -> StepResult {
-    let Targets { devices } = cx.state()?;
+    let Input { occurrence_id } = cx.input()?;
+    // Looked up and not handed on: ten thousand names are no state for every run's journal to keep.
+    let devices = occurrence::waiting_devices(cx.tx().await?, occurrence_id).await?;
+    cx.end_tx();
     for batch in devices.chunks(DISPATCH_BATCH) {
         match cx.services.agents.deliver(batch).await {
             Ok(()) => {}
@@ -107,7 +110,7 @@ async fn dispatch(cx: &mut StepContext) -> StepResult {
         }
     }
     inside(cx);
-    Outcome::next(&Targets::default())
+    Outcome::next(&())
 }
 
 /// Sleeps until the last run has ended.

@@ -7,7 +7,7 @@ use axum::{
 };
 use borealis_engine::{
     Error,
-    db::Tx,
+    db::{self, Tx},
     idempotency::{self, Claim},
     jobs::{
         occurrence::{self, NewOccurrence},
@@ -276,7 +276,7 @@ async fn list(State(app): State<App>, operator: Operator, Params(query): Params<
     let limit = bounded(query.limit, view::JOBS_MAX)?;
     let site_id = query.site_id.or(query.site).and_then(|text| text.trim().parse().ok()).filter(|site| *site > 0);
     let filter = JobFilter { id: None, site_id, before: query.cursor };
-    let jobs = view::jobs(&mut *app.pool.acquire().await?, &operator.scope, filter, limit).await?;
+    let jobs = view::jobs(&mut *db::begin_wide(&app.pool).await?, &operator.scope, filter, limit).await?;
     let next_cursor = full(&jobs, limit).map(|job| job.id);
     Ok(Json(JobList { jobs, next_cursor }))
 }

@@ -2,11 +2,17 @@
 
 use std::{
     collections::HashSet,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use borealis_engine::{Error, Result, jobs::delivery};
+use borealis_engine::{
+    Error, Result, db,
+    jobs::delivery::{self, Cancel, Delivery, Taken},
+};
 use borealis_protocol::events::{QUICK_JOB_CANCEL, QUICK_JOB_RUN, QuickJobCancel};
 use socketioxide::{SendError, SocketError};
 use tokio::sync::Notify;
@@ -14,14 +20,15 @@ use uuid::Uuid;
 
 use super::Running;
 
-/// The most devices asked for in one statement.
-const DEVICES: usize = 2_000;
+/// The most devices asked for in one statement; fewer than [`delivery::DELIVERIES`], so that one dispatch for each is one batch.
+const DEVICES: usize = 1_000;
 
 /// The devices to look at next.
 #[derive(Debug, Default)]
 pub struct Wanted {
     devices: Mutex<(HashSet<Uuid>, HashSet<Uuid>)>,
     wake: Notify,
+    busy: AtomicBool,
 }
 
 impl Wanted {
@@ -37,6 +44,11 @@ impl Wanted {
         self.wake.notify_one();
     }
 
+    /// Whether dispatches go out just now.
+    pub fn is_busy(&self) -> bool {
+        self.busy.load(Ordering::Relaxed)
+    }
+
     fn take(&self) -> (Vec<Uuid>, Vec<Uuid>) {
         let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
         let (look, reconnected) = std::mem::take(&mut *devices);
@@ -44,82 +56,111 @@ impl Wanted {
     }
 }
 
+/// What was taken of the tables and is to be written to sockets.
+#[derive(Debug, Default)]
+struct Batch {
+    cancels: Vec<Cancel>,
+    deliveries: Vec<Delivery>,
+    more: bool,
+}
+
 /// Sends, for ever.
 pub async fn run(running: Arc<Running>) {
     loop {
+        running.wanted.busy.store(false, Ordering::Relaxed);
         running.wanted.wake.notified().await;
+        running.wanted.busy.store(true, Ordering::Relaxed);
         let (look, reconnected) = running.wanted.take();
         for (devices, again) in [(reconnected, true), (look, false)] {
-            for (at, chunk) in devices.chunks(DEVICES).enumerate() {
-                if let Err(error) = send(&running, chunk, again).await {
-                    tracing::warn!(%error, source = ?error.source, "dispatches wait for the database");
-                    tokio::time::sleep(Duration::from_millis(rand::random_range(500..1500))).await;
-                    let rest = devices.iter().skip(at * DEVICES).copied();
-                    if again {
-                        running.wanted.reconnected(rest)
-                    } else {
-                        running.wanted.look(rest)
-                    }
-                    break;
-                }
+            let (sent, trouble) = send(&running, &devices, again).await;
+            let Some(error) = trouble else { continue };
+            tracing::warn!(%error, source = ?error.source, "dispatches wait for the database");
+            tokio::time::sleep(Duration::from_millis(rand::random_range(500..1500))).await;
+            let rest = devices.into_iter().skip(sent);
+            if again {
+                running.wanted.reconnected(rest);
+            } else {
+                running.wanted.look(rest);
             }
         }
     }
 }
 
-async fn send(running: &Running, devices: &[Uuid], reconnected: bool) -> Result<()> {
-    loop {
-        let mut tx = running.pool.begin().await.map_err(Error::from)?;
-        let cancels = delivery::take_cancels(&mut tx, running.process_id, devices, reconnected).await?;
-        let deliveries = delivery::take_ready(&mut tx, running.process_id, devices, reconnected).await?;
-        tx.commit().await.map_err(Error::from)?;
-        let full = [(cancels.len(), delivery::BATCH), (deliveries.len(), delivery::DELIVERIES)]
-            .iter()
-            .any(|(taken, most)| i64::try_from(*taken).is_ok_and(|taken| taken >= *most));
-
-        for cancel in cancels {
-            let message = QuickJobCancel { job_id: cancel.activity_id, reason: cancel.reason };
-            if let Some(agent) = running.registry.agent(&cancel.socket_id)
-                && let Some(socket) = agent.socket()
-                && socket.emit(QUICK_JOB_CANCEL, &message).is_err()
-            {
-                // It is sent again when the agent is back.
-                agent.cut.cancel();
-            }
-        }
-        let mut unsent = Vec::new();
-        for (at, delivery) in deliveries.iter().enumerate() {
-            if at % 64 == 63 {
-                // Signing is work; others may want this thread.
-                tokio::task::yield_now().await;
-            }
-            let payload = match delivery::payload(&running.keys, delivery) {
-                Ok(payload) => payload,
-                Err(error) => {
-                    tracing::error!(%error, source = ?error.source, activity = delivery.activity_id, "a dispatch cannot be written");
-                    continue;
-                }
+/// Sends what is ready for these devices; for how many of them it was done, and what stopped it. One batch is taken while the
+/// one before is written.
+async fn send(running: &Running, devices: &[Uuid], reconnected: bool) -> (usize, Option<Error>) {
+    let mut taken = Batch::default();
+    for (at, chunk) in devices.chunks(DEVICES).enumerate() {
+        loop {
+            let (next, all_written) = tokio::join!(take(running, chunk, reconnected), write(running, taken));
+            taken = match next {
+                Ok(next) => next,
+                Err(error) => return (at * DEVICES, Some(error)),
             };
-            let Some(agent) = running.registry.agent(&delivery.socket_id) else {
-                unsent.push(delivery.activity_id);
-                continue;
-            };
-            let written = agent.socket().map(|socket| socket.emit(QUICK_JOB_RUN, &payload));
-            match written {
-                Some(Ok(())) => {}
-                Some(Err(SendError::Socket(SocketError::InternalChannelFull))) => {
-                    // It does not listen; back with a new socket it gets the rest.
-                    unsent.push(delivery.activity_id);
-                    agent.cut.cancel();
-                }
-                Some(Err(_)) | None => unsent.push(delivery.activity_id),
+            // What could not be written is ready again, and would be taken again at once.
+            if !taken.more || !all_written {
+                break;
             }
-        }
-        if !unsent.is_empty() {
-            delivery::give_back(&running.pool, &unsent).await?;
-        }
-        if !full || !unsent.is_empty() {
-            return Ok(());
         }
     }
+    write(running, taken).await;
+    (devices.len(), None)
+}
+
+/// Takes what is ready for these devices, and marks it sent.
+async fn take(running: &Running, devices: &[Uuid], reconnected: bool) -> Result<Batch> {
+    let mut tx = db::begin_wide(&running.pool).await?;
+    let cancels = delivery::take_cancels(&mut tx, running.process_id, devices, reconnected).await?;
+    let Taken { deliveries, more } = delivery::take_ready(&mut tx, running.process_id, devices, reconnected).await?;
+    tx.commit().await.map_err(Error::from)?;
+    let more = more || i64::try_from(cancels.len()).is_ok_and(|taken| taken >= delivery::BATCH);
+    Ok(Batch { cancels, deliveries, more })
+}
+
+/// Writes to the sockets; whether every socket took its dispatch.
+async fn write(running: &Running, batch: Batch) -> bool {
+    for cancel in batch.cancels {
+        let message = QuickJobCancel { job_id: cancel.activity_id, reason: cancel.reason };
+        if let Some(agent) = running.registry.agent(&cancel.socket_id)
+            && let Some(socket) = agent.socket()
+            && socket.emit(QUICK_JOB_CANCEL, &message).is_err()
+        {
+            // It is sent again when the agent is back.
+            agent.cut.cancel();
+        }
+    }
+    let mut unsent = Vec::new();
+    for (at, delivery) in batch.deliveries.iter().enumerate() {
+        if at % 64 == 63 {
+            // Signing is work; others may want this thread.
+            tokio::task::yield_now().await;
+        }
+        let payload = match delivery::payload(&running.keys, delivery) {
+            Ok(payload) => payload,
+            Err(error) => {
+                tracing::error!(%error, source = ?error.source, activity = delivery.activity_id, "a dispatch cannot be written");
+                continue;
+            }
+        };
+        let Some(agent) = running.registry.agent(&delivery.socket_id) else {
+            unsent.push(delivery.activity_id);
+            continue;
+        };
+        let written = agent.socket().map(|socket| socket.emit(QUICK_JOB_RUN, &payload));
+        match written {
+            Some(Ok(())) => {}
+            Some(Err(SendError::Socket(SocketError::InternalChannelFull))) => {
+                // It does not listen; back with a new socket it gets the rest.
+                unsent.push(delivery.activity_id);
+                agent.cut.cancel();
+            }
+            Some(Err(_)) | None => unsent.push(delivery.activity_id),
+        }
+    }
+    if !unsent.is_empty()
+        && let Err(error) = delivery::give_back(&running.pool, &unsent).await
+    {
+        tracing::warn!(%error, source = ?error.source, dispatches = unsent.len(), "what was not sent could not be given back");
+    }
+    unsent.is_empty()
 }

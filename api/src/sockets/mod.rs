@@ -13,7 +13,7 @@ mod upgrade;
 mod wire;
 
 use std::{
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -48,7 +48,7 @@ pub const AGENT_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
 /// The largest message of an operator, in bytes.
 pub const OPERATOR_MESSAGE_BYTES: usize = 256 * 1024;
 
-/// The channel on which API processes tell each other to close sockets.
+/// The channel on which API processes tell each other that they are there, and to close sockets.
 const DROP_CHANNEL: &str = "borealis_drop";
 /// How often the sockets here are compared with the database; a revoked one is closed within two rounds.
 const SWEEP: Duration = Duration::from_secs(2);
@@ -86,8 +86,39 @@ struct Running {
     agents_service: Service,
     people: SocketIo<Adapter>,
     people_service: Service,
+    company: Company,
     events: mpsc::Sender<Event>,
     waiting_events: Mutex<mpsc::Receiver<Event>>,
+}
+
+/// Whether other API processes share the sockets. While there is none, nothing is told through Postgres: ten thousand agents
+/// are twenty thousand events a job.
+#[derive(Debug, Default)]
+struct Company(std::sync::Mutex<Seen>);
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Seen {
+    alone: bool,
+    /// Processes that have said hello; a look at the table from before one of them says nothing.
+    hellos: u64,
+}
+
+impl Company {
+    fn seen(&self) -> Seen {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Another process has started.
+    fn hello(&self) {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *seen = Seen { alone: false, hellos: seen.hellos + 1 };
+    }
+
+    /// What the table of processes said, when it was looked at after `before`.
+    fn note(&self, before: Seen, alone: bool) {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.alone = alone && seen.hellos == before.hellos;
+    }
 }
 
 enum Event {
@@ -182,6 +213,10 @@ impl Hub {
             () = running.open() => {}
             () = shutdown.cancelled() => return,
         }
+        // Its row is in the table; who does not hear this finds it there with the next sweep.
+        if let Err(error) = running.bus.tell(DROP_CHANNEL, format!("hello:{}", running.process_id)).await {
+            tracing::debug!(%error, "other processes were not told of this one");
+        }
         if self.0.set(running.clone()).is_err() {
             tracing::error!("the hub was started twice");
             return;
@@ -269,6 +304,7 @@ impl Running {
             agents_service,
             people,
             people_service,
+            company: Company::default(),
             events,
             waiting_events: Mutex::new(waiting_events),
         }
@@ -313,6 +349,9 @@ impl Running {
     }
 
     fn tell_site(&self, site: Option<i64>, name: &'static str, payload: Value) {
+        if self.company.seen().alone && !self.registry.has_people() {
+            return;
+        }
         self.tell(Event::Site { site, name, payload });
     }
 
@@ -339,6 +378,10 @@ impl Running {
                     rooms
                 };
                 let Some(server) = self.people.of("/") else { return };
+                if self.company.seen().alone {
+                    let _ = server.to(rooms()).local().emit(name, &payload).await;
+                    return;
+                }
                 if let Err(error) = server.to(rooms()).emit(name, &payload).await {
                     tracing::debug!(%error, name, "an event did not reach the other processes");
                     if let Some(server) = self.people.of("/") {
@@ -387,6 +430,7 @@ impl Running {
     fn drop_named(&self, payload: &str) {
         let id = |text: &str| Uuid::try_parse(text).ok();
         match payload.split_once(':') {
+            Some(("hello", process)) if id(process) != Some(self.process_id) => self.company.hello(),
             Some(("device", device)) => {
                 if let Some(device) = id(device) {
                     self.registry.cut_device(device);
@@ -417,6 +461,8 @@ impl Running {
             clock.tick().await;
             let done = async {
                 sockets::heartbeat(&self.pool, self.process_id).await?;
+                let before = self.company.seen();
+                self.company.note(before, sockets::alone(&self.pool, self.process_id).await?);
                 self.sweep().await?;
                 for gone in sockets::bury(&self.pool).await? {
                     self.tell_presence(&gone.hostname, gone.device, gone.site_id, false);

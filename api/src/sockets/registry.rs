@@ -222,6 +222,11 @@ impl Registry {
         lock(&self.people).values().cloned().collect()
     }
 
+    /// Whether any person is here.
+    pub fn has_people(&self) -> bool {
+        !lock(&self.people).is_empty()
+    }
+
     /// Cuts the sockets of a session.
     pub fn cut_session(&self, session: Uuid) {
         for (person, _) in self.people().into_iter().filter(|(person, _)| person.session == session) {

@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use borealis_engine::{
@@ -26,6 +26,10 @@ const ROOM_KIB: usize = 256 * 1024;
 const QUEUE: usize = 20_000;
 /// Reports of one agent without acks that may wait for room.
 const PATIENCE: usize = 4;
+/// How long reports wait for a full batch while dispatches go out: the dispatches come first, and fuller batches cost less.
+const GATHER: Duration = Duration::from_millis(500);
+/// How often it is looked whether that is over.
+const GATHER_STEP: Duration = Duration::from_millis(20);
 /// When an agent that was turned away comes again, in milliseconds.
 const RETRY_MS: u64 = 5_000;
 
@@ -89,6 +93,15 @@ impl Intake {
         let mut waiting = self.waiting.lock().await;
         let mut batch = Vec::new();
         while waiting.recv_many(&mut batch, results::BATCH).await > 0 {
+            let until = Instant::now() + GATHER;
+            while batch.len() < results::BATCH && running.wanted.is_busy() && Instant::now() < until {
+                tokio::time::sleep(GATHER_STEP).await;
+                while batch.len() < results::BATCH
+                    && let Ok(next) = waiting.try_recv()
+                {
+                    batch.push(next);
+                }
+            }
             let reports: Vec<Report> = batch.iter().map(|one| one.report.clone()).collect();
             let mut pause = Duration::from_millis(100);
             let outcomes = loop {

@@ -154,10 +154,10 @@ impl Row {
             "enrollment_status": self.status,
         });
         let Value::Object(scalars) = scalars else { return Value::Null };
-        let mut device = scalars.clone();
         if slim {
-            return Value::Object(device);
+            return Value::Object(scalars);
         }
+        let mut device = scalars.clone();
         let list = |value: Option<Value>| value.unwrap_or_else(|| json!([]));
         let mut summary = match self.summary {
             Some(Value::Object(summary)) => summary,
@@ -250,7 +250,7 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
         filter.slim,
         limit + 1,
     )
-    .fetch_all(pool)
+    .fetch_all(&mut *db::begin_wide(pool).await?)
     .await?;
     let more = i64::try_from(rows.len()).unwrap_or(i64::MAX) > limit;
     rows.truncate(usize::try_from(limit).unwrap_or_default());

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::{
     Result,
-    db::{Pool, Tx},
+    db::{self, Pool, Tx},
 };
 
 /// How often an API process says that it lives.
@@ -270,6 +270,7 @@ pub async fn unregister(pool: &Pool, process: Uuid, socket_ids: &[String]) -> Re
 /// # Errors
 /// When the database is away.
 pub async fn prune(pool: &Pool, process: Uuid, open: &[String]) -> Result<Vec<Gone>> {
+    let mut tx = db::begin_wide(pool).await?;
     let gone = sqlx::query_as!(
         Gone,
         "WITH gone AS (DELETE FROM device_sockets s WHERE s.api_process = $1 AND s.connected_at < now() - interval '10 s'
@@ -279,8 +280,9 @@ pub async fn prune(pool: &Pool, process: Uuid, open: &[String]) -> Result<Vec<Go
         process,
         open
     )
-    .fetch_all(pool)
+    .fetch_all(&mut *tx)
     .await?;
+    tx.commit().await?;
     Ok(gone)
 }
 
@@ -345,7 +347,7 @@ pub async fn sweep(pool: &Pool, process: Uuid, local: &[Local]) -> Result<Vec<(u
         &modes,
         process
     )
-    .fetch_all(pool)
+    .fetch_all(&mut *db::begin_wide(pool).await?)
     .await?;
     Ok(rows
         .into_iter()
@@ -403,6 +405,20 @@ pub async fn heartbeat(pool: &Pool, process: Uuid) -> Result<()> {
         .execute(pool)
         .await?;
     Ok(())
+}
+
+/// Whether no other API process lives.
+///
+/// # Errors
+/// When the database is away.
+pub async fn alone(pool: &Pool, process: Uuid) -> Result<bool> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT NOT EXISTS (SELECT FROM api_processes WHERE id <> $1 AND last_seen_at > now() - make_interval(secs => $2)) AS "alone!""#,
+        process,
+        PROCESS_SILENCE_S
+    )
+    .fetch_one(pool)
+    .await?)
 }
 
 /// Removes processes that have been silent too long, and the sockets that were theirs. Answers the devices that are now

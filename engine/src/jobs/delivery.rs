@@ -3,20 +3,23 @@
 //! A row is marked `sent` before it is written to a socket, so a crash in between loses the dispatch and never doubles
 //! it. An agent that announces `dedup` is sent the row again when it reconnects; another agent never is.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{Arc, OnceLock},
+};
 
 use borealis_protocol::{
     envelope::{self, Envelope},
     events::QuickJobRun,
 };
 use chrono::Utc;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::results::{self, Change, Settled, Status};
 use crate::{
     Error, Result,
-    db::{Pool, Tx},
+    db::{self, Pool, Tx},
     keys::{Keys, guid_text},
 };
 
@@ -24,8 +27,10 @@ use crate::{
 pub const CHANNEL: &str = "borealis_deliver";
 /// The most rows taken in one transaction.
 pub const BATCH: i64 = 1000;
-/// The most dispatches taken at once: each carries its whole script.
-pub const DELIVERIES: i64 = 64;
+/// The most dispatches taken at once.
+pub const DELIVERIES: i64 = 1_024;
+/// About how many bytes of dispatches are taken at once; they wait in memory until their sockets have taken them.
+pub const DELIVERY_BYTES: i64 = 16 * 1024 * 1024;
 /// How long a signed dispatch may take to reach its agent, in seconds; wide, because clocks of machines are off.
 const REACH_S: i64 = 24 * 3600;
 /// What an agent may take beyond a script's limit before it counts as silent, in seconds.
@@ -42,10 +47,38 @@ pub struct Delivery {
     pub socket_id: String,
     /// Whether the agent was sent it before.
     pub again: bool,
-    /// The row's request: everything but id and signatures.
+    /// The row's request: without id and signatures, and without what it shares.
     pub request: Value,
+    /// What it shares with the other devices of its occurrence.
+    pub shared: Option<Arc<Shared>>,
     /// What operators see of the row now.
     pub change: Change,
+}
+
+/// The part of a dispatch that is the same for every device, with what is signed of it.
+#[derive(Debug, Default)]
+pub struct Shared {
+    request: Map<String, Value>,
+    signed: OnceLock<Signed>,
+}
+
+/// What signatures need of a script, whichever device it is for.
+#[derive(Debug, Clone)]
+struct Signed {
+    signature: String,
+    script_sha256: String,
+    env_sha256: String,
+    timeout_seconds: u64,
+    run_mode: String,
+}
+
+/// Dispatches taken together.
+#[derive(Debug, Default)]
+pub struct Taken {
+    /// To be written to their sockets, oldest first.
+    pub deliveries: Vec<Delivery>,
+    /// Whether more may be ready for the same devices.
+    pub more: bool,
 }
 
 /// A request to stop a script.
@@ -74,21 +107,22 @@ pub async fn due(pool: &Pool, process: Uuid) -> Result<Vec<Uuid>> {
                  AND coalesce(s.capabilities -> 'cancel' = 'true', false)))",
         process
     )
-    .fetch_all(pool)
+    .fetch_all(&mut *db::begin_wide(pool).await?)
     .await?;
     Ok(devices)
 }
 
 /// Takes what is ready for those of `devices` whose socket is at `process`, oldest first, and marks it sent. With
-/// `reconnected`, also what was sent before and has not ended, to agents that announce `dedup`. Up to [`DELIVERIES`] rows; the
-/// caller commits, writes them, and comes back while the batch is full.
+/// `reconnected`, also what was sent before and has not ended, to agents that announce `dedup`. Up to [`DELIVERIES`] rows and
+/// about [`DELIVERY_BYTES`]; the caller commits, writes them, and comes back while there are more.
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconnected: bool) -> Result<Vec<Delivery>> {
+pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconnected: bool) -> Result<Taken> {
     let rows = sqlx::query!(
         r#"WITH picked AS (
-               SELECT a.id, s.socket_id, s.dedup, a.delivery <> 'ready' AS again
+               SELECT a.id, s.socket_id, s.dedup, a.delivery <> 'ready' AS again, r.occurrence_id, c.occurrence_id IS NOT NULL AS shares,
+                      pg_column_size(a.request) + coalesce(c.bytes, 0) AS bytes
                FROM activity_history a
                JOIN devices d ON d.guid = a.device_guid AND d.status = 'active'
                     -- A device that has moved takes nothing along that was meant for it where it was.
@@ -102,28 +136,38 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
                    -- A newer socket of the device waits with its registration until this is committed.
                    FOR KEY SHARE) s
                LEFT JOIN scheduled_job_runs r ON r.id = a.run_id
-               WHERE a.device_guid = ANY($2) AND s.api_process = $1 AND a.cancel_requested_at IS NULL
+               LEFT JOIN occurrence_scripts c ON c.occurrence_id = r.occurrence_id AND c.component_index = a.component_index
+               WHERE a.device_guid = ANY($2) AND a.delivery IN ('ready', 'sent', 'accepted') AND s.api_process = $1
+                 AND a.cancel_requested_at IS NULL
                  AND ((a.delivery = 'ready' AND (a.deliver_until IS NULL OR a.deliver_until > now()))
                    OR ($3 AND a.delivery IN ('sent', 'accepted') AND s.dedup AND a.sent_at < s.connected_at))
                  -- A run that is gone takes its dispatch with it.
                  AND (r.status IN ('Pending', 'Running') AND r.cancel_requested_at IS NULL
                       OR a.run_id IS NULL AND NOT coalesce(a.request -> 'context' ? 'scheduled_job_run_id', false))
-               ORDER BY a.id LIMIT $4 FOR UPDATE OF a SKIP LOCKED)
-           UPDATE activity_history a SET delivery = CASE WHEN picked.again THEN a.delivery ELSE 'sent' END,
+               ORDER BY a.id LIMIT $4 FOR UPDATE OF a SKIP LOCKED),
+           kept AS (SELECT *, (sum(bytes) OVER (ORDER BY id))::float8 - bytes AS bytes_before FROM picked)
+           UPDATE activity_history a SET delivery = CASE WHEN kept.again THEN a.delivery ELSE 'sent' END,
                   delivery_count = a.delivery_count + 1, sent_at = now(), updated_at = now()
-           FROM picked WHERE a.id = picked.id
-           RETURNING a.id, a.device_guid, a.hostname, a.site_id, a.run_id, a.status, a.queue_lane, a.activity_kind, a.request,
-                     picked.socket_id, picked.dedup AS "dedup!", picked.again AS "again!""#,
+           FROM kept WHERE a.id = kept.id AND kept.bytes_before < $5
+           RETURNING a.id, a.device_guid, a.hostname, a.site_id, a.run_id, a.component_index, a.status, a.queue_lane, a.activity_kind,
+                     a.request, kept.occurrence_id AS "occurrence_id?", kept.shares AS "shares!", kept.bytes AS "bytes!", kept.socket_id,
+                     kept.dedup AS "dedup!", kept.again AS "again!""#,
         process,
         devices,
         reconnected,
-        DELIVERIES
+        DELIVERIES,
+        DELIVERY_BYTES as f64,
     )
     .fetch_all(&mut **tx)
     .await?;
     // An agent that never says it has accepted a script has begun with it as far as anybody can know.
     let begun: BTreeSet<i64> = rows.iter().filter(|row| !row.dedup).filter_map(|row| row.run_id).collect();
     results::begin_runs(tx, &begun.into_iter().collect::<Vec<_>>()).await?;
+    let scripts: BTreeSet<(i64, i32)> =
+        rows.iter().filter(|row| row.shares).filter_map(|row| Some((row.occurrence_id?, row.component_index))).collect();
+    let scripts = shared(tx, &scripts).await?;
+    let bytes: i64 = rows.iter().map(|row| i64::from(row.bytes)).sum();
+    let more = bytes >= DELIVERY_BYTES || i64::try_from(rows.len()).is_ok_and(|taken| taken >= DELIVERIES);
     let mut deliveries: Vec<Delivery> = rows
         .into_iter()
         .map(|row| Delivery {
@@ -132,6 +176,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
             socket_id: row.socket_id,
             again: row.again,
             request: row.request,
+            shared: row.occurrence_id.and_then(|occurrence| scripts.get(&(occurrence, row.component_index)).cloned()),
             change: Change {
                 activity_id: row.id,
                 device: row.device_guid,
@@ -145,7 +190,28 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
         })
         .collect();
     deliveries.sort_by_key(|delivery| delivery.activity_id);
-    Ok(deliveries)
+    Ok(Taken { deliveries, more })
+}
+
+/// What the devices of these occurrences share, by occurrence and component.
+async fn shared(tx: &mut Tx<'_>, scripts: &BTreeSet<(i64, i32)>) -> Result<HashMap<(i64, i32), Arc<Shared>>> {
+    if scripts.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let (occurrences, components): (Vec<i64>, Vec<i32>) = scripts.iter().copied().unzip();
+    let rows = sqlx::query!(
+        "SELECT s.occurrence_id, s.component_index, s.request FROM unnest($1::bigint[], $2::int[]) AS n (occurrence_id, component_index)
+         JOIN occurrence_scripts s ON s.occurrence_id = n.occurrence_id AND s.component_index = n.component_index",
+        &occurrences,
+        &components
+    )
+    .fetch_all(&mut **tx)
+    .await?;
+    let shared = |request| match request {
+        Value::Object(request) => Arc::new(Shared { request, signed: OnceLock::new() }),
+        _ => Arc::default(),
+    };
+    Ok(rows.into_iter().map(|row| ((row.occurrence_id, row.component_index), shared(row.request))).collect())
 }
 
 /// Gives back what could not be written to its socket, and so was certainly not sent.
@@ -196,27 +262,54 @@ pub async fn take_cancels(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reco
 /// # Errors
 /// A bug when the stored request is not what a dispatch writes.
 pub fn payload(keys: &Keys, delivery: &Delivery) -> Result<Value> {
-    let mut payload = delivery.request.clone();
-    let object = payload.as_object_mut().ok_or_else(|| Error::bug("the request of an activity is not an object"))?;
+    let mut object = delivery.shared.as_ref().map(|shared| shared.request.clone()).unwrap_or_default();
+    match &delivery.request {
+        Value::Object(own) => object.extend(own.clone()),
+        _ => return Err(Error::bug("the request of an activity is not an object")),
+    }
     object.insert("job_id".into(), delivery.activity_id.into());
-    let run: QuickJobRun = serde_json::from_value(Value::Object(object.clone()))?;
-    let script = borealis_protocol::keys::from_base64(&run.script_content).map_err(Error::bug)?;
+    let known = delivery.shared.as_ref().and_then(|shared| shared.signed.get());
+    let signed = match known {
+        Some(signed) => signed.clone(),
+        None => {
+            let signed = Signed::of(keys, &object)?;
+            if let Some(shared) = &delivery.shared {
+                // Another task may have been faster; its is the same.
+                let _ = shared.signed.set(signed.clone());
+            }
+            signed
+        }
+    };
     let envelope = Envelope {
         v: envelope::VERSION,
-        job_id: run.job_id,
+        job_id: delivery.activity_id,
         device_guid: guid_text(delivery.device),
-        script_sha256: borealis_protocol::canonical::sha256_hex(&script),
-        env_sha256: envelope::env_sha256(&run.environment, &run.variables),
-        timeout_seconds: run.timeout_seconds,
-        run_mode: run.run_mode,
+        script_sha256: signed.script_sha256,
+        env_sha256: signed.env_sha256,
+        timeout_seconds: signed.timeout_seconds,
+        run_mode: signed.run_mode,
         not_after: Utc::now().timestamp() + REACH_S,
     };
-    object.insert("signature".into(), keys.sign_script(&script).into());
+    object.insert("signature".into(), signed.signature.into());
     object.insert("sig_alg".into(), "ed25519".into());
     object.insert("signing_key".into(), keys.script_public_spki_base64().into());
     object.insert("envelope_signature".into(), keys.sign_script(&envelope.to_sign()).into());
     object.insert("envelope".into(), serde_json::to_value(envelope)?);
-    Ok(payload)
+    Ok(Value::Object(object))
+}
+
+impl Signed {
+    fn of(keys: &Keys, request: &Map<String, Value>) -> Result<Self> {
+        let run: QuickJobRun = serde_json::from_value(Value::Object(request.clone()))?;
+        let script = borealis_protocol::keys::from_base64(&run.script_content).map_err(Error::bug)?;
+        Ok(Self {
+            signature: keys.sign_script(&script),
+            script_sha256: borealis_protocol::canonical::sha256_hex(&script),
+            env_sha256: envelope::env_sha256(&run.environment, &run.variables),
+            timeout_seconds: run.timeout_seconds,
+            run_mode: run.run_mode,
+        })
+    }
 }
 
 /// Ends what was not delivered in time as `Expired`, with its runs. Up to [`BATCH`] rows; to be called again while any come.
@@ -260,6 +353,8 @@ pub async fn time_out_silent(tx: &mut Tx<'_>) -> Result<Settled> {
         "SELECT a.id FROM activity_history a
          WHERE a.delivery IN ('sent', 'accepted') AND (
                a.timeout_seconds > 0
+                -- Most are not that old, whatever they wait behind.
+                AND coalesce(a.started_at, a.sent_at) < now() - make_interval(secs => a.timeout_seconds + $1)
                 AND coalesce(a.started_at, greatest(a.sent_at, (SELECT max(b.finished_at) FROM activity_history b
                                                                WHERE b.device_guid = a.device_guid AND b.finished_at > a.sent_at)))
                     < now() - make_interval(secs => a.timeout_seconds + $1)

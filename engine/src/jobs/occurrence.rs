@@ -15,6 +15,7 @@ use super::{
 use crate::{
     Error, Result,
     assemblies::{self, RunMode},
+    db,
 };
 
 /// The lane agents and operators see for scripts of scheduled jobs (jobs 4.3).
@@ -29,6 +30,8 @@ pub const MISFIRE_GRACE: Duration = Duration::seconds(90);
 pub const CATCH_UP_MAX: usize = 10;
 /// The most occurrences of a job that wait for the one before them (`queue`).
 pub const QUEUE_MAX: i64 = 10;
+/// The most pairs of site and status an occurrence keeps the numbers of; with more, its runs are counted when they are shown.
+const RESULTS_MAX: i64 = 200;
 /// The most instants one decision looks at; a longer outage is caught up with by jumping.
 const INSTANTS_MAX: usize = 100_000;
 
@@ -280,6 +283,17 @@ pub async fn close(conn: &mut PgConnection, occurrence_id: i64) -> Result<Summar
     .into_iter()
     .map(|row| (row.status, row.count))
     .collect();
+    sqlx::query!(
+        "UPDATE job_occurrences SET results = g.results
+         FROM (SELECT jsonb_agg(to_jsonb(k)) AS results, count(*) AS entries
+               FROM (SELECT status, site_id, device_guid IS NULL AS nowhere, skip_reason = 'no_devices_targeted' AS without, count(*) AS runs
+                     FROM scheduled_job_runs WHERE occurrence_id = $1 GROUP BY 1, 2, 3, 4) k) g
+         WHERE id = $1 AND g.entries <= $2",
+        occurrence_id,
+        RESULTS_MAX,
+    )
+    .execute(&mut *conn)
+    .await?;
     let next_queued = sqlx::query_scalar!(
         "SELECT id FROM job_occurrences o WHERE job_id = $1 AND state = 'queued'
            AND NOT EXISTS (SELECT FROM job_occurrences other WHERE other.job_id = $1 AND other.state = 'open')
@@ -342,6 +356,7 @@ pub async fn facts(conn: &mut PgConnection, occurrence_id: i64) -> Result<Facts>
 /// # Errors
 /// 404 when the occurrence or its job is gone.
 pub async fn freeze(conn: &mut PgConnection, occurrence_id: i64) -> Result<Vec<i64>> {
+    db::plan_afresh(&mut *conn).await?;
     let occurrence = sqlx::query!(
         "SELECT o.job_id, o.scheduled_at, o.state, o.frozen_at, o.only_devices, o.scope_site_ids, j.targets, j.expiration, j.stop_after,
                 j.duration_stop_enabled, j.components
@@ -410,13 +425,14 @@ pub async fn freeze(conn: &mut PgConnection, occurrence_id: i64) -> Result<Vec<i
 }
 
 /// Writes what is to be sent to each device of a frozen occurrence: one activity per open run and component, with the
-/// script as it is now. Doing it again writes nothing new. Answers the devices.
+/// script as it is now. Doing it again writes nothing new.
 ///
 /// A component whose script cannot be had fails the runs that would need it, with the reason.
 ///
 /// # Errors
 /// 404 when the occurrence or its job is gone.
-pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64) -> Result<Vec<Uuid>> {
+pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64) -> Result<()> {
+    db::plan_afresh(&mut *conn).await?;
     let job = sqlx::query!(
         "SELECT j.id, j.components, j.execution_context, o.scheduled_at, o.requested_by FROM job_occurrences o
          JOIN scheduled_jobs j ON j.id = o.job_id WHERE o.id = $1",
@@ -447,12 +463,28 @@ pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64) -> Result<Vec<
             "assembly_source": script.assembly_source, "assembly_guid": script.assembly_guid, "scheduled_job_id": job.id,
             "scheduled_ts": job.scheduled_at.timestamp(), "queue_lane": QUEUE_LANE, "activity_kind": ACTIVITY_KIND,
         });
+        let index = i32::try_from(index).unwrap_or(i32::MAX);
+        let mut request = script.request(run_mode);
+        if let Some(request) = request.as_object_mut() {
+            request.remove("target_hostname");
+            request.remove("context");
+        }
+        sqlx::query!(
+            "INSERT INTO occurrence_scripts (occurrence_id, component_index, request, bytes) VALUES ($1, $2, $3, $4)
+             ON CONFLICT (occurrence_id, component_index) DO NOTHING",
+            occurrence_id,
+            index,
+            request,
+            i32::try_from(request.to_string().len()).unwrap_or(i32::MAX),
+        )
+        .execute(&mut *conn)
+        .await?;
         sqlx::query!(
             "INSERT INTO activity_history
                  (device_guid, hostname, site_id, run_id, component_index, component_kind, script_name, script_path, script_type,
                   activity_kind, queue_lane, request, content_hash, timeout_seconds, metadata, requested_by, deliver_until)
              SELECT r.device_guid, r.target_hostname, r.site_id, r.id, $2, 'script', $3, $4, $5, $6, $7,
-                    $8::jsonb || jsonb_build_object('target_hostname', r.target_hostname, 'context',
+                    jsonb_build_object('target_hostname', r.target_hostname, 'run_mode', $8::text, 'context',
                         $9::jsonb || jsonb_build_object('scheduled_job_run_id', r.id)),
                     $10, $11, $9::jsonb || jsonb_build_object('scheduled_job_run_id', r.id), $12, r.expires_at
              FROM scheduled_job_runs r JOIN devices d ON d.guid = r.device_guid
@@ -460,13 +492,13 @@ pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64) -> Result<Vec<
              ORDER BY r.id
              ON CONFLICT (run_id, component_index) WHERE run_id IS NOT NULL DO NOTHING",
             occurrence_id,
-            i32::try_from(index).unwrap_or(i32::MAX),
+            index,
             script.script_name,
             script.script_path,
             script.script_type,
             ACTIVITY_KIND,
             QUEUE_LANE,
-            script.request(run_mode),
+            request.get("run_mode").and_then(serde_json::Value::as_str),
             context,
             script.content_hash,
             i32::try_from(script.timeout_seconds).unwrap_or(i32::MAX),
@@ -483,6 +515,14 @@ pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64) -> Result<Vec<
     )
     .execute(&mut *conn)
     .await?;
+    Ok(())
+}
+
+/// The devices of an occurrence that have not said that they have begun.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn waiting_devices(conn: &mut PgConnection, occurrence_id: i64) -> Result<Vec<Uuid>> {
     Ok(sqlx::query_scalar!(
         r#"SELECT DISTINCT device_guid AS "device!" FROM scheduled_job_runs WHERE occurrence_id = $1 AND status = 'Pending' AND device_guid IS NOT NULL"#,
         occurrence_id

@@ -10,14 +10,17 @@ use serde_json::{Map, Value, json};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::{Result, db::Tx};
+use crate::{
+    Result,
+    db::{self, Tx},
+};
 
 /// The most bytes kept of each output stream.
 pub const OUTPUT_LIMIT_BYTES: usize = 1024 * 1024;
 /// What ends an output that was longer.
 pub const TRUNCATED: &str = "\n[output truncated: the limit of 1 MiB is reached]\n";
 /// The most reports applied in one transaction.
-pub const BATCH: usize = 500;
+pub const BATCH: usize = 1_000;
 /// The most bytes of metadata taken from one report.
 const METADATA_LIMIT_BYTES: usize = 64 * 1024;
 /// The most late reports recorded of one activity.
@@ -372,6 +375,7 @@ fn fold(row: &mut Row, report: &Report) -> Outcome {
 /// # Errors
 /// When the database refuses; nothing of the batch is then applied.
 pub async fn apply(tx: &mut Tx<'_>, reports: &[Report]) -> Result<Settled> {
+    db::plan_afresh(tx).await?;
     let ids: Vec<i64> = reports.iter().map(|report| report.activity_id).collect::<BTreeSet<_>>().into_iter().collect();
     let stored = sqlx::query!(
         r#"SELECT id, device_guid, hostname, site_id, run_id, status, queue_lane, activity_kind, cancel_requested_at IS NOT NULL AS "cancelled!",
@@ -564,11 +568,12 @@ pub async fn end_runs(tx: &mut Tx<'_>, runs: &[i64]) -> Result<Vec<Finished>> {
                           WHEN r.cancel_requested_at IS NOT NULL THEN left(coalesce(nullif(r.cancel_reason, ''), 'cancelled_by_operator'), 512)
                           ELSE left(g.error, 512) END,
              started_at = coalesce(r.started_at, g.started_at), finished_at = now(), updated_at = now()
-         FROM (SELECT run_id, bool_and(delivery = 'done') AS ended, min(started_at) AS started_at, min(error) AS error,
-                      (ARRAY['Success', 'Skipped', 'Warning', 'Expired', 'Timed Out', 'Failed'])[max(array_position(
-                       ARRAY['Success', 'Skipped', 'Warning', 'Expired', 'Timed Out', 'Failed'], status))] AS worst
-               FROM activity_history WHERE run_id = ANY($1) GROUP BY run_id) g
-         WHERE r.id = g.run_id AND g.ended AND g.worst IS NOT NULL AND r.status IN ('Pending', 'Running')
+         FROM (SELECT n.run_id, w.* FROM unnest($1::bigint[]) AS n (run_id) CROSS JOIN LATERAL (
+                   SELECT bool_and(a.delivery = 'done') AS ended, min(a.started_at) AS started_at, min(a.error) AS error,
+                          (ARRAY['Success', 'Skipped', 'Warning', 'Expired', 'Timed Out', 'Failed'])[max(array_position(
+                           ARRAY['Success', 'Skipped', 'Warning', 'Expired', 'Timed Out', 'Failed'], a.status))] AS worst
+                   FROM activity_history a WHERE a.run_id = n.run_id) w) g
+         WHERE r.id = ANY($1) AND r.id = g.run_id AND g.ended AND g.worst IS NOT NULL AND r.status IN ('Pending', 'Running')
          RETURNING r.occurrence_id",
         runs
     )

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use serde_json::{Value, json};
-use sqlx::PgConnection;
+use serde_json::{Value, json, value::RawValue};
+use sqlx::{PgConnection, types::Json};
 use uuid::Uuid;
 
 use super::targets;
@@ -30,8 +30,8 @@ pub struct JobView {
     pub id: i64,
     pub name: String,
     pub job_kind: String,
-    pub components: Value,
-    pub targets: Value,
+    pub components: Box<RawValue>,
+    pub targets: Box<RawValue>,
     pub schedule: ScheduleView,
     pub schedule_type: String,
     pub start_ts: Option<i64>,
@@ -128,7 +128,9 @@ pub struct JobFilter {
 /// When the database refuses.
 pub async fn jobs(conn: &mut PgConnection, scope: &Scope, filter: JobFilter, limit: i64) -> Result<Vec<JobView>> {
     let rows = sqlx::query!(
-        r#"SELECT j.id, j.name, j.job_kind, j.components, j.targets, j.schedule_type, j.start_at, j.timezone, j.cron, j.end_at,
+        r#"SELECT j.id, j.name, j.job_kind, j.components AS "components: Json<Box<RawValue>>",
+                  j.targets AS "targets: Json<Box<RawValue>>",
+                  CASE WHEN o.id IS NULL AND jsonb_typeof(j.targets) = 'array' THEN jsonb_array_length(j.targets) END AS saved_targets, j.schedule_type, j.start_at, j.timezone, j.cron, j.end_at,
                   j.max_occurrences, j.occurrences_used, j.misfire_policy, j.overlap_policy, j.duration_stop_enabled, j.expiration,
                   j.stop_after, j.execution_context, j.credential_id, j.use_service_account, j.enabled, j.created_at, j.updated_at,
                   j.next_due_at, o.scheduled_at AS "latest?",
@@ -137,17 +139,27 @@ pub async fn jobs(conn: &mut PgConnection, scope: &Scope, filter: JobFilter, lim
                   c.hosts AS "hosts!", c.without_devices AS "without_devices!"
            FROM scheduled_jobs j
            LEFT JOIN LATERAL (
-               SELECT id, scheduled_at FROM job_occurrences WHERE job_id = j.id ORDER BY scheduled_at DESC LIMIT 1
+               SELECT id, scheduled_at, results FROM job_occurrences WHERE job_id = j.id ORDER BY scheduled_at DESC LIMIT 1
            ) o ON true
            CROSS JOIN LATERAL (
-               SELECT count(*) FILTER (WHERE r.status = 'Pending') AS pending, count(*) FILTER (WHERE r.status = 'Running') AS running,
-                      count(*) FILTER (WHERE r.status = 'Success') AS success, count(*) FILTER (WHERE r.status = 'Warning') AS warning,
-                      count(*) FILTER (WHERE r.status = 'Failed') AS failed, count(*) FILTER (WHERE r.status = 'Expired') AS expired,
-                      count(*) FILTER (WHERE r.status = 'Timed Out') AS timed_out, count(*) FILTER (WHERE r.status = 'Skipped') AS skipped,
-                      count(r.device_guid) AS hosts, coalesce(bool_and(r.skip_reason = 'no_devices_targeted'), false) AS without_devices
-               FROM scheduled_job_runs r
-               WHERE r.occurrence_id = o.id
-                 AND ($1::bigint[] IS NULL OR r.site_id = ANY($1) OR (r.site_id IS NULL AND r.device_guid IS NULL))
+               SELECT coalesce(sum(runs) FILTER (WHERE status = 'Pending'), 0)::bigint AS pending,
+                      coalesce(sum(runs) FILTER (WHERE status = 'Running'), 0)::bigint AS running,
+                      coalesce(sum(runs) FILTER (WHERE status = 'Success'), 0)::bigint AS success,
+                      coalesce(sum(runs) FILTER (WHERE status = 'Warning'), 0)::bigint AS warning,
+                      coalesce(sum(runs) FILTER (WHERE status = 'Failed'), 0)::bigint AS failed,
+                      coalesce(sum(runs) FILTER (WHERE status = 'Expired'), 0)::bigint AS expired,
+                      coalesce(sum(runs) FILTER (WHERE status = 'Timed Out'), 0)::bigint AS timed_out,
+                      coalesce(sum(runs) FILTER (WHERE status = 'Skipped'), 0)::bigint AS skipped,
+                      coalesce(sum(runs) FILTER (WHERE NOT nowhere), 0)::bigint AS hosts,
+                      coalesce(bool_and(without), false) AS without_devices
+               FROM (
+                   SELECT k.status, k.site_id, k.nowhere, k.without, k.runs
+                   FROM jsonb_to_recordset(o.results) AS k (status text, site_id bigint, nowhere boolean, without boolean, runs bigint)
+                   UNION ALL
+                   -- One that is under way is counted.
+                   SELECT r.status, r.site_id, r.device_guid IS NULL, r.skip_reason = 'no_devices_targeted', 1
+                   FROM scheduled_job_runs r WHERE o.results IS NULL AND r.occurrence_id = o.id) AS r
+               WHERE $1::bigint[] IS NULL OR r.site_id = ANY($1) OR (r.site_id IS NULL AND r.nowhere)
            ) c
            WHERE ($1::bigint[] IS NULL OR job_site_ids(j.targets) <@ $1)
              AND ($2::bigint IS NULL OR j.id = $2)
@@ -183,7 +195,7 @@ pub async fn jobs(conn: &mut PgConnection, scope: &Scope, filter: JobFilter, lim
                 None => "",
             };
             if latest.is_none() {
-                counts.total_targets = row.targets.as_array().map_or(0, |list| i64::try_from(list.len()).unwrap_or(i64::MAX));
+                counts.total_targets = row.saved_targets.map_or(0, i64::from);
             }
             let (start_ts, end_ts) = (row.start_at.map(|at| at.timestamp()), row.end_at.map(|at| at.timestamp()));
             JobView {
@@ -198,8 +210,8 @@ pub async fn jobs(conn: &mut PgConnection, scope: &Scope, filter: JobFilter, lim
                 id: row.id,
                 name: row.name,
                 job_kind: row.job_kind,
-                components: row.components,
-                targets: row.targets,
+                components: row.components.0,
+                targets: row.targets.0,
                 schedule_type: row.schedule_type,
                 start_ts,
                 timezone: row.timezone,
@@ -395,7 +407,7 @@ pub async fn devices(
         if occurrence.is_some() {
             return Err(Error::not_found());
         }
-        return Ok((None, planned(conn, scope, job_id, &view.targets).await?));
+        return Ok((None, planned(conn, scope, job_id, &serde_json::from_str(view.targets.get())?).await?));
     };
     let rows = sqlx::query!(
         r#"SELECT r.id, r.device_guid, coalesce(d.hostname, r.target_hostname, '') AS "hostname!",

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::{
     Report,
     environment::{cpu_seconds, machine, resident_mib, tree_cpu_seconds},
-    load, per_second, plain,
+    load, peers, per_second, plain,
     stand::Stand,
 };
 use crate::{eventually, fleet::Fleet};
@@ -70,6 +70,10 @@ pub async fn run(options: &Options) -> Report {
     report.figure("processor use of Postgres meanwhile", (cpu_after.1 - cpu_before.1) / lasted * 100.0, "% of a core");
     restart(&mut stand, &fleet, options, &mut report).await;
     fleet.stop().await;
+    if let Some(drivers) = &options.peers {
+        drop(stand);
+        peers::meshcentral(drivers, rate, &mut report).await;
+    }
     report
 }
 

@@ -18,7 +18,7 @@ pub struct Options {
     /// Devices, all connected.
     #[arg(long, default_value_t = 10_000)]
     pub devices: usize,
-    /// Jobs, each of which has run ten times on ten devices.
+    /// Jobs. Each has run five times on ten devices; every hundredth is for all devices and has run on all of them once.
     #[arg(long, default_value_t = 3_000)]
     pub jobs: usize,
     /// Requests a second.
@@ -106,6 +106,12 @@ async fn pages(stand: &Stand) -> Pages {
     }
 }
 
+/// What closing an occurrence notes of its results.
+const CLOSED: &str = "UPDATE job_occurrences o SET results = g.results FROM (
+     SELECT occurrence_id, jsonb_agg(to_jsonb(k) - 'occurrence_id') AS results FROM (
+         SELECT occurrence_id, status, site_id, device_guid IS NULL AS nowhere, skip_reason = 'no_devices_targeted' AS without, count(*) AS runs
+         FROM scheduled_job_runs GROUP BY 1, 2, 3, 4, 5) k GROUP BY 1) g WHERE g.occurrence_id = o.id";
+
 /// Writes inventories, jobs and their history into the tables.
 async fn fill(stand: &Stand, options: &Options) {
     let inventory = identity::inventory("machine");
@@ -121,8 +127,9 @@ async fn fill(stand: &Stand, options: &Options) {
     query.execute(&stand.database.pool).await.expect("the inventories");
     let jobs = "INSERT INTO scheduled_jobs (name, components, targets, schedule_type, start_at, owner_user_id, enabled)
                 SELECT 'Job ' || n, '[{\"kind\": \"script\", \"name\": \"A script\", \"assembly_guid\": \"a\"}]',
+                       CASE WHEN n % 100 = 0 THEN '[{\"kind\": \"all_devices\", \"name\": \"All devices\"}]' ELSE
                        (SELECT jsonb_agg(jsonb_build_object('kind', 'device', 'device_guid', d.guid, 'hostname', d.hostname, 'site_id', d.site_id))
-                        FROM (SELECT guid, hostname, site_id FROM devices ORDER BY guid OFFSET (n * 7) % $2 LIMIT 10) d),
+                        FROM (SELECT guid, hostname, site_id FROM devices ORDER BY guid OFFSET (n * 7) % $2 LIMIT 10) d) END,
                        'daily', now() - interval '10 days', (SELECT min(id) FROM users), false
                 FROM generate_series(1, $1) n";
     let count = i32::try_from(options.jobs).expect("a number of jobs");
@@ -131,12 +138,17 @@ async fn fill(stand: &Stand, options: &Options) {
     let history = [
         "INSERT INTO job_occurrences (job_id, scheduled_at, cause, state, frozen_at, finished_at)
          SELECT j.id, date_trunc('second', now()) - make_interval(days => n), 'schedule', 'closed', now(), now()
-         FROM scheduled_jobs j, generate_series(1, 10) n",
+         FROM scheduled_jobs j, generate_series(1, CASE WHEN j.targets @> '[{\"kind\": \"all_devices\"}]' THEN 1 ELSE 5 END) n",
         "INSERT INTO scheduled_job_runs (job_id, occurrence_id, scheduled_at, status, device_guid, target_hostname, site_id,
                                          resolution_status, started_at, finished_at)
          SELECT o.job_id, o.id, o.scheduled_at, CASE WHEN random() < 0.9 THEN 'Success' ELSE 'Failed' END,
-                (t ->> 'device_guid')::uuid, t ->> 'hostname', (t ->> 'site_id')::bigint, 'eligible', o.scheduled_at, o.scheduled_at
-         FROM job_occurrences o JOIN scheduled_jobs j ON j.id = o.job_id, jsonb_array_elements(j.targets) t",
+                d.guid, d.hostname, d.site_id, 'eligible', o.scheduled_at, o.scheduled_at
+         FROM job_occurrences o JOIN scheduled_jobs j ON j.id = o.job_id, LATERAL (
+             SELECT guid, hostname, site_id FROM devices WHERE j.targets @> '[{\"kind\": \"all_devices\"}]'
+             UNION ALL
+             SELECT (t ->> 'device_guid')::uuid, t ->> 'hostname', (t ->> 'site_id')::bigint
+             FROM jsonb_array_elements(j.targets) t WHERE t ->> 'kind' = 'device') d",
+        CLOSED,
         "INSERT INTO activity_history (device_guid, hostname, site_id, run_id, status, delivery, stdout, exit_code, request, finished_at)
          SELECT device_guid, target_hostname, site_id, id, status, 'done', repeat('a line of output' || E'\\n', 20), 0, '{}', finished_at
          FROM scheduled_job_runs",
@@ -144,7 +156,8 @@ async fn fill(stand: &Stand, options: &Options) {
     for statement in history {
         sqlx::query(statement).execute(&stand.database.pool).await.expect("the history");
     }
-    let rows: i64 = sqlx::query_scalar("SELECT count(*) FROM activity_history").fetch_one(&stand.database.pool).await.expect("a count");
+    let rows: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM activity_history").fetch_one(&stand.database.pool).await.expect("a count");
     eprintln!("  {} devices, {count} jobs, {rows} results in the tables", options.devices);
     stand.vacuum().await;
     let _: Value = stand.installation.admin.get("/api/scheduled_jobs?limit=1").await.ok();

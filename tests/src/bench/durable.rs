@@ -7,11 +7,7 @@ use std::{
 };
 
 use borealis_engine::db::Pool;
-use borealis_workflows::{
-    NewRun,
-    durable::definition::Workflow,
-    start,
-};
+use borealis_workflows::{NewRun, durable::definition::Workflow, start};
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};

@@ -80,7 +80,8 @@ pub fn resident_mib(pid: u32) -> f64 {
 #[must_use]
 pub fn cpu_seconds(pid: u32) -> f64 {
     let stat = fs::read_to_string(PathBuf::from("/proc").join(pid.to_string()).join("stat")).unwrap_or_default();
-    let fields: Vec<f64> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().filter_map(|f| f.parse().ok()).collect();
+    let fields: Vec<f64> =
+        stat.rsplit(')').next().unwrap_or_default().split_whitespace().filter_map(|f| f.parse().ok()).collect();
     // After the name and the state letter: utime, stime, cutime and cstime are the 11th to 14th numbers, in ticks of 10 ms.
     fields.get(10..14).map_or(0.0, |ticks| ticks.iter().sum::<f64>() / 100.0)
 }

@@ -5,7 +5,7 @@
 //! * [`report`]: figures, goals and references, as text and as JSON.
 //! * [`reference`]: what the machine can do at best: `pgbench -N`.
 //! * [`stand`]: an engine with machines; [`load`]: requests at a fixed rate; [`plain`]: the plainest programs beside it.
-//! * one file per bench: [`durable`], [`dispatch`], [`agents`], [`api`].
+//! * one file per bench: [`durable`], [`dispatch`], [`scheduler`], [`agents`], [`api`].
 
 pub mod agents;
 pub mod api;
@@ -13,9 +13,11 @@ pub mod dispatch;
 pub mod durable;
 pub mod environment;
 pub mod load;
+pub mod peers;
 pub mod plain;
 pub mod reference;
 pub mod report;
+pub mod scheduler;
 pub mod stand;
 
 pub use environment::Environment;

@@ -40,7 +40,8 @@ impl Stand {
 
     /// Writes machines into the tables, and lets Postgres know them.
     pub async fn machines(&self, count: usize) -> Vec<Machine> {
-        let machines = identity::write(&self.database.pool, &self.installation.keys(), self.installation.site, "machine", count).await;
+        let machines =
+            identity::write(&self.database.pool, &self.installation.keys(), self.installation.site, "machine", count).await;
         self.vacuum().await;
         machines
     }
@@ -61,7 +62,9 @@ impl Stand {
     pub async fn fleet(&self, count: usize) -> Fleet {
         let fleet = Fleet::start(self.machines(count).await, self.settings());
         let all = count as u64;
-        fleet.until("all agents are connected and have reported", CONNECT_LIMIT, |now| now.connected == all && now.reports >= all).await;
+        fleet
+            .until("all agents are connected and have reported", CONNECT_LIMIT, |now| now.connected == all && now.reports >= all)
+            .await;
         self.vacuum().await;
         fleet
     }

@@ -1,6 +1,6 @@
 //! `./borealis bench`: measures the built programs and prints figures beside their references.
 
-use borealis_tests::bench::{Report, agents, api, dispatch, durable, plain};
+use borealis_tests::bench::{Report, agents, api, dispatch, durable, plain, scheduler};
 use clap::{Parser, Subcommand};
 
 /// Measures the engine on this machine.
@@ -20,6 +20,8 @@ enum Bench {
     Durable(durable::Options),
     /// One job for 10,000 connected agents.
     Dispatch(dispatch::Options),
+    /// 1,000 jobs of the same second among 100,000.
+    Scheduler(scheduler::Options),
     /// 10,000 agents: memory, connects, the way back after a restart.
     Agents(agents::Options),
     /// The pages people look at, with 10,000 devices.
@@ -40,6 +42,7 @@ async fn main() {
     let reports: Vec<Report> = match &line.bench {
         Bench::Durable(options) => vec![durable::run(options).await],
         Bench::Dispatch(options) => vec![dispatch::run(options).await],
+        Bench::Scheduler(options) => vec![scheduler::run(options).await],
         Bench::Agents(options) => vec![agents::run(options).await],
         Bench::Api(options) => vec![api::run(options).await],
         Bench::Plain { which, port } => return plain::serve(*which, *port).await,

@@ -19,7 +19,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let agents: Arc<dyn Agents> = match std::env::var("BOREALIS_INTERNAL_URL") {
         Ok(internal) => {
             let secret = std::fs::read_to_string(PathBuf::from(std::env::var("BOREALIS_ENGINE_SECRET_FILE")?))?;
-            Arc::new(ApiClient::new(vec![internal.parse()?], secret.trim(), id)?)
+            Arc::new(ApiClient::new(internal.split(',').map(str::parse).collect::<Result<_, _>>()?, secret.trim(), id)?)
         }
         Err(_) => Arc::new(probe::NoAgents),
     };
@@ -27,8 +27,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let registry =
         Registry::new(borealis_workflows::registry().iter().chain(probe::registry().iter()).map(|workflow| (**workflow).clone()));
     let concurrency = std::env::var("CONCURRENCY").map_or(Ok(16), |text| text.parse())?;
-    let options =
-        borealis_workers::Options { id, concurrency, history_days: 30, duties: std::env::var("NO_DUTIES").is_err() };
+    let options = borealis_workers::Options { id, concurrency, history_days: 30, duties: std::env::var("NO_DUTIES").is_err() };
     let stop = CancellationToken::new();
     let stopping = stop.clone();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;

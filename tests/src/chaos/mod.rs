@@ -88,7 +88,11 @@ impl Scene {
         let fleet = Fleet::start(
             machines,
             Settings {
-                work: Work::of(|_| Work { takes: Duration::from_millis(rand::random_range(0..1_500)), chunks: 2, ..Work::default() }),
+                work: Work::of(|_| Work {
+                    takes: Duration::from_millis(rand::random_range(0..1_500)),
+                    chunks: 2,
+                    ..Work::default()
+                }),
                 heartbeat: Some(Duration::from_secs(5)),
                 ..Settings::at(house.apis.iter().map(|api| api.base.clone()))
             },
@@ -116,18 +120,15 @@ pub async fn run(options: &Options) -> Outcome {
     let mut scene = Scene::open(options).await;
     let lasts = Duration::from_secs(options.seconds);
     let stop = CancellationToken::new();
-    let working = tokio::spawn(work::run(
-        scene.house.database.pool.clone(),
-        scene.house.apis.iter().map(|api| scene.house.admin.at(&api.base)).collect(),
-        StdRng::seed_from_u64(seed),
-        options.runs,
-        lasts,
-        stop.clone(),
-    ));
-    let made = faults::make(&mut scene, StdRng::seed_from_u64(seed ^ 0x5eed), lasts).await;
-    let quiet = Instant::now();
-    stop.cancel();
-    let accepted = working.await.expect("the work");
+    let admins = scene.house.apis.iter().map(|api| scene.house.admin.at(&api.base)).collect();
+    let pool = scene.house.database.pool.clone();
+    let working = work::run(&pool, admins, StdRng::seed_from_u64(seed), options.runs, lasts, &stop);
+    let disturbing = async {
+        let made = faults::make(&mut scene, StdRng::seed_from_u64(seed ^ 0x5eed), lasts).await;
+        stop.cancel();
+        (made, Instant::now())
+    };
+    let (accepted, (made, quiet)) = tokio::join!(working, disturbing);
     let (at_rest, broken) = reckoning::reckon(&scene, &accepted, quiet + QUIET).await;
     let counts = scene.fleet.counts();
     let summary = vec![

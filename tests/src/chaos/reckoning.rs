@@ -6,7 +6,10 @@ use borealis_engine::db::Pool;
 use sqlx::AssertSqlSafe;
 use uuid::Uuid;
 
-use super::{QUIET, Scene, work::{Accepted, PERIOD}};
+use super::{
+    QUIET, Scene,
+    work::{Accepted, PERIOD},
+};
 
 /// What must have no rows once all is at rest.
 const NOTHING_OPEN: [(&str, &str); 8] = [
@@ -15,7 +18,10 @@ const NOTHING_OPEN: [(&str, &str); 8] = [
     ("a hint", "SELECT id FROM apalis.jobs"),
     ("an occurrence that is not closed", "SELECT id::text || ' ' || state FROM job_occurrences WHERE state <> 'closed'"),
     ("an activity that has not ended", "SELECT id::text || ' ' || delivery FROM activity_history WHERE delivery <> 'done'"),
-    ("a run of a device that has not ended", "SELECT id::text || ' ' || status FROM scheduled_job_runs WHERE finished_at IS NULL"),
+    (
+        "a run of a device that has not ended",
+        "SELECT id::text || ' ' || status FROM scheduled_job_runs WHERE finished_at IS NULL",
+    ),
     ("a parent with open children", "SELECT id::text FROM workflow_runs WHERE open_children <> 0"),
     ("a recurrent job that is still due", "SELECT id::text FROM scheduled_jobs WHERE enabled AND next_due_at IS NOT NULL"),
 ];
@@ -85,8 +91,10 @@ pub async fn reckon(scene: &Scene, accepted: &Accepted, deadline: Instant) -> (O
 async fn found(pool: &Pool, queries: &[(&str, &str)]) -> Vec<String> {
     let mut broken = Vec::new();
     for (what, sql) in queries {
-        let rows: Vec<String> =
-            sqlx::query_scalar(AssertSqlSafe((*sql).to_owned())).fetch_all(pool).await.unwrap_or_else(|error| panic!("{what}: {error}"));
+        let rows: Vec<String> = sqlx::query_scalar(AssertSqlSafe((*sql).to_owned()))
+            .fetch_all(pool)
+            .await
+            .unwrap_or_else(|error| panic!("{what}: {error}"));
         if let Some(first) = rows.first() {
             broken.push(format!("{what}: {} times, first {first}", rows.len()));
         }
@@ -121,7 +129,10 @@ async fn dispatches(scene: &Scene, pool: &Pool) -> Vec<String> {
     if counts.doubled > 0 || counts.refused > 0 {
         broken.push(format!("dispatches executed twice or refused: {counts:?}"));
     }
-    let successes: i64 = sqlx::query_scalar("SELECT count(*) FROM activity_history WHERE status = 'Success'").fetch_one(pool).await.expect("a count");
+    let successes: i64 = sqlx::query_scalar("SELECT count(*) FROM activity_history WHERE status = 'Success'")
+        .fetch_one(pool)
+        .await
+        .expect("a count");
     if u64::try_from(successes).unwrap_or(0) != counts.executed {
         broken.push(format!("{successes} activities succeeded, but the fleet executed {}", counts.executed));
     }
@@ -136,5 +147,8 @@ async fn instants(pool: &Pool, accepted: &Accepted) -> Vec<String> {
     #[allow(clippy::cast_precision_loss)]
     let gaps: Vec<String> =
         sqlx::query_scalar(sql).bind(accepted.recurrent).bind(PERIOD as f64).fetch_all(pool).await.expect("the instants");
-    gaps.first().map(|first| format!("instants of the recurrent job are missing {} times, first before {first}", gaps.len())).into_iter().collect()
+    gaps.first()
+        .map(|first| format!("instants of the recurrent job are missing {} times, first before {first}", gaps.len()))
+        .into_iter()
+        .collect()
 }

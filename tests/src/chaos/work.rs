@@ -32,42 +32,47 @@ pub const PERIOD: i64 = 2;
 
 /// Asks for work until `count` runs are accepted; the jobs are spread over `lasts`. After `stop` waiting runs get their signal.
 pub async fn run(
-    pool: Pool,
+    pool: &Pool,
     admins: Vec<Actor>,
     mut rng: StdRng,
     count: usize,
     lasts: Duration,
-    stop: CancellationToken,
+    stop: &CancellationToken,
 ) -> Accepted {
-    let jobs = tokio::spawn(jobs(admins, rng.random(), lasts));
+    let seed = rng.random();
+    let (mut accepted, jobs) = tokio::join!(runs(pool, rng, count, lasts, stop), jobs(admins, seed, lasts));
+    (accepted.jobs, accepted.recurrent) = jobs;
+    accepted
+}
+
+async fn runs(pool: &Pool, mut rng: StdRng, count: usize, lasts: Duration, stop: &CancellationToken) -> Accepted {
     let mut accepted = Accepted::default();
     let mut waiting: Vec<Uuid> = Vec::new();
     let pause = lasts.mul_f64(0.9) / u32::try_from(count.max(1)).unwrap_or(1);
     for n in 0..count {
         let (workflow, input) = pick(&mut rng);
         let key = format!("chaos:{n}");
-        let run = until_answered(|| begin(&pool, &workflow, &key, &input)).await;
+        let run = until_answered(|| begin(pool, &workflow, &key, &input)).await;
         accepted.runs.push((run, key));
         if workflow.name == "probe" {
             waiting.push(run);
         }
         if rng.random_bool(0.1) {
-            let asked = until_answered(|| cancel(&pool, run)).await;
+            let asked = until_answered(|| cancel(pool, run)).await;
             if asked != CancelAsked::Ended {
                 accepted.cancels.insert(run);
             }
         }
         if rng.random_bool(0.3) && !waiting.is_empty() {
             let run = waiting.swap_remove(rng.random_range(0..waiting.len()));
-            until_answered(|| send(&pool, run)).await;
+            until_answered(|| send(pool, run)).await;
         }
         tokio::time::sleep(pause).await;
     }
     stop.cancelled().await;
     for run in waiting {
-        until_answered(|| send(&pool, run)).await;
+        until_answered(|| send(pool, run)).await;
     }
-    (accepted.jobs, accepted.recurrent) = jobs.await.expect("the jobs");
     accepted
 }
 
@@ -118,16 +123,22 @@ async fn until_answered<T>(ask: impl AsyncFn() -> borealis_engine::Result<T>) ->
 
 /// A job for every device every few seconds, over REST at any of the API processes, and one that is due all the time.
 async fn jobs(admins: Vec<Actor>, seed: u64, lasts: Duration) -> (Vec<i64>, Option<i64>) {
-    let script = until_made(&admins, seed, "/api/assemblies", "script", &json!({
-        "domain": "user", "display_name": "chaos", "assembly_type": "script", "assembly_subtype": "bash",
-        "payload": {"name": "chaos", "type": "bash", "script": "echo chaos", "timeout_seconds": 600}
-    }))
+    let script = until_made(
+        &admins,
+        seed,
+        "/api/assemblies",
+        "script",
+        &json!({
+            "domain": "user", "display_name": "chaos", "assembly_type": "script", "assembly_subtype": "bash",
+            "payload": {"name": "chaos", "type": "bash", "script": "echo chaos", "timeout_seconds": 600}
+        }),
+    )
     .await;
-    let job = |schedule: Value, targets: Value| {
-        json!({"name": "chaos", "components": [{"assembly_guid": script["assembly_guid"], "name": "chaos"}], "targets": targets, "schedule": schedule})
-    };
-    let often = job(json!({"type": "cron", "cron": format!("*/{PERIOD} * * * * *"), "misfire": "run_all", "overlap": "allow"}),
-        json!([{"kind": "device", "hostname": "fleet-0"}]));
+    let job = |schedule: Value, targets: Value| json!({"name": "chaos", "components": [{"assembly_guid": script["assembly_guid"], "name": "chaos"}], "targets": targets, "schedule": schedule});
+    let mut often =
+        job(json!({"type": "cron", "cron": format!("*/{PERIOD} * * * * *")}), json!([{"kind": "device", "hostname": "fleet-0"}]));
+    often["misfire_policy"] = json!("run_all");
+    often["overlap_policy"] = json!("allow");
     let recurrent = until_made(&admins, seed, "/api/scheduled_jobs", "recurrent", &often).await["job"]["id"].as_i64();
     let (mut made, began, mut n) = (Vec::new(), tokio::time::Instant::now(), 0);
     while began.elapsed() < lasts.mul_f64(0.9) {

@@ -44,7 +44,10 @@ mod record;
 use std::{
     future::Future,
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, atomic::{AtomicBool, Ordering}},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 

@@ -438,6 +438,7 @@ async fn persist(pool: &Pool, worker: &str, commits: &[Commit]) -> Vec<Written> 
     }
 }
 
+/// Writes a batch as a whole, also one that may have been written before.
 pub(super) async fn transaction(pool: &Pool, worker: &str, commits: &[Commit]) -> Result<Vec<Written>> {
     let written = if commits.iter().all(Commit::is_alone) {
         write(&mut *pool.acquire().await?, worker, commits).await?

@@ -6,12 +6,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{
-    MAX_WORKER_DEATHS, RECOVER_BATCH, RECOVER_EVERY,
-    commit::children_ended,
-    definition::Registry,
-    start::wake_up,
-};
+use super::{MAX_WORKER_DEATHS, RECOVER_BATCH, RECOVER_EVERY, commit::children_ended, definition::Registry, start::wake_up};
 
 /// How many passes lie between two searches for lost hints.
 const PASSES_BETWEEN_SWEEPS: u32 = 40;

@@ -65,13 +65,11 @@ pub async fn start(conn: &mut PgConnection, workflow: &Workflow, new: NewRun) ->
 /// # Errors
 /// When the database refuses; then none was started.
 pub async fn start_many(conn: &mut PgConnection, workflow: &Workflow, new: Vec<NewRun>) -> Result<Vec<Started>> {
-    let mut started: Vec<Started> =
-        new.iter().map(|_| Started { run_id: Uuid::now_v7(), created: true }).collect();
+    let mut started: Vec<Started> = new.iter().map(|_| Started { run_id: Uuid::now_v7(), created: true }).collect();
     let mut order: Vec<usize> = (0..new.len()).collect();
     // In the order of their keys: two batches with the same keys would otherwise wait for each other.
     order.sort_by_key(|at| new.get(*at).and_then(|new| new.key.as_deref()));
-    let sorted: Vec<(&NewRun, Uuid)> =
-        order.iter().filter_map(|at| Some((new.get(*at)?, started.get(*at)?.run_id))).collect();
+    let sorted: Vec<(&NewRun, Uuid)> = order.iter().filter_map(|at| Some((new.get(*at)?, started.get(*at)?.run_id))).collect();
     fn all<'a, T>(runs: &[(&'a NewRun, Uuid)], field: impl Fn(&'a NewRun) -> T) -> Vec<T> {
         runs.iter().map(|(new, _)| field(new)).collect()
     }
@@ -109,13 +107,16 @@ pub async fn start_many(conn: &mut PgConnection, workflow: &Workflow, new: Vec<N
     }
     let created: HashSet<Uuid> = created.into_iter().map(|row| row.id).collect();
     let keys: Vec<String> = new.iter().filter_map(|new| new.key.clone()).collect();
-    let known: HashMap<Option<String>, Uuid> =
-        sqlx::query!("SELECT start_key, id FROM workflow_runs WHERE workflow = $1 AND start_key = ANY ($2)", workflow.name, &keys)
-            .fetch_all(conn)
-            .await?
-            .into_iter()
-            .map(|row| (row.start_key, row.id))
-            .collect();
+    let known: HashMap<Option<String>, Uuid> = sqlx::query!(
+        "SELECT start_key, id FROM workflow_runs WHERE workflow = $1 AND start_key = ANY ($2)",
+        workflow.name,
+        &keys
+    )
+    .fetch_all(conn)
+    .await?
+    .into_iter()
+    .map(|row| (row.start_key, row.id))
+    .collect();
     for (started, new) in started.iter_mut().zip(new).filter(|(started, _)| !created.contains(&started.run_id)) {
         let run_id = known.get(&new.key).copied().ok_or_else(|| Error::bug("a start key that is neither new nor known"))?;
         *started = Started { run_id, created: false };
@@ -248,10 +249,9 @@ pub enum CancelAsked {
 /// # Errors
 /// When the database refuses.
 pub async fn request_cancel(conn: &mut PgConnection, run_id: Uuid, reason: &str) -> Result<CancelAsked> {
-    let run =
-        sqlx::query!("SELECT finished_at, cancel_requested_at FROM workflow_runs WHERE id = $1 FOR UPDATE", run_id)
-            .fetch_optional(&mut *conn)
-            .await?;
+    let run = sqlx::query!("SELECT finished_at, cancel_requested_at FROM workflow_runs WHERE id = $1 FOR UPDATE", run_id)
+        .fetch_optional(&mut *conn)
+        .await?;
     let Some(run) = run else { return Ok(CancelAsked::Unknown) };
     if run.finished_at.is_some() {
         return Ok(CancelAsked::Ended);

@@ -249,10 +249,7 @@ pub async fn run(registry: Registry, services: Services, options: Options, stop:
     let process = Process {
         committer: Committer::spawn(&vital, &options.name),
         leases: Leases::default(),
-        claims: Claims {
-            unflushed: borealis_engine::db::sibling(&pool, CLAIM_CONNECTIONS, &unflushed),
-            durable: vital.clone(),
-        },
+        claims: Claims { unflushed: borealis_engine::db::sibling(&pool, CLAIM_CONNECTIONS, &unflushed), durable: vital.clone() },
         slots: Arc::new(Semaphore::new(options.concurrency.max(1))),
         wakeup: Wakeup::spawn(vital.clone(), queues, drain.clone()),
         drain: drain.clone(),
