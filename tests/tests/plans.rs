@@ -46,7 +46,6 @@ async fn execute(pool: &PgPool, sql: String) {
 async fn fill(pool: &PgPool) {
     let rows = rows();
     let occurrences = rows / 10;
-    execute(pool, "SET session_replication_role = replica; SET maintenance_work_mem = '256MB'".into()).await;
     let id = |n: &str, kind: u32| format!("('{kind:08}-0000-7000-8000-' || lpad(to_hex({n}), 12, '0'))::uuid");
     for sql in [
         "INSERT INTO sites (name, description, enrollment_code) SELECT 'site ' || n, '', 'code' || n FROM generate_series(1, 20) n".to_owned(),
@@ -55,10 +54,9 @@ async fn fill(pool: &PgPool) {
              SELECT {}, 'host-' || n, 1 + n % 20, 'f' || n, '', now() FROM generate_series(1, {DEVICES}) n",
             id("n", 1)
         ),
-        format!(
-            "INSERT INTO device_sockets (device_guid, service_mode, socket_id, api_process)
+        "INSERT INTO device_sockets (device_guid, service_mode, socket_id, api_process)
              SELECT guid, 'system', guid::text, '00000000-0000-0000-0000-000000000001' FROM devices"
-        ),
+            .to_owned(),
         format!(
             "INSERT INTO workflow_runs (id, workflow, version, state, step, event_seq, seq, input, started_at, finished_at, created_at, error, scheduled_job_id)
              SELECT {}, 'scheduled_run', 1, CASE WHEN n % 1000 = 0 THEN 'failed' ELSE 'succeeded' END, 'finish', 2, 1, '{{}}', t, t, t,
@@ -115,9 +113,9 @@ async fn fill(pool: &PgPool) {
          SELECT guid, hostname, site_id, '{}', now() + interval '1 hour' FROM devices WHERE hostname LIKE 'host-1%'"
             .to_owned(),
     ] {
-        execute(pool, format!("SET session_replication_role = replica; {sql}")).await;
+        // Without triggers: what refers to what is known here.
+        execute(pool, format!("BEGIN; SET LOCAL session_replication_role = replica; {sql}; COMMIT")).await;
     }
-    execute(pool, "RESET ALL".into()).await;
     for table in LARGE.into_iter().chain(["devices", "device_sockets", "sites"]) {
         let schema = if table == "jobs" { "apalis" } else { "public" };
         execute(pool, format!("VACUUM ANALYZE {schema}.{table}")).await;
