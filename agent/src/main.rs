@@ -105,7 +105,9 @@ fn run(options: &Options) -> Result<ExitCode> {
     let config = options.load()?;
     let filter = tracing_subscriber::EnvFilter::try_from_env("BOREALIS_AGENT_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    // A log that cannot be written, on a full disk say, must not end what it tells of.
     tracing_subscriber::fmt()
+        .log_internal_errors(false)
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
