@@ -286,8 +286,8 @@ fn cases() -> Vec<Case> {
         ),
         case(
             "deliveries: take",
-            &["UPDATE activity_history a SET delivery = CASE WHEN picked.again"],
-            format!("('00000000-0000-0000-0000-000000000001', {}, true, 64)", leased(1, 100)),
+            &["UPDATE activity_history a SET delivery = CASE WHEN kept.again"],
+            format!("('00000000-0000-0000-0000-000000000001', {}, true, 64, 1000000)", leased(1, 100)),
             20_000,
             10_000,
         ),
