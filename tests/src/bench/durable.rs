@@ -1,10 +1,7 @@
 //! `bench durable`: runs per second, steps per second, the latency of a run alone, of the hand-over between steps, and
 //! from a start to the first step. One worker process with every promise on, one driver, one Postgres.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use borealis_engine::db::Pool;
 use borealis_workflows::{NewRun, durable::definition::Workflow, start};
@@ -202,20 +199,31 @@ async fn start_one(pool: &Pool, workflow: &Workflow) -> uuid::Uuid {
     start(&mut connection, workflow, new).await.expect("a start").run_id
 }
 
-/// Starts runs by so many clients, each of which waits until its run is on disk before it starts the next. What arrives
-/// while a start is under way is started together, as the engine does with outcomes.
-async fn start_all(pool: &Pool, workflow: &Workflow, count: usize, clients: usize) {
-    let (queue, mut inbox) = mpsc::channel::<oneshot::Sender<()>>(clients);
-    let (starting, workflow) = (pool.clone(), workflow.clone());
-    let starter = tokio::spawn(async move {
+/// Starts what its clients ask for: all that waits in one statement, as the engine does with outcomes. Each client hears when
+/// its run is on disk.
+fn starter(pool: &Pool, workflow: &Workflow) -> (mpsc::Sender<oneshot::Sender<()>>, tokio::task::JoinHandle<()>) {
+    let (queue, mut inbox) = mpsc::channel::<oneshot::Sender<()>>(AT_ONCE);
+    let (pool, workflow) = (pool.clone(), workflow.clone());
+    let starting = tokio::spawn(async move {
         let mut batch = Vec::new();
-        while inbox.recv_many(&mut batch, clients).await > 0 {
+        while inbox.recv_many(&mut batch, AT_ONCE).await > 0 {
             let new = batch.iter().map(|_| NewRun { input: json!({"n": 1}), ..NewRun::default() }).collect();
-            let mut connection = starting.acquire().await.expect("a connection");
+            let mut connection = pool.acquire().await.expect("a connection");
             borealis_workflows::start_many(&mut connection, &workflow, new).await.expect("a start");
-            batch.drain(..).for_each(|client| client.send(()).expect("a waiting client"));
+            batch.drain(..).for_each(|client| {
+                let _ = client.send(());
+            });
         }
     });
+    (queue, starting)
+}
+
+/// The most runs one statement starts.
+const AT_ONCE: usize = 512;
+
+/// Starts runs by so many clients, each of which waits until its run is on disk before it starts the next.
+async fn start_all(pool: &Pool, workflow: &Workflow, count: usize, clients: usize) {
+    let (queue, starting) = starter(pool, workflow);
     stream::iter(0..count)
         .for_each_concurrent(clients, |_| {
             let queue = queue.clone();
@@ -227,7 +235,7 @@ async fn start_all(pool: &Pool, workflow: &Workflow, count: usize, clients: usiz
         })
         .await;
     drop(queue);
-    starter.await.expect("a starter that ends");
+    starting.await.expect("a starter that ends");
 }
 
 /// Starts runs by so many clients, each in a statement of its own.
@@ -241,17 +249,17 @@ async fn start_each(pool: &Pool, workflow: &Workflow, count: usize, clients: usi
 
 /// Starts runs at a steady rate; answers how many.
 async fn start_at(pool: &Pool, workflow: &Workflow, rate: f64, lasts: Duration) -> usize {
-    let workflow = Arc::new(workflow.clone());
+    let (queue, starting) = starter(pool, workflow);
     let mut every = tokio::time::interval(Duration::from_secs_f64(1.0 / rate.max(1.0)));
-    let (began, mut started) = (Instant::now(), tokio::task::JoinSet::new());
-    let mut count = 0;
+    let (began, mut count) = (Instant::now(), 0);
     while began.elapsed() < lasts {
         every.tick().await;
-        let (pool, workflow) = (pool.clone(), workflow.clone());
-        started.spawn(async move { start_one(&pool, &workflow).await });
+        // Nobody waits for it: the rate is what it is.
+        queue.send(oneshot::channel().0).await.expect("a starter");
         count += 1;
     }
-    started.join_all().await;
+    drop(queue);
+    starting.await.expect("a starter that ends");
     count
 }
 

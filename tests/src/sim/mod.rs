@@ -104,7 +104,7 @@ impl Simulator {
         let tables: Vec<String> = sqlx::query_scalar(
             "SELECT c.oid::regclass::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
              WHERE c.relname IN ('workflow_runs', 'workflow_journal', 'workflow_events', 'workflow_signals', 'workflow_limits', 'duty_leases',
-                                 'job_occurrences', 'scheduled_job_runs', 'scheduled_jobs', 'activity_history', 'activity_events', 'jobs', 'sim_effects')
+                                 'job_occurrences', 'occurrence_scripts', 'scheduled_job_runs', 'scheduled_jobs', 'activity_history', 'activity_events', 'jobs', 'sim_effects')
                AND c.relkind = 'r' AND n.nspname IN ('public', 'apalis')",
         )
         .fetch_all(&self.pool)
