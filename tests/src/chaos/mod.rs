@@ -143,7 +143,7 @@ pub async fn run(options: &Options) -> Outcome {
         ),
         match at_rest {
             Some(after) => format!("at rest {:.1} s after the last fault", after.as_secs_f64()),
-            None => format!("not at rest {} s after the last fault", QUIET.as_secs()),
+            None => format!("not at rest {} s after the last fault, {} agents connected", QUIET.as_secs(), counts.connected),
         },
     ];
     if !broken.is_empty() {

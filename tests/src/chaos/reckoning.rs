@@ -13,7 +13,10 @@ use super::{
 
 /// What must have no rows once all is at rest.
 const NOTHING_OPEN: [(&str, &str); 8] = [
-    ("a run that has not ended", "SELECT id::text FROM workflow_runs WHERE finished_at IS NULL"),
+    (
+        "a run that has not ended",
+        "SELECT concat_ws(' ', workflow, state, step, id) FROM workflow_runs WHERE finished_at IS NULL ORDER BY workflow = 'scheduled_run'",
+    ),
     ("a lease", "SELECT id::text FROM workflow_runs WHERE lease_token IS NOT NULL"),
     ("a hint", "SELECT id FROM apalis.jobs"),
     ("an occurrence that is not closed", "SELECT id::text || ' ' || state FROM job_occurrences WHERE state <> 'closed'"),
