@@ -50,7 +50,8 @@ const NEVER: [(&str, &str); 10] = [
         "a failure that is not the loss of workers",
         "SELECT id::text || ' ' || workflow || ' ' || coalesce(error, '') FROM workflow_runs
          WHERE state = 'failed' AND NOT (error LIKE 'worker_lost:%' AND worker_deaths >= 3)
-           AND NOT (workflow = 'fragile' AND error LIKE 'interrupted:%')",
+           AND NOT (workflow = 'fragile' AND error LIKE 'interrupted:%')
+           AND NOT (workflow = 'moody' AND error LIKE 'database_unavailable:%' AND attempt >= 3)",
     ),
     ("an instant of a schedule that was used twice", "SELECT job_id::text FROM job_occurrences GROUP BY job_id, scheduled_at HAVING count(*) > 1"),
     (
