@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Child, House, Proxy, TestCluster, TestDatabase,
-    fleet::{Departure, Fleet, Settings, Work, identity},
+    fleet::{Fleet, Settings, Work, identity},
     probe,
 };
 
@@ -126,8 +126,6 @@ pub async fn run(options: &Options) -> Outcome {
     let disturbing = async {
         let made = faults::make(&mut scene, StdRng::seed_from_u64(seed ^ 0x5eed), lasts).await;
         stop.cancel();
-        // An agent that has failed often waits up to five minutes before it tries again; here all are called in.
-        scene.fleet.vanish(0..scene.agents, Departure::Cut, Duration::ZERO);
         (made, Instant::now())
     };
     let (accepted, (made, quiet)) = tokio::join!(working, disturbing);

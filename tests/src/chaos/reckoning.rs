@@ -82,7 +82,9 @@ pub async fn reckon(scene: &Scene, accepted: &Accepted, deadline: Instant) -> (O
         if Instant::now() > deadline {
             break None;
         }
-        tokio::time::sleep(Duration::from_millis(250)).await;
+        // An agent that has failed often waits up to five minutes before it tries again; nobody here waits that long.
+        scene.fleet.call_in();
+        tokio::time::sleep(Duration::from_secs(1)).await;
     };
     let mut broken = found(pool, &NOTHING_OPEN).await;
     broken.extend(found(pool, &NEVER).await);

@@ -272,6 +272,11 @@ impl Fleet {
         }
     }
 
+    /// Has every agent that waits for its next attempt make it now; the others do not notice.
+    pub fn call_in(&self) {
+        self.shared.slots.iter().for_each(|slot| slot.wake.notify_one());
+    }
+
     /// Waits until the sums are as wanted.
     ///
     /// # Panics
