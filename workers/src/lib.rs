@@ -55,7 +55,9 @@ pub async fn run(
     let mut duties = Vec::new();
     if options.duties {
         let wakeup = wakeup::Wakeup::spawn(pool.clone(), [wakeup::SCHEDULE_CHANGED.to_owned()], stop.clone());
-        duties.push(tokio::spawn(scheduler::keep(pool.clone(), wakeup, name.clone(), stop.clone())));
+        // A connection of its own: what is due must not wait behind steps.
+        let scheduling = db::sibling(&pool, 1, &worker::PLANS);
+        duties.push(tokio::spawn(scheduler::keep(scheduling, wakeup, name.clone(), stop.clone())));
         duties.push(tokio::spawn(housekeeping::keep(services.clone(), options.history_days, stop.clone())));
     }
     duties.push(tokio::spawn(presence(pool.clone(), options.id, name.clone(), stop.clone())));

@@ -112,11 +112,9 @@ async fn abandoned(services: &Services) -> Result<()> {
     )
     .fetch_all(&services.pool)
     .await?;
-    for occurrence_id in waiting {
-        let mut tx = services.pool.begin().await?;
-        scheduled_run::start_occurrence(&mut tx, occurrence_id).await?;
-        tx.commit().await?;
-    }
+    let mut tx = services.pool.begin().await?;
+    scheduled_run::start_occurrences(&mut tx, &waiting).await?;
+    tx.commit().await?;
     Ok(())
 }
 

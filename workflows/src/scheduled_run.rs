@@ -60,26 +60,26 @@ pub fn definition() -> Workflow {
         .on_cancel(|cx| Box::pin(cancel(cx)))
 }
 
-/// Starts the run of an opened occurrence, in the caller's transaction and once per occurrence.
+/// Starts the runs of opened occurrences, in the caller's transaction and once per occurrence.
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn start_occurrence(conn: &mut PgConnection, occurrence_id: i64) -> Result<Uuid> {
-    let facts = occurrence::facts(conn, occurrence_id).await?;
-    let started = start::start(
-        conn,
-        &definition(),
-        NewRun {
-            key: Some(occurrence_id.to_string()),
-            input: json!(Input { occurrence_id }),
-            scheduled_job_id: Some(facts.job_id),
-            site_ids: facts.site_ids,
-            ..NewRun::default()
-        },
-    )
-    .await?;
-    occurrence::carried_by(conn, occurrence_id, started.run_id).await?;
-    Ok(started.run_id)
+pub async fn start_occurrences(conn: &mut PgConnection, occurrence_ids: &[i64]) -> Result<()> {
+    if occurrence_ids.is_empty() {
+        return Ok(());
+    }
+    let facts = occurrence::facts(conn, occurrence_ids).await?;
+    let ids: Vec<i64> = facts.iter().map(|facts| facts.id).collect();
+    let new = facts.into_iter().map(|facts| NewRun {
+        key: Some(facts.id.to_string()),
+        input: json!(Input { occurrence_id: facts.id }),
+        scheduled_job_id: Some(facts.job_id),
+        site_ids: facts.site_ids,
+        ..NewRun::default()
+    });
+    let started = start::start_many(conn, &definition(), new.collect()).await?;
+    let carriers: Vec<(i64, Uuid)> = ids.into_iter().zip(started.iter().map(|started| started.run_id)).collect();
+    occurrence::carried_by(conn, &carriers).await
 }
 
 /// Freezes the targets and writes what is to be sent to each, in the transaction that commits this step.
@@ -144,7 +144,7 @@ fn inside(cx: &StepContext) {
 pub async fn close(conn: &mut PgConnection, occurrence_id: i64) -> Result<Summary> {
     let summary = occurrence::close(conn, occurrence_id).await?;
     if let Some(next) = summary.next_queued {
-        start_occurrence(conn, next).await?;
+        start_occurrences(conn, &[next]).await?;
     }
     Ok(summary)
 }

@@ -3,18 +3,17 @@
 //! One worker process leads by a lease in the database, any number stand by. Leadership is for economy only: what is due is
 //! taken under row locks and decided in the transaction that moves the job's cursor, so two leaders would do no harm.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use borealis_engine::{
     Result,
     db::Pool,
     jobs::{
-        cursor,
-        occurrence::{self, Decision, NewOccurrence, Overlap},
+        cursor::{self, DueJob, Move},
+        occurrence::{self, Decision, Plan, Standing},
     },
 };
 use chrono::{DateTime, Utc};
-use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -28,7 +27,7 @@ const LEAD: &str = "5 seconds";
 /// The longest sleep: bounds how late a lost notification or a dead leader can make an instant.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// The most jobs decided in one transaction.
-const BATCH: i64 = 100;
+const BATCH: i64 = 250;
 
 /// Schedules until `stop`. `worker` names this process.
 pub async fn keep(pool: Pool, wakeup: Wakeup, worker: String, stop: CancellationToken) {
@@ -92,57 +91,52 @@ async fn step_down(pool: &Pool, token: Uuid) -> Result<()> {
 /// When the database refuses.
 pub async fn advance(pool: &Pool, limit: i64) -> Result<usize> {
     let mut tx = pool.begin().await?;
-    let now = sqlx::query_scalar!(r#"SELECT now() AS "now!""#).fetch_one(&mut *tx).await?;
-    let jobs = cursor::due(&mut tx, limit).await?;
-    for job in &jobs {
-        decide(&mut tx, job, now).await?;
+    let (now, jobs) = cursor::due(&mut tx, limit).await?;
+    if jobs.is_empty() {
+        return Ok(0);
     }
+    let plans: Vec<_> = jobs.iter().filter_map(|job| Some((job, plan(job, now)?))).collect();
+    let instants: Vec<_> =
+        plans.iter().flat_map(|(job, plan)| plan.decisions.iter().map(|decision| (job.id, decision.at()))).collect();
+    let standings = occurrence::standings(&mut tx, &instants).await?;
+    let nothing = Standing::default();
+    let settled: Vec<_> = plans
+        .iter()
+        .flat_map(|(job, plan)| {
+            occurrence::settle(job.id, &plan.decisions, job.overlap_policy, standings.get(&job.id).unwrap_or(&nothing))
+        })
+        .collect();
+    let open = occurrence::write(&mut tx, &settled).await?;
+    scheduled_run::start_occurrences(&mut tx, &open).await?;
+    let planned: HashMap<i64, &Plan> = plans.iter().map(|(job, plan)| (job.id, plan)).collect();
+    let moves: Vec<_> = jobs.iter().map(|job| moved(job, planned.get(&job.id).copied())).collect();
+    cursor::advance(&mut tx, &moves).await?;
     tx.commit().await?;
     Ok(jobs.len())
 }
 
-async fn decide(conn: &mut PgConnection, job: &cursor::DueJob, now: DateTime<Utc>) -> Result<()> {
-    let schedule = match &job.schedule {
-        Ok(schedule) => schedule,
+/// What to do with the due instants of a job; none when its schedule cannot be read.
+fn plan(job: &DueJob, now: DateTime<Utc>) -> Option<Plan> {
+    match &job.schedule {
+        Ok(schedule) => {
+            Some(occurrence::plan(job.next_due_at, now, schedule.remaining(job.occurrences_used), job.misfire_policy, |at| {
+                schedule.next_after(at)
+            }))
+        }
         Err(error) => {
             tracing::error!(job_id = job.id, ?error, "a stored schedule cannot be read; the job is stopped");
-            return cursor::advance(conn, job.id, None, 0, Some(job.next_due_at)).await;
-        }
-    };
-    let plan = occurrence::plan(job.next_due_at, now, schedule.remaining(job.occurrences_used), job.misfire_policy, |at| {
-        schedule.next_after(at)
-    });
-    let mut last = None;
-    for decision in plan.decisions {
-        match decision {
-            Decision::Skip { at, reason, more } => {
-                let note = (more > 0).then(|| format!("{more} earlier occurrences were missed too"));
-                occurrence::record_skip(conn, job.id, at, reason, note.as_deref()).await?;
-            }
-            Decision::Fire { at, catch_up } => {
-                let (unfinished, queued) = occurrence::unfinished(conn, job.id).await?;
-                let answer = occurrence::overlap(job.overlap_policy, unfinished, queued, catch_up);
-                if answer == Overlap::Skip {
-                    occurrence::record_skip(conn, job.id, at, "overlap", None).await?;
-                } else {
-                    let new = NewOccurrence {
-                        job_id: job.id,
-                        scheduled_at: at,
-                        cause: if catch_up { "catch_up" } else { "schedule" },
-                        scope_site_ids: None,
-                        only_devices: None,
-                        requested_by: String::new(),
-                        queued: answer == Overlap::Wait,
-                    };
-                    if let Some(occurrence_id) = occurrence::open(conn, &new).await?
-                        && answer == Overlap::Run
-                    {
-                        scheduled_run::start_occurrence(conn, occurrence_id).await?;
-                    }
-                }
-                last = Some(at);
-            }
+            None
         }
     }
-    cursor::advance(conn, job.id, plan.next_due_at, plan.used, last).await
+}
+
+/// Where the cursor of a decided job goes; without a plan the job is stopped.
+fn moved(job: &DueJob, plan: Option<&Plan>) -> Move {
+    let fired = |decision: &&Decision| matches!(decision, Decision::Fire { .. });
+    Move {
+        job_id: job.id,
+        next_due_at: plan.and_then(|plan| plan.next_due_at),
+        used: plan.map_or(0, |plan| plan.used),
+        last: plan.map_or(Some(job.next_due_at), |plan| plan.decisions.iter().rfind(fired).map(Decision::at)),
+    }
 }

@@ -10,7 +10,7 @@ use borealis_engine::{
     db::{self, Tx},
     idempotency::{self, Claim},
     jobs::{
-        occurrence::{self, NewOccurrence},
+        occurrence::{self, Requested},
         run,
         schedule::{PREVIEW_MAX, Schedule, ScheduleInput},
         spec::JobBody,
@@ -510,18 +510,17 @@ async fn start(
         return Err(store::occurrence_in_progress().into());
     }
     let only_devices = if retry { Some(store::to_retry(&mut tx, &operator.scope, id).await?) } else { None };
-    let new = NewOccurrence {
+    let new = Requested {
         job_id: id,
-        scheduled_at: store::now(&mut tx).await?,
+        at: store::now(&mut tx).await?,
         cause,
         scope_site_ids: operator.scope.site_ids().map(<[i64]>::to_vec),
         only_devices,
         requested_by: operator.username.clone(),
-        queued: false,
     };
-    let occurrence_id = occurrence::open(&mut tx, &new).await?.ok_or_else(store::occurrence_in_progress)?;
+    let occurrence_id = occurrence::open(&mut tx, &new).await?;
     occurrence::freeze(&mut tx, occurrence_id).await?;
-    borealis_workflows::scheduled_run::start_occurrence(&mut tx, occurrence_id).await?;
+    borealis_workflows::scheduled_run::start_occurrences(&mut tx, &[occurrence_id]).await?;
     let (at, runs) = store::started(&mut tx, occurrence_id).await?;
     store::record(&mut tx, &operator.actor, &format!("scheduled_job.{cause}"), id, json!({"occurrence": at.timestamp()})).await?;
     let job = view::job(&mut tx, &operator.scope, id).await?;

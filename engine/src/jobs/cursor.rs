@@ -23,21 +23,23 @@ pub struct DueJob {
     pub overlap_policy: OverlapPolicy,
 }
 
-/// Locks up to `limit` due jobs, the longest due first. Jobs another process is deciding are left to it.
+/// Locks up to `limit` due jobs, the longest due first, and says when that was by the database's clock. Jobs another
+/// process is deciding are left to it.
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn due(conn: &mut PgConnection, limit: i64) -> Result<Vec<DueJob>> {
+pub async fn due(conn: &mut PgConnection, limit: i64) -> Result<(DateTime<Utc>, Vec<DueJob>)> {
     let rows = sqlx::query!(
         r#"SELECT id, next_due_at AS "next_due_at!", occurrences_used, schedule_type, start_at, start_wall, timezone, cron, end_at,
-                  max_occurrences, created_at, misfire_policy, overlap_policy
+                  max_occurrences, created_at, misfire_policy, overlap_policy, now() AS "now!"
            FROM scheduled_jobs WHERE enabled AND next_due_at <= now()
-           ORDER BY next_due_at LIMIT $1 FOR UPDATE SKIP LOCKED"#,
+           ORDER BY next_due_at LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED"#,
         limit,
     )
     .fetch_all(conn)
     .await?;
-    Ok(rows
+    let now = rows.first().map_or_else(Utc::now, |row| row.now);
+    let jobs = rows
         .into_iter()
         .map(|row| {
             let start_wall: Option<NaiveDateTime> = row.start_wall;
@@ -59,28 +61,38 @@ pub async fn due(conn: &mut PgConnection, limit: i64) -> Result<Vec<DueJob>> {
                 overlap_policy: row.overlap_policy.parse().unwrap_or_default(),
             }
         })
-        .collect())
+        .collect();
+    Ok((now, jobs))
 }
 
-/// Moves a locked job's cursor on: past `used` instants, to `next_due_at`.
+/// Where a job's cursor moves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Move {
+    /// The job.
+    pub job_id: i64,
+    /// The next instant; none: nothing more will come.
+    pub next_due_at: Option<DateTime<Utc>>,
+    /// How many instants were used up.
+    pub used: i64,
+    /// The last instant that was to run; none: as before.
+    pub last: Option<DateTime<Utc>>,
+}
+
+/// Moves the cursors of locked jobs.
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn advance(
-    conn: &mut PgConnection,
-    job_id: i64,
-    next_due_at: Option<DateTime<Utc>>,
-    used: i64,
-    last: Option<DateTime<Utc>>,
-) -> Result<()> {
+pub async fn advance(conn: &mut PgConnection, moves: &[Move]) -> Result<()> {
     sqlx::query!(
-        "UPDATE scheduled_jobs
-         SET next_due_at = $2, occurrences_used = occurrences_used + $3, last_occurrence_at = coalesce($4, last_occurrence_at)
-         WHERE id = $1",
-        job_id,
-        next_due_at,
-        used,
-        last,
+        "UPDATE scheduled_jobs j
+         SET next_due_at = t.next_due_at, occurrences_used = j.occurrences_used + t.used,
+             last_occurrence_at = coalesce(t.last, j.last_occurrence_at)
+         FROM unnest($1::bigint[], $2::timestamptz[], $3::bigint[], $4::timestamptz[]) AS t(id, next_due_at, used, last)
+         WHERE j.id = t.id",
+        &moves.iter().map(|to| to.job_id).collect::<Vec<_>>(),
+        &moves.iter().map(|to| to.next_due_at).collect::<Vec<_>>() as &[Option<DateTime<Utc>>],
+        &moves.iter().map(|to| to.used).collect::<Vec<_>>(),
+        &moves.iter().map(|to| to.last).collect::<Vec<_>>() as &[Option<DateTime<Utc>>],
     )
     .execute(conn)
     .await?;

@@ -1,7 +1,10 @@
 //! Occurrences: from a due instant to frozen targets.
 //!
-//! The scheduler's decision is [`plan`], a pure function of the job's cursor, its policies and the clock. It is applied with
-//! [`advance`] in the transaction that moves the cursor, so an instant is decided once, whoever asks and however often.
+//! The scheduler's decision is [`plan`] and [`settle`], pure functions of the job's cursor, its policies, the clock and what
+//! the job has open. [`write()`] applies it in the transaction that moves the cursor, so an instant is decided once, whoever
+//! asks and however often.
+
+use std::collections::{BTreeSet, HashMap};
 
 use chrono::{DateTime, Duration, Utc};
 use serde_json::json;
@@ -54,6 +57,16 @@ pub enum Decision {
         /// How many further instants this record stands for.
         more: usize,
     },
+}
+
+impl Decision {
+    /// The instant it is about.
+    #[must_use]
+    pub fn at(&self) -> DateTime<Utc> {
+        match self {
+            Self::Fire { at, .. } | Self::Skip { at, .. } => *at,
+        }
+    }
 }
 
 /// What the scheduler does with a job whose cursor has come.
@@ -109,96 +122,220 @@ pub fn plan(
     Plan { decisions, next_due_at, used: i64::try_from(used).unwrap_or(i64::MAX) }
 }
 
-/// An occurrence to be opened.
-#[derive(Debug, Clone)]
-pub struct NewOccurrence {
+/// What a scheduled job has of its own when due instants are decided.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Occurrences that have not ended, those that wait included.
+    pub unfinished: i64,
+    /// Of these, those that wait for the one before them.
+    pub queued: i64,
+    /// Which of the instants asked about have an occurrence already, by hand.
+    pub taken: BTreeSet<DateTime<Utc>>,
+}
+
+/// What each of these jobs has; `instants` are those to be decided. Jobs without anything are left out.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn standings(conn: &mut PgConnection, instants: &[(i64, DateTime<Utc>)]) -> Result<HashMap<i64, Standing>> {
+    let (jobs, ats): (Vec<i64>, Vec<DateTime<Utc>>) = instants.iter().copied().unzip();
+    let distinct: Vec<i64> = jobs.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
+    let mut standings: HashMap<i64, Standing> = HashMap::new();
+    let unfinished = sqlx::query!(
+        r#"SELECT o.job_id, count(*) AS "unfinished!", count(*) FILTER (WHERE o.state = 'queued') AS "queued!"
+           FROM unnest($1::bigint[]) AS j(id) JOIN job_occurrences o ON o.job_id = j.id AND o.state <> 'closed' GROUP BY 1"#,
+        &distinct,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    for row in unfinished {
+        let standing = standings.entry(row.job_id).or_default();
+        (standing.unfinished, standing.queued) = (row.unfinished, row.queued);
+    }
+    let taken = sqlx::query!(
+        "SELECT o.job_id, o.scheduled_at FROM unnest($1::bigint[], $2::timestamptz[]) AS t(job_id, at)
+         JOIN job_occurrences o ON o.job_id = t.job_id AND o.scheduled_at = t.at",
+        &jobs,
+        &ats,
+    )
+    .fetch_all(conn)
+    .await?;
+    for row in taken {
+        standings.entry(row.job_id).or_default().taken.insert(row.scheduled_at);
+    }
+    Ok(standings)
+}
+
+/// What becomes of a decided instant, given what the job has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settled {
     /// The job.
     pub job_id: i64,
-    /// The instant, unique in the job. For a manual one: now, moved on past any instant that is taken.
-    pub scheduled_at: DateTime<Utc>,
-    /// `schedule`, `catch_up`, `rerun` or `retry`.
-    pub cause: &'static str,
-    /// The sites it may reach, when narrower than the job's; none: the job's.
-    pub scope_site_ids: Option<Vec<i64>>,
-    /// For a retry: the only devices it is for.
-    pub only_devices: Option<Vec<Uuid>>,
-    /// Who asked, or empty for the schedule.
-    pub requested_by: String,
-    /// True to wait until the occurrences before it have ended.
-    pub queued: bool,
+    /// The instant.
+    pub at: DateTime<Utc>,
+    /// What becomes of it.
+    pub fate: Fate,
 }
 
-/// Opens an occurrence. `None` when the job has one at that instant already: then nothing happened.
-///
-/// # Errors
-/// When the database refuses.
-pub async fn open(conn: &mut PgConnection, new: &NewOccurrence) -> Result<Option<i64>> {
-    let manual = matches!(new.cause, "rerun" | "retry");
-    let mut at = new.scheduled_at;
-    loop {
-        let id = sqlx::query_scalar!(
-            "INSERT INTO job_occurrences (job_id, scheduled_at, cause, state, only_devices, scope_site_ids, requested_by)
-             VALUES ($1, $2, $3, $4, $5, $6, $7)
-             ON CONFLICT ON CONSTRAINT job_occurrences_instant_key DO NOTHING RETURNING id",
-            new.job_id,
-            at,
-            new.cause,
-            if new.queued { "queued" } else { "open" },
-            new.only_devices.as_deref(),
-            new.scope_site_ids.as_deref(),
-            new.requested_by,
-        )
-        .fetch_optional(&mut *conn)
-        .await?;
-        if id.is_some() || !manual {
-            return Ok(id);
+/// The fates of an instant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    /// An occurrence is opened and runs now.
+    Run {
+        /// True when it makes up for an outage.
+        catch_up: bool,
+    },
+    /// An occurrence is opened and waits for those before it.
+    Wait {
+        /// True when it makes up for an outage.
+        catch_up: bool,
+    },
+    /// It leaves a record with a reason and does not run.
+    Skip {
+        /// `misfire` or `overlap`.
+        reason: &'static str,
+        /// For how many further instants the record stands.
+        more: usize,
+    },
+}
+
+/// Settles the decisions of a plan one after another, each seeing those before it. Pure. An instant that has an occurrence
+/// already is left as it is.
+#[must_use]
+pub fn settle(job_id: i64, decisions: &[Decision], policy: OverlapPolicy, standing: &Standing) -> Vec<Settled> {
+    let (mut unfinished, mut queued) = (standing.unfinished, standing.queued);
+    let mut settled = Vec::with_capacity(decisions.len());
+    for decision in decisions {
+        let (at, fate) = match *decision {
+            Decision::Skip { at, reason, more } => (at, Fate::Skip { reason, more }),
+            Decision::Fire { at, catch_up } => (
+                at,
+                match overlap(policy, unfinished > 0, queued, catch_up) {
+                    Overlap::Run => Fate::Run { catch_up },
+                    Overlap::Wait => Fate::Wait { catch_up },
+                    Overlap::Skip => Fate::Skip { reason: "overlap", more: 0 },
+                },
+            ),
+        };
+        if standing.taken.contains(&at) {
+            continue;
         }
-        // Two manual starts within one second of each other are two occurrences.
-        at += Duration::seconds(1);
+        unfinished += i64::from(!matches!(fate, Fate::Skip { .. }));
+        queued += i64::from(matches!(fate, Fate::Wait { .. }));
+        settled.push(Settled { job_id, at, fate });
     }
+    settled
 }
 
-/// Records that an instant did not run, as a Skipped run (jobs 7.1).
+/// Opens occurrences and records skips, one statement for each. Answers the occurrences that are to run now.
 ///
 /// # Errors
-/// When the database refuses.
-pub async fn record_skip(
-    conn: &mut PgConnection,
-    job_id: i64,
-    at: DateTime<Utc>,
-    reason: &str,
-    error: Option<&str>,
-) -> Result<()> {
+/// When the database refuses; then nothing was written.
+pub async fn write(conn: &mut PgConnection, settled: &[Settled]) -> Result<Vec<i64>> {
+    let (mut jobs, mut ats, mut causes, mut states) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut skips = Vec::new();
+    for Settled { job_id, at, fate } in settled {
+        let (catch_up, state) = match fate {
+            Fate::Run { catch_up } => (catch_up, "open"),
+            Fate::Wait { catch_up } => (catch_up, "queued"),
+            Fate::Skip { reason, more } => {
+                let note = (*more > 0).then(|| format!("{more} earlier occurrences were missed too"));
+                skips.push((*job_id, *at, *reason, note));
+                continue;
+            }
+        };
+        jobs.push(*job_id);
+        ats.push(*at);
+        causes.push(if *catch_up { "catch_up" } else { "schedule" });
+        states.push(state);
+    }
+    record_skips(conn, &skips).await?;
+    if jobs.is_empty() {
+        return Ok(Vec::new());
+    }
+    let opened = sqlx::query!(
+        "INSERT INTO job_occurrences (job_id, scheduled_at, cause, state)
+         SELECT * FROM unnest($1::bigint[], $2::timestamptz[], $3::text[], $4::text[])
+         ON CONFLICT ON CONSTRAINT job_occurrences_instant_key DO NOTHING RETURNING id, state",
+        &jobs,
+        &ats,
+        &causes as &[&str],
+        &states as &[&str],
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(opened.into_iter().filter(|row| row.state == "open").map(|row| row.id).collect())
+}
+
+/// Records instants that did not run, each as a Skipped run (jobs 7.1).
+async fn record_skips(conn: &mut PgConnection, skips: &[(i64, DateTime<Utc>, &str, Option<String>)]) -> Result<()> {
+    if skips.is_empty() {
+        return Ok(());
+    }
     sqlx::query!(
-        "WITH occurrence AS (
+        "WITH skip AS (
+             SELECT * FROM unnest($1::bigint[], $2::timestamptz[], $3::text[], $4::text[]) AS t(job_id, at, reason, error)
+         ), occurrence AS (
              INSERT INTO job_occurrences (job_id, scheduled_at, cause, state, frozen_at, finished_at)
-             VALUES ($1, $2, 'schedule', 'closed', now(), now())
-             ON CONFLICT ON CONSTRAINT job_occurrences_instant_key DO NOTHING RETURNING id
+             SELECT job_id, at, 'schedule', 'closed', now(), now() FROM skip
+             ON CONFLICT ON CONSTRAINT job_occurrences_instant_key DO NOTHING RETURNING id, job_id, scheduled_at
          )
          INSERT INTO scheduled_job_runs (job_id, occurrence_id, scheduled_at, status, skip_reason, error, resolution_status, resolution_reason, finished_at)
-         SELECT $1, id, $2, 'Skipped', $3, $4, 'skipped', $3, now() FROM occurrence",
-        job_id,
-        at,
-        reason,
-        error,
+         SELECT o.job_id, o.id, o.scheduled_at, 'Skipped', s.reason, s.error, 'skipped', s.reason, now()
+         FROM occurrence o JOIN skip s ON s.job_id = o.job_id AND s.at = o.scheduled_at",
+        &skips.iter().map(|skip| skip.0).collect::<Vec<_>>(),
+        &skips.iter().map(|skip| skip.1).collect::<Vec<_>>(),
+        &skips.iter().map(|skip| skip.2).collect::<Vec<_>>() as &[&str],
+        &skips.iter().map(|skip| skip.3.as_deref()).collect::<Vec<_>>() as &[Option<&str>],
     )
     .execute(conn)
     .await?;
     Ok(())
 }
 
-/// Whether the job has an occurrence that has not ended, and how many of them wait.
+/// An occurrence that somebody asks for.
+#[derive(Debug, Clone)]
+pub struct Requested {
+    /// The job.
+    pub job_id: i64,
+    /// Now; moved on past any instant that is taken.
+    pub at: DateTime<Utc>,
+    /// `rerun` or `retry`.
+    pub cause: &'static str,
+    /// The sites it may reach, when narrower than the job's; none: the job's.
+    pub scope_site_ids: Option<Vec<i64>>,
+    /// For a retry: the only devices it is for.
+    pub only_devices: Option<Vec<Uuid>>,
+    /// Who asked.
+    pub requested_by: String,
+}
+
+/// Opens an occurrence that somebody asks for.
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn unfinished(conn: &mut PgConnection, job_id: i64) -> Result<(bool, i64)> {
-    let row = sqlx::query!(
-        r#"SELECT count(*) AS "open!", count(*) FILTER (WHERE state = 'queued') AS "queued!" FROM job_occurrences WHERE job_id = $1 AND state <> 'closed'"#,
-        job_id
-    )
-    .fetch_one(conn)
-    .await?;
-    Ok((row.open > 0, row.queued))
+pub async fn open(conn: &mut PgConnection, new: &Requested) -> Result<i64> {
+    let mut at = new.at;
+    loop {
+        let id = sqlx::query_scalar!(
+            "INSERT INTO job_occurrences (job_id, scheduled_at, cause, state, only_devices, scope_site_ids, requested_by)
+             VALUES ($1, $2, $3, 'open', $4, $5, $6)
+             ON CONFLICT ON CONSTRAINT job_occurrences_instant_key DO NOTHING RETURNING id",
+            new.job_id,
+            at,
+            new.cause,
+            new.only_devices.as_deref(),
+            new.scope_site_ids.as_deref(),
+            new.requested_by,
+        )
+        .fetch_optional(&mut *conn)
+        .await?;
+        if let Some(id) = id {
+            return Ok(id);
+        }
+        // Two manual starts within one second of each other are two occurrences.
+        at += Duration::seconds(1);
+    }
 }
 
 /// Whether an occurrence that is due runs now, waits or is skipped, given what else of the job has not ended. Pure.
@@ -226,14 +363,20 @@ pub enum Overlap {
     Skip,
 }
 
-/// Remembers the workflow run that carries an occurrence out.
+/// Remembers the workflow runs that carry occurrences out.
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn carried_by(conn: &mut PgConnection, occurrence_id: i64, workflow_run_id: Uuid) -> Result<()> {
-    sqlx::query!("UPDATE job_occurrences SET workflow_run_id = $2, state = 'open' WHERE id = $1", occurrence_id, workflow_run_id)
-        .execute(conn)
-        .await?;
+pub async fn carried_by(conn: &mut PgConnection, carriers: &[(i64, Uuid)]) -> Result<()> {
+    let (ids, runs): (Vec<i64>, Vec<Uuid>) = carriers.iter().copied().unzip();
+    sqlx::query!(
+        "UPDATE job_occurrences o SET workflow_run_id = t.run_id, state = 'open'
+         FROM unnest($1::bigint[], $2::uuid[]) AS t(id, run_id) WHERE o.id = t.id",
+        &ids,
+        &runs,
+    )
+    .execute(conn)
+    .await?;
     Ok(())
 }
 
@@ -328,26 +471,27 @@ pub async fn cancel_all(conn: &mut PgConnection, job_id: i64) -> Result<(Vec<Uui
 /// What the workflow of an occurrence is started with.
 #[derive(Debug, Clone)]
 pub struct Facts {
+    /// The occurrence.
+    pub id: i64,
     /// The job.
     pub job_id: i64,
     /// The sites whose operators may see the run; none: administrators only.
     pub site_ids: Vec<i64>,
 }
 
-/// The facts of an occurrence.
+/// The facts of occurrences; one that is gone is left out.
 ///
 /// # Errors
-/// 404 when there is none.
-pub async fn facts(conn: &mut PgConnection, occurrence_id: i64) -> Result<Facts> {
-    sqlx::query_as!(
+/// When the database refuses.
+pub async fn facts(conn: &mut PgConnection, occurrence_ids: &[i64]) -> Result<Vec<Facts>> {
+    Ok(sqlx::query_as!(
         Facts,
-        r#"SELECT o.job_id, coalesce(job_site_ids(j.targets), '{}') AS "site_ids!" FROM job_occurrences o JOIN scheduled_jobs j ON j.id = o.job_id
-           WHERE o.id = $1"#,
-        occurrence_id
+        r#"SELECT o.id, o.job_id, coalesce(job_site_ids(j.targets), '{}') AS "site_ids!" FROM unnest($1::bigint[]) AS t(id)
+           JOIN job_occurrences o ON o.id = t.id JOIN scheduled_jobs j ON j.id = o.job_id"#,
+        occurrence_ids
     )
-    .fetch_optional(conn)
-    .await?
-    .ok_or_else(Error::not_found)
+    .fetch_all(conn)
+    .await?)
 }
 
 /// Freezes the targets of an occurrence: one Pending run per device, as things are now. Doing it again changes nothing.
@@ -617,6 +761,27 @@ mod tests {
         assert_eq!((fires(&last), last.next_due_at), (vec![at(0)], None));
         let missed = plan(at(0), at(62), Some(3), MisfirePolicy::RunOnce, every_5);
         assert_eq!((fires(&missed), missed.next_due_at, missed.used), (vec![at(10)], None, 3));
+    }
+
+    #[test]
+    fn decisions_of_one_pass_see_each_other() {
+        let fire = |minute| Decision::Fire { at: at(minute), catch_up: true };
+        let decisions: Vec<_> = (0..3).map(|n| fire(n * 5)).collect();
+        let fates = |policy, standing: &Standing| {
+            settle(7, &decisions, policy, standing).into_iter().map(|settled| (settled.at, settled.fate)).collect::<Vec<_>>()
+        };
+        let (run, wait) = (Fate::Run { catch_up: true }, Fate::Wait { catch_up: true });
+        let nothing = Standing::default();
+        assert_eq!(fates(OverlapPolicy::Skip, &nothing), [(at(0), run.clone()), (at(5), wait.clone()), (at(10), wait.clone())]);
+        let taken = Standing { taken: BTreeSet::from([at(0)]), ..Standing::default() };
+        assert_eq!(
+            fates(OverlapPolicy::Skip, &taken),
+            [(at(5), run), (at(10), wait.clone())],
+            "what is there already is left alone"
+        );
+        let full = Standing { unfinished: QUEUE_MAX, queued: QUEUE_MAX - 1, ..Standing::default() };
+        let skip = Fate::Skip { reason: "overlap", more: 0 };
+        assert_eq!(fates(OverlapPolicy::Queue, &full), [(at(0), wait), (at(5), skip.clone()), (at(10), skip)]);
     }
 
     #[test]
