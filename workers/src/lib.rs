@@ -50,13 +50,14 @@ pub async fn run(
     stop: CancellationToken,
 ) -> Result<()> {
     let name = name(options.id);
+    let pool = db::sibling(&pool, pool.options().get_max_connections(), &worker::PLANS);
     let services = Services { pool: pool.clone(), agents };
     tracing::info!(name, concurrency = options.concurrency, "worker starts");
     let mut duties = Vec::new();
     if options.duties {
         let wakeup = wakeup::Wakeup::spawn(pool.clone(), [wakeup::SCHEDULE_CHANGED.to_owned()], stop.clone());
         // A connection of its own: what is due must not wait behind steps.
-        let scheduling = db::sibling(&pool, 1, &worker::PLANS);
+        let scheduling = db::sibling(&pool, 1, &[]);
         duties.push(tokio::spawn(scheduler::keep(scheduling, wakeup, name.clone(), stop.clone())));
         duties.push(tokio::spawn(housekeeping::keep(services.clone(), options.history_days, stop.clone())));
     }

@@ -97,8 +97,7 @@ async fn resolve(cx: &mut StepContext) -> StepResult {
 async fn dispatch(cx: &mut StepContext) -> StepResult {
     let Input { occurrence_id } = cx.input()?;
     // Looked up and not handed on: ten thousand names are no state for every run's journal to keep.
-    let devices = occurrence::waiting_devices(cx.tx().await?, occurrence_id).await?;
-    cx.end_tx();
+    let devices = occurrence::waiting_devices(&mut *cx.look().await?, occurrence_id).await?;
     for batch in devices.chunks(DISPATCH_BATCH) {
         match cx.services.agents.deliver(batch).await {
             Ok(()) => {}
@@ -116,7 +115,8 @@ async fn dispatch(cx: &mut StepContext) -> StepResult {
 /// Sleeps until the last run has ended.
 async fn results(cx: &mut StepContext) -> StepResult {
     let Input { occurrence_id } = cx.input()?;
-    let open = occurrence::open_runs(cx.tx().await?, occurrence_id).await?;
+    // A run that ends after this look signals, and a signal that comes before the wait is kept.
+    let open = occurrence::open_runs(&mut *cx.look().await?, occurrence_id).await?;
     inside(cx);
     if open == 0 {
         return Outcome::next(&());

@@ -519,6 +519,7 @@ async fn start(
         requested_by: operator.username.clone(),
     };
     let occurrence_id = occurrence::open(&mut tx, &new).await?;
+    borealis_engine::db::plan_afresh(&mut tx).await?;
     occurrence::freeze(&mut tx, occurrence_id).await?;
     borealis_workflows::scheduled_run::start_occurrences(&mut tx, &[occurrence_id]).await?;
     let (at, runs) = store::started(&mut tx, occurrence_id).await?;

@@ -18,7 +18,6 @@ use super::{
 use crate::{
     Error, Result,
     assemblies::{self, RunMode},
-    db,
 };
 
 /// The lane agents and operators see for scripts of scheduled jobs (jobs 4.3).
@@ -418,25 +417,23 @@ pub async fn close(conn: &mut PgConnection, occurrence_id: i64) -> Result<Summar
     // The job's row orders the closers, so that of two that end together one sees the other.
     sqlx::query!("SELECT id FROM scheduled_jobs WHERE id = $1 FOR UPDATE", closed.job_id).fetch_optional(&mut *conn).await?;
     let statuses = sqlx::query!(
-        r#"SELECT status, count(*) AS "count!" FROM scheduled_job_runs WHERE occurrence_id = $1 GROUP BY status"#,
-        occurrence_id
+        r#"WITH k AS (
+               SELECT status, site_id, device_guid IS NULL AS nowhere, skip_reason = 'no_devices_targeted' AS without, count(*) AS runs
+               FROM scheduled_job_runs WHERE occurrence_id = $1 GROUP BY 1, 2, 3, 4
+           ), kept AS (
+               UPDATE job_occurrences SET results = g.results
+               FROM (SELECT jsonb_agg(to_jsonb(k)) AS results, count(*) AS entries FROM k) g
+               WHERE id = $1 AND g.entries <= $2
+           )
+           SELECT status, sum(runs)::bigint AS "count!" FROM k GROUP BY 1"#,
+        occurrence_id,
+        RESULTS_MAX,
     )
     .fetch_all(&mut *conn)
     .await?
     .into_iter()
     .map(|row| (row.status, row.count))
     .collect();
-    sqlx::query!(
-        "UPDATE job_occurrences SET results = g.results
-         FROM (SELECT jsonb_agg(to_jsonb(k)) AS results, count(*) AS entries
-               FROM (SELECT status, site_id, device_guid IS NULL AS nowhere, skip_reason = 'no_devices_targeted' AS without, count(*) AS runs
-                     FROM scheduled_job_runs WHERE occurrence_id = $1 GROUP BY 1, 2, 3, 4) k) g
-         WHERE id = $1 AND g.entries <= $2",
-        occurrence_id,
-        RESULTS_MAX,
-    )
-    .execute(&mut *conn)
-    .await?;
     let next_queued = sqlx::query_scalar!(
         "SELECT id FROM job_occurrences o WHERE job_id = $1 AND state = 'queued'
            AND NOT EXISTS (SELECT FROM job_occurrences other WHERE other.job_id = $1 AND other.state = 'open')
@@ -495,16 +492,15 @@ pub async fn facts(conn: &mut PgConnection, occurrence_ids: &[i64]) -> Result<Ve
 }
 
 /// Freezes the targets of an occurrence: one Pending run per device, as things are now. Doing it again changes nothing.
-/// Answers the ids of its runs. Without any device there is one run, Skipped with `no_devices_targeted`.
+/// Without any device there is one run, Skipped with `no_devices_targeted`.
 ///
 /// # Errors
 /// 404 when the occurrence or its job is gone.
-pub async fn freeze(conn: &mut PgConnection, occurrence_id: i64) -> Result<Vec<i64>> {
-    db::plan_afresh(&mut *conn).await?;
+pub async fn freeze(conn: &mut PgConnection, occurrence_id: i64) -> Result<()> {
     let occurrence = sqlx::query!(
-        "SELECT o.job_id, o.scheduled_at, o.state, o.frozen_at, o.only_devices, o.scope_site_ids, j.targets, j.expiration, j.stop_after,
-                j.duration_stop_enabled, j.components
-         FROM job_occurrences o JOIN scheduled_jobs j ON j.id = o.job_id WHERE o.id = $1 FOR NO KEY UPDATE OF o",
+        r#"SELECT o.job_id, o.scheduled_at, o.state, o.frozen_at, o.only_devices, o.scope_site_ids, j.targets, j.expiration, j.stop_after,
+                j.duration_stop_enabled, j.components, now() AS "now!"
+         FROM job_occurrences o JOIN scheduled_jobs j ON j.id = o.job_id WHERE o.id = $1 FOR NO KEY UPDATE OF o"#,
         occurrence_id
     )
     .fetch_optional(&mut *conn)
@@ -513,59 +509,49 @@ pub async fn freeze(conn: &mut PgConnection, occurrence_id: i64) -> Result<Vec<i
     if occurrence.state == "closed" {
         return Err(Error::conflict("occurrence_closed", "The occurrence has been closed; run the job again."));
     }
-    if occurrence.frozen_at.is_none() {
-        let owner = targets::owner_scope(&mut *conn, occurrence.job_id).await?;
-        let scope = targets::narrow(&owner, occurrence.scope_site_ids.as_deref());
-        let mut devices = targets::resolve(&mut *conn, &occurrence.targets, &scope).await?;
-        if let Some(only) = &occurrence.only_devices {
-            devices.retain(|device| only.contains(&device.device_guid));
-        }
-        let expiration = occurrence.expiration.parse::<Expiration>()?;
-        // What caught up or waited in the queue was due long ago; its expiry counts from now.
-        let now = sqlx::query_scalar!(r#"SELECT now() AS "now!""#).fetch_one(&mut *conn).await?;
-        let expires_at = expiration.from(occurrence.scheduled_at.max(now));
-        let stop_after_s =
-            spec::stop_limit(occurrence.duration_stop_enabled, occurrence.stop_after.as_deref(), &occurrence.expiration)
-                .and_then(|limit| i32::try_from(limit.num_seconds()).ok());
-        let name = spec::components(&occurrence.components)?.first().map(|component| component.name.clone()).unwrap_or_default();
-        let guids: Vec<Uuid> = devices.iter().map(|device| device.device_guid).collect();
-        let hostnames: Vec<String> = devices.iter().map(|device| device.hostname.clone()).collect();
-        let sites: Vec<Option<i64>> = devices.iter().map(|device| device.site_id).collect();
-        sqlx::query!(
-            "INSERT INTO scheduled_job_runs
-                 (job_id, occurrence_id, scheduled_at, device_guid, target_hostname, site_id, component_name, resolution_status, expires_at, stop_after_s)
-             SELECT $1, $2, $3, t.guid, t.hostname, t.site_id, $4, 'eligible', $5, $6
-             FROM unnest($7::uuid[], $8::text[], $9::bigint[]) AS t(guid, hostname, site_id)",
-            occurrence.job_id,
-            occurrence_id,
-            occurrence.scheduled_at,
-            name,
-            expires_at,
-            stop_after_s,
-            &guids,
-            &hostnames,
-            &sites as &[Option<i64>],
-        )
-        .execute(&mut *conn)
-        .await?;
-        if devices.is_empty() {
-            sqlx::query!(
-                "INSERT INTO scheduled_job_runs
-                     (job_id, occurrence_id, scheduled_at, status, skip_reason, component_name, resolution_status, resolution_reason)
-                 VALUES ($1, $2, $3, 'Skipped', 'no_devices_targeted', $4, 'skipped', 'no_devices_targeted')",
-                occurrence.job_id,
-                occurrence_id,
-                occurrence.scheduled_at,
-                name,
-            )
-            .execute(&mut *conn)
-            .await?;
-        }
-        sqlx::query!("UPDATE job_occurrences SET frozen_at = now() WHERE id = $1", occurrence_id).execute(&mut *conn).await?;
+    if occurrence.frozen_at.is_some() {
+        return Ok(());
     }
-    Ok(sqlx::query_scalar!("SELECT id FROM scheduled_job_runs WHERE occurrence_id = $1 ORDER BY id", occurrence_id)
-        .fetch_all(conn)
-        .await?)
+    let owner = targets::owner_scope(&mut *conn, occurrence.job_id).await?;
+    let scope = targets::narrow(&owner, occurrence.scope_site_ids.as_deref());
+    let mut devices = targets::resolve(&mut *conn, &occurrence.targets, &scope).await?;
+    if let Some(only) = &occurrence.only_devices {
+        devices.retain(|device| only.contains(&device.device_guid));
+    }
+    let expiration = occurrence.expiration.parse::<Expiration>()?;
+    // What caught up or waited in the queue was due long ago; its expiry counts from now.
+    let expires_at = expiration.from(occurrence.scheduled_at.max(occurrence.now));
+    let stop_after_s =
+        spec::stop_limit(occurrence.duration_stop_enabled, occurrence.stop_after.as_deref(), &occurrence.expiration)
+            .and_then(|limit| i32::try_from(limit.num_seconds()).ok());
+    let name = spec::components(&occurrence.components)?.first().map(|component| component.name.clone()).unwrap_or_default();
+    let guids: Vec<Uuid> = devices.iter().map(|device| device.device_guid).collect();
+    let hostnames: Vec<String> = devices.iter().map(|device| device.hostname.clone()).collect();
+    let sites: Vec<Option<i64>> = devices.iter().map(|device| device.site_id).collect();
+    sqlx::query!(
+        "WITH frozen AS (UPDATE job_occurrences SET frozen_at = now() WHERE id = $2)
+         INSERT INTO scheduled_job_runs
+             (job_id, occurrence_id, scheduled_at, component_name, device_guid, target_hostname, site_id, expires_at, stop_after_s,
+              status, skip_reason, resolution_status, resolution_reason)
+         SELECT $1::bigint, $2::bigint, $3::timestamptz, $4::text, t.guid, t.hostname, t.site_id, $5::timestamptz, $6::int,
+                'Pending', NULL, 'eligible', ''
+         FROM unnest($7::uuid[], $8::text[], $9::bigint[]) AS t(guid, hostname, site_id)
+         UNION ALL
+         SELECT $1, $2, $3, $4, NULL, NULL, NULL, NULL, NULL, 'Skipped', 'no_devices_targeted', 'skipped', 'no_devices_targeted'
+         WHERE cardinality($7) = 0",
+        occurrence.job_id,
+        occurrence_id,
+        occurrence.scheduled_at,
+        name,
+        expires_at,
+        stop_after_s,
+        &guids,
+        &hostnames,
+        &sites as &[Option<i64>],
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
 }
 
 /// Writes what is to be sent to each device of a frozen occurrence: one activity per open run and component, with the
@@ -576,7 +562,16 @@ pub async fn freeze(conn: &mut PgConnection, occurrence_id: i64) -> Result<Vec<i
 /// # Errors
 /// 404 when the occurrence or its job is gone.
 pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64) -> Result<()> {
-    db::plan_afresh(&mut *conn).await?;
+    // A cancel either came before, and its runs are not Pending, or waits and finds the activities written here.
+    let pending = sqlx::query_scalar!(
+        "SELECT id FROM scheduled_job_runs WHERE occurrence_id = $1 AND status = 'Pending' ORDER BY id FOR UPDATE",
+        occurrence_id
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    if pending.is_empty() {
+        return Ok(());
+    }
     let job = sqlx::query!(
         "SELECT j.id, j.components, j.execution_context, o.scheduled_at, o.requested_by FROM job_occurrences o
          JOIN scheduled_jobs j ON j.id = o.job_id WHERE o.id = $1",
@@ -586,13 +581,6 @@ pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64) -> Result<()> 
     .await?
     .ok_or_else(Error::not_found)?;
     let run_mode = if job.execution_context == "current_user" { RunMode::CurrentUser } else { RunMode::System };
-    // A cancel either came before, and its runs are not Pending, or waits and finds the activities written here.
-    sqlx::query!(
-        "SELECT id FROM scheduled_job_runs WHERE occurrence_id = $1 AND status = 'Pending' ORDER BY id FOR UPDATE",
-        occurrence_id
-    )
-    .fetch_all(&mut *conn)
-    .await?;
     for (index, component) in spec::components(&job.components)?.iter().enumerate() {
         let reference = assemblies::ComponentRef { assembly_guid: component.assembly_guid.clone(), path: component.path.clone() };
         let script = match assemblies::script_for_run(&mut *conn, &reference, &component.variable_values).await {

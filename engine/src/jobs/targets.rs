@@ -211,13 +211,18 @@ pub async fn by_path(conn: &mut PgConnection, scope: &Scope, text: &str) -> Resu
 pub async fn resolve(conn: &mut PgConnection, targets: &Value, scope: &Scope) -> Result<Vec<ResolvedTarget>> {
     let saved = Saved::read(targets);
     let rows = sqlx::query!(
-        "SELECT d.guid, d.hostname, d.site_id FROM devices d
-         WHERE d.status = 'active' AND ($1::bigint[] IS NULL OR d.site_id = ANY($1))
-           AND ($2 OR d.guid = ANY($3) OR EXISTS (
-                 SELECT FROM unnest($3::uuid[], $4::text[], $5::bigint[]) AS t (guid, hostname, site_id)
-                 WHERE lower(d.hostname) = t.hostname AND d.site_id = t.site_id
-                   AND NOT EXISTS (SELECT FROM devices known WHERE known.guid = t.guid)))
-         ORDER BY d.guid",
+        // Three ways to a device, each by its own index: all of them, by GUID, and by name where the GUID is gone.
+        r#"SELECT d.guid AS "guid!", d.hostname AS "hostname!", d.site_id FROM (
+               SELECT guid, hostname, site_id, status FROM devices WHERE $2
+               UNION
+               SELECT d.guid, d.hostname, d.site_id, d.status FROM unnest($3::uuid[]) AS t (guid) JOIN devices d ON d.guid = t.guid
+               UNION
+               SELECT d.guid, d.hostname, d.site_id, d.status FROM unnest($3::uuid[], $4::text[], $5::bigint[]) AS t (guid, hostname, site_id)
+               JOIN devices d ON lower(d.hostname) = t.hostname AND d.site_id = t.site_id
+               WHERE NOT EXISTS (SELECT FROM devices known WHERE known.guid = t.guid)
+           ) d
+           WHERE d.status = 'active' AND ($1::bigint[] IS NULL OR d.site_id = ANY($1))
+           ORDER BY 1"#,
         scope.site_ids(),
         saved.all,
         &saved.guids,

@@ -23,7 +23,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         Err(_) => Arc::new(probe::NoAgents),
     };
-    let pool = db::connect(&db::Options { url, max_connections: 8, application_name: "test-worker".into() })?;
+    let pool = db::connect(&db::Options { url, max_connections: 16, application_name: "test-worker".into() })?;
     let registry =
         Registry::new(borealis_workflows::registry().iter().chain(probe::registry().iter()).map(|workflow| (**workflow).clone()));
     let concurrency = std::env::var("CONCURRENCY").map_or(Ok(16), |text| text.parse())?;

@@ -342,6 +342,14 @@ impl StepContext {
         self.tx.as_mut().ok_or_else(|| StepError::bug("no transaction"))
     }
 
+    /// A connection to look at what is committed, outside the transaction that commits the step.
+    ///
+    /// # Errors
+    /// Transient, when the database is away.
+    pub async fn look(&self) -> Result<sqlx::pool::PoolConnection<sqlx::Postgres>, StepError> {
+        Ok(self.services.pool.acquire().await?)
+    }
+
     /// Gives the transaction back unused, so that something remote may be awaited. What was written through it is undone.
     pub fn end_tx(&mut self) {
         self.tx = None;
