@@ -27,7 +27,7 @@ const LEAD: &str = "5 seconds";
 /// The longest sleep: bounds how late a lost notification or a dead leader can make an instant.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// The most jobs decided in one transaction.
-const BATCH: i64 = 250;
+const BATCH: i64 = 1_000;
 
 /// Schedules until `stop`. `worker` names this process.
 pub async fn keep(pool: Pool, wakeup: Wakeup, worker: String, stop: CancellationToken) {

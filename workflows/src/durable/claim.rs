@@ -253,7 +253,7 @@ async fn fetch(pool: &Pool, queue: &str, worker: &str, slots: &Arc<Semaphore>, w
                 continue;
             }
         };
-        let (full, none) = (claimed.len() == asked, claimed.is_empty());
+        let (full, many, none) = (claimed.len() == asked, claimed.len() >= MANY, claimed.is_empty());
         for (mut claim, permit) in claimed.into_iter().zip(permits.drain(..)) {
             claim.slot = Some(permit);
             if claims.send(claim).await.is_err() {
@@ -275,8 +275,10 @@ async fn fetch(pool: &Pool, queue: &str, worker: &str, slots: &Arc<Semaphore>, w
                 pause = (pause * 4).min(POLL_EVERY);
             }
         } else {
-            // Under load there is more in a moment, and one claim for all of it costs the same.
-            tokio::time::sleep(BREATH).await;
+            if many {
+                // There is more in a moment, and one claim for all of it costs the same.
+                tokio::time::sleep(BREATH).await;
+            }
             // Without an answer nobody will notify; then the poll has to do.
             let _ = tokio::time::timeout(POLL_EVERY, wakeup.sleeps(queue)).await;
             sleeps = true;
@@ -287,7 +289,9 @@ async fn fetch(pool: &Pool, queue: &str, worker: &str, slots: &Arc<Semaphore>, w
 /// How long a fetcher that has not got all it asked for waits before it looks again.
 const BREATH: Duration = Duration::from_millis(2);
 /// How long one that sleeps waits at first before it looks unasked.
-const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// A claim of this many runs is taken for load.
+const MANY: usize = 4;
 
 impl Backend for DurableBackend {
     type Task = Task<Claim>;
