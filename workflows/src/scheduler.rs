@@ -20,6 +20,7 @@ use uuid::Uuid;
 
 use crate::{
     durable::wakeup::{SCHEDULE_CHANGED, Wakeup},
+    metrics::{self, METERS},
     scheduled_run,
 };
 
@@ -41,6 +42,7 @@ pub async fn keep(pool: Pool, wakeup: Wakeup, worker: String, stop: Cancellation
             let sleep = match tick(&pool, &worker, token).await {
                 Ok(next) => next,
                 Err(error) => {
+                    metrics::failed_pass("scheduler");
                     tracing::warn!(?error, "scheduler pass failed");
                     LONGEST_SLEEP
                 }
@@ -49,6 +51,7 @@ pub async fn keep(pool: Pool, wakeup: Wakeup, worker: String, stop: Cancellation
         }
     };
     stop.run_until_cancelled(work).await;
+    METERS.leads.set(0);
     let _ = step_down(&pool, token).await;
 }
 
@@ -57,7 +60,9 @@ pub async fn keep(pool: Pool, wakeup: Wakeup, worker: String, stop: Cancellation
 /// # Errors
 /// When the database refuses.
 pub async fn tick(pool: &Pool, worker: &str, token: Uuid) -> Result<Duration> {
-    if !lead(pool, worker, token).await? {
+    let leads = lead(pool, worker, token).await;
+    METERS.leads.set(i64::from(matches!(leads, Ok(true))));
+    if !leads? {
         return Ok(LONGEST_SLEEP);
     }
     while advance(pool, BATCH).await? == usize::try_from(BATCH).unwrap_or(usize::MAX) {}
@@ -94,14 +99,27 @@ pub async fn advance(pool: &Pool, limit: i64) -> Result<usize> {
     let mut tx = pool.begin().await?;
     let now = sqlx::query_scalar!(r#"SELECT now() AS "now!""#).fetch_one(&mut *tx).await?;
     let jobs = cursor::due(&mut tx, limit).await?;
+    let mut decided = Vec::new();
     for job in &jobs {
-        decide(&mut tx, job, now).await?;
+        decide(&mut tx, job, now, &mut decided).await?;
     }
     tx.commit().await?;
+    for job in &jobs {
+        METERS.jobs_decided.inc();
+        METERS.lateness.observe((now - job.next_due_at).as_seconds_f64().max(0.0));
+    }
+    for decision in decided {
+        METERS.instants.with_label_values(&[decision]).inc();
+    }
     Ok(jobs.len())
 }
 
-async fn decide(conn: &mut PgConnection, job: &cursor::DueJob, now: DateTime<Utc>) -> Result<()> {
+async fn decide(
+    conn: &mut PgConnection,
+    job: &cursor::DueJob,
+    now: DateTime<Utc>,
+    decided: &mut Vec<&'static str>,
+) -> Result<()> {
     let schedule = match &job.schedule {
         Ok(schedule) => schedule,
         Err(error) => {
@@ -118,12 +136,14 @@ async fn decide(conn: &mut PgConnection, job: &cursor::DueJob, now: DateTime<Utc
             Decision::Skip { at, reason, more } => {
                 let note = (more > 0).then(|| format!("{more} earlier occurrences were missed too"));
                 occurrence::record_skip(conn, job.id, at, reason, note.as_deref()).await?;
+                decided.push("misfire");
             }
             Decision::Fire { at, catch_up } => {
                 let (unfinished, queued) = occurrence::unfinished(conn, job.id).await?;
                 let answer = occurrence::overlap(job.overlap_policy, unfinished, queued, catch_up);
                 if answer == Overlap::Skip {
                     occurrence::record_skip(conn, job.id, at, "overlap", None).await?;
+                    decided.push("overlap");
                 } else {
                     let new = NewOccurrence {
                         job_id: job.id,
@@ -139,6 +159,7 @@ async fn decide(conn: &mut PgConnection, job: &cursor::DueJob, now: DateTime<Utc
                     {
                         scheduled_run::start_occurrence(conn, occurrence_id).await?;
                     }
+                    decided.push(if answer == Overlap::Wait { "queued" } else { "run" });
                 }
                 last = Some(at);
             }
