@@ -34,7 +34,7 @@ const ARROWS: [(&str, &[&str]); 8] = [
 /// What must not be in a crate's binary, by the beginnings of package names.
 const ABSENT: [(&str, &[&str]); 6] = [
     ("borealis-protocol", &["axum", "hyper", "sqlx", "apalis", "socketioxide", "tokio"]),
-    ("borealis-telemetry", &["axum", "sqlx", "apalis", "socketioxide", "tonic", "openssl", "aws-lc"]),
+    ("borealis-telemetry", &["axum", "sqlx", "apalis", "socketioxide", "tonic", "openssl-sys", "native-tls", "aws-lc"]),
     ("borealis-engine", &["prometheus", "opentelemetry", "axum", "apalis", "socketioxide", "engineioxide"]),
     ("borealis-workflows", &["axum", "socketioxide", "engineioxide"]),
     ("borealis-workers", &["axum", "socketioxide", "engineioxide"]),

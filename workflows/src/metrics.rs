@@ -341,7 +341,6 @@ impl Tables {
     #[must_use]
     pub fn new(main: &Pool) -> Self {
         LazyLock::force(&LOOKED);
-        LazyLock::force(&METERS);
         let bounds = [("statement_timeout", "1000"), ("default_transaction_read_only", "on")];
         let settings = [PLANS.as_slice(), &bounds].concat();
         Self { pool: db::sibling(main, 1, &settings), next: tokio::sync::Mutex::new(None) }
