@@ -21,6 +21,7 @@ use utoipa::openapi::{
 use crate::{
     access::{Class, Entry},
     errors::{ApiError, ErrorBody},
+    metrics::Answering,
     routes,
     state::App,
 };
@@ -237,9 +238,11 @@ async fn headers(axum::extract::State(app): axum::extract::State<App>, request: 
 
 /// Gives each request an id, which goes into its log lines, its answer's `X-Request-Id` and the body of an error.
 async fn request_id(mut request: Request, next: Next) -> Response {
-    let id = uuid::Uuid::now_v7().simple().to_string();
+    let request_id = uuid::Uuid::now_v7();
+    let answering = Answering::begin("public", &request).traced(request_id, None);
+    let id = request_id.simple().to_string();
     let path = request.uri().path().to_owned();
-    let span = tracing::info_span!("request", id, method = %request.method(), path);
+    let span = tracing::info_span!("request", request_id = id, method = %request.method(), path);
     request.extensions_mut().insert(RequestId(id.clone()));
     let started = std::time::Instant::now();
     let response = tracing::Instrument::instrument(next.run(request), span.clone()).await;
@@ -264,6 +267,7 @@ async fn request_id(mut request: Request, next: Next) -> Response {
     span.in_scope(|| {
         tracing::debug!(status = response.status().as_u16(), ms = started.elapsed().as_secs_f64() * 1e3, "answered")
     });
+    answering.end(&response);
     response
 }
 

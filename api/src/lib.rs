@@ -5,6 +5,7 @@ pub mod app;
 pub mod body;
 pub mod errors;
 pub mod internal;
+pub mod metrics;
 pub mod routes;
 pub mod serve;
 pub mod settings;

@@ -8,6 +8,7 @@ use borealis_api::{
     up,
 };
 use borealis_engine::{Error, Result, db, state_dir};
+use borealis_telemetry::{Exports, log::Format};
 use clap::{Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
 
@@ -22,13 +23,7 @@ struct Line {
     log: String,
     /// How it is logged.
     #[arg(long, env = "BOREALIS_LOG_FORMAT", value_enum, default_value = "text", global = true)]
-    log_format: LogFormat,
-}
-
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum LogFormat {
-    Text,
-    Json,
+    log_format: Format,
 }
 
 #[derive(Debug, Subcommand)]
@@ -50,8 +45,7 @@ const ALREADY_RUNNING: u8 = 75;
 
 fn main() -> ExitCode {
     let line = Line::parse();
-    let ended = log(&line).and_then(|()| run(line.verb));
-    match ended {
+    match run(line) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("borealis: {}", error.message);
@@ -65,19 +59,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn log(line: &Line) -> Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&line.log)
-        .map_err(|error| Error::field("invalid_setting", "BOREALIS_LOG", error.to_string()))?;
-    // A log that cannot be written, on a full disk say, must not end what it tells of.
-    let log = tracing_subscriber::fmt().log_internal_errors(false).with_env_filter(filter).with_writer(std::io::stderr);
-    match line.log_format {
-        LogFormat::Text => log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
-        LogFormat::Json => log.json().init(),
-    }
-    Ok(())
-}
-
-fn run(verb: Verb) -> Result<()> {
+fn run(Line { verb, log, log_format }: Line) -> Result<()> {
     // The supervisor's children get a signal when the thread that started them ends; so it has one thread, the first.
     let mut threads = match verb {
         Verb::Up(_) => tokio::runtime::Builder::new_current_thread(),
@@ -85,19 +67,32 @@ fn run(verb: Verb) -> Result<()> {
     };
     let runtime = threads.enable_all().build().map_err(Error::bug)?;
     runtime.block_on(async {
-        match verb {
+        // The others neither serve nor work for long.
+        let exports = match &verb {
+            Verb::Serve(environment) => environment.exports.clone(),
+            _ => Exports::default(),
+        };
+        let telemetry = borealis_telemetry::start("borealis-api", env!("CARGO_PKG_VERSION"), &log, log_format, &exports)
+            .map_err(|error| Error::invalid("invalid_setting", error.to_string()))?;
+        let ended = match verb {
             Verb::Serve(environment) => {
                 serve::raise_open_files();
-                let pool = pool(&environment, "borealis-api")?;
-                let (stop, _) = up::on_signals()?;
-                serve::serve(environment.settings()?, pool, stop).await?.wait().await;
-                Ok(())
+                serve(&environment).await
             }
             Verb::Up(environment) => up::up(&environment.settings()?, environment.database_url()).await,
             Verb::Migrate(environment) => borealis_workflows::setup(&pool(&environment, "borealis migrate")?).await,
             Verb::Openapi => openapi().await,
-        }
+        };
+        telemetry.close().await;
+        ended
     })
+}
+
+async fn serve(environment: &Environment) -> Result<()> {
+    let pool = pool(environment, "borealis-api")?;
+    let (stop, _) = up::on_signals()?;
+    serve::serve(environment.settings()?, pool, stop).await?.wait().await;
+    Ok(())
 }
 
 /// Prints the document of a service that serves nobody: on free ports, in a folder of its own, with no database behind it.
@@ -113,6 +108,8 @@ async fn openapi() -> Result<()> {
         enroll_per_minute: 1,
         unseal_automatically: false,
         access: borealis_engine::access::Settings::default(),
+        exports: Exports::default(),
+        worker_metrics_listen: None,
     };
     let nowhere = format!("postgres://nobody@localhost/none?host={}", folder.display());
     let pool = db::connect(&db::Options { url: nowhere, max_connections: 1, application_name: String::new() })?;

@@ -6,7 +6,12 @@
 use std::{net::SocketAddr, time::Duration};
 
 use axum::{Router, body::Body, extract::ConnectInfo};
-use borealis_engine::{Error, Kind, access::aegis::Vault, db::Pool, keys::Keys};
+use borealis_engine::{
+    Error, Kind,
+    access::aegis::Vault,
+    db::{self, Pool},
+    keys::Keys,
+};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
@@ -18,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
 use crate::{
-    access, app, internal,
+    access, app, internal, metrics,
     sockets::Hub,
     state::{App, Inner, Settings},
 };
@@ -54,6 +59,7 @@ pub struct Running {
     /// The state the handlers see.
     pub app: App,
     tasks: JoinSet<()>,
+    _watched: db::Watched,
 }
 
 impl Running {
@@ -87,13 +93,17 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
     });
     let (router, ..) = app::build(&app);
     let internal_router = internal::router(&app, borealis_workflows::registry())?;
+    if let Some(metrics) = app.settings.exports.metrics_listen.0 {
+        metrics::serve(metrics, &app, shutdown.clone()).await?;
+    }
+    let watched = db::watch("requests", &app.pool);
     let mut tasks = JoinSet::new();
     tasks.spawn(prepare(app.clone(), shutdown.clone()));
     tasks.spawn(accept(public, router, shutdown.clone()));
     tasks.spawn(accept(internal, internal_router, shutdown.clone()));
     tasks.spawn(app.hub.clone().run(app.clone(), shutdown));
     tracing::info!(%addr, %internal_addr, "listening");
-    Ok(Running { addr, internal_addr, app, tasks })
+    Ok(Running { addr, internal_addr, app, tasks, _watched: watched })
 }
 
 /// Does [`access::prepare`], as soon as Postgres is there. Nothing waits for it: what is not done yet is done when needed.

@@ -9,6 +9,7 @@ use borealis_engine::{
     Error, Result, Secret,
     access::{self, sessions::Lifetimes},
 };
+use borealis_telemetry::{Exports, Optional};
 use clap::{Args, ValueEnum};
 use url::Url;
 
@@ -31,6 +32,10 @@ pub struct Settings {
     pub unseal_automatically: bool,
     /// Sign-in: how long sessions live, the name an authenticator app shows.
     pub access: access::Settings,
+    /// What leaves the process besides its log.
+    pub exports: Exports,
+    /// Where the worker of `up` does.
+    pub worker_metrics_listen: Option<SocketAddr>,
 }
 
 /// The environment, as given.
@@ -69,6 +74,12 @@ pub struct Environment {
     /// The name authenticator apps show.
     #[arg(long, env = "BOREALIS_MFA_ISSUER", value_name = "NAME", default_value = "Borealis")]
     pub mfa_issuer: String,
+    /// What leaves the process besides its log.
+    #[command(flatten)]
+    pub exports: Exports,
+    /// Where the worker that `up` starts serves `/metrics`; nowhere when not set.
+    #[arg(long, env = "BOREALIS_WORKER_METRICS_LISTEN", value_name = "ADDR:PORT", default_value = "", hide_default_value = true)]
+    pub worker_metrics_listen: Optional<SocketAddr>,
 }
 
 /// How secrets are unlocked after a restart.
@@ -119,6 +130,8 @@ impl Environment {
                 sessions: Lifetimes { idle_s: self.session_idle_seconds, absolute_s: self.token_ttl_seconds },
                 mfa_issuer: self.mfa_issuer.clone(),
             },
+            exports: self.exports.clone(),
+            worker_metrics_listen: self.worker_metrics_listen.0,
             state_dir,
         })
     }

@@ -19,6 +19,7 @@ use borealis_engine::{
     keys::Keys,
     state_dir,
 };
+use borealis_telemetry::Optional;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -210,6 +211,12 @@ fn roles(settings: &Settings, url: &str) -> Result<[Role; 2]> {
     ]);
     let mut work = common.to_vec();
     work.push(("BOREALIS_INTERNAL_URL", format!("http://{}", reachable(settings.internal_listen)).into()));
+    // Each has a port of its own, whatever this process was told; an empty one is none.
+    let worker_metrics = Optional(settings.worker_metrics_listen);
+    for (role, listen) in [(&mut api, settings.exports.metrics_listen), (&mut work, worker_metrics)] {
+        role.push(("BOREALIS_METRICS_LISTEN", listen.to_string().into()));
+        role.push(("BOREALIS_OTLP_ENDPOINT", settings.exports.otlp_endpoint.to_string().into()));
+    }
     Ok([
         Role { name: "api", program: own, arguments: vec!["serve"], environment: api },
         Role { name: "worker", program: worker, arguments: Vec::new(), environment: work },
@@ -305,11 +312,15 @@ async fn keep_cluster(cluster: &mut Cluster, settings: &Settings, stop: &Cancell
     }
 }
 
-/// Makes sure both ports are free, so that a taken one is a clear error now and not a child that fails over and over.
+/// Makes sure all ports are free, so that a taken one is a clear error now and not a child that fails over and over.
 async fn ports(settings: &Settings, stop: &CancellationToken) -> Result<()> {
-    let listeners = [("BOREALIS_LISTEN", settings.listen), ("BOREALIS_INTERNAL_LISTEN", settings.internal_listen)];
-    if settings.listen == settings.internal_listen {
-        return Err(Error::field("invalid_setting", "BOREALIS_INTERNAL_LISTEN", "it must differ from BOREALIS_LISTEN."));
+    let mut listeners = vec![("BOREALIS_LISTEN", settings.listen), ("BOREALIS_INTERNAL_LISTEN", settings.internal_listen)];
+    listeners.extend(settings.exports.metrics_listen.0.map(|addr| ("BOREALIS_METRICS_LISTEN", addr)));
+    listeners.extend(settings.worker_metrics_listen.map(|addr| ("BOREALIS_WORKER_METRICS_LISTEN", addr)));
+    for (at, (variable, addr)) in listeners.iter().enumerate() {
+        if let Some((other, _)) = listeners.iter().take(at).find(|(_, other)| other == addr) {
+            return Err(Error::field("invalid_setting", variable, format!("it must differ from {other}.")));
+        }
     }
     let deadline = Instant::now() + PORT_LIMIT;
     let mut said = false;

@@ -1,6 +1,13 @@
 //! The connection to Postgres and the one history of migrations.
 
-use std::{str::FromStr, time::Duration};
+use std::{
+    str::FromStr,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use sqlx::{
     Connection,
@@ -55,6 +62,8 @@ fn pool(max_connections: u32) -> PgPoolOptions {
     PgPoolOptions::new()
         .max_connections(max_connections)
         .acquire_timeout(Duration::from_secs(5))
+        // Costs nothing while nobody listens; metrics do.
+        .acquire_time_level(log::LevelFilter::Trace)
         .idle_timeout(Duration::from_secs(300))
         .test_before_acquire(false)
         .before_acquire(|connection, about| {
@@ -65,6 +74,73 @@ fn pool(max_connections: u32) -> PgPoolOptions {
                 Ok(true)
             })
         })
+}
+
+/// The pools of this process that are looked at by name, each for as long as its [`Watched`] lives.
+static WATCHED: Mutex<Vec<(u64, &str, Pool)>> = Mutex::new(Vec::new());
+
+fn all_watched() -> MutexGuard<'static, Vec<(u64, &'static str, Pool)>> {
+    WATCHED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keeps a pool among those that [`pools`] tells of.
+#[derive(Debug)]
+pub struct Watched(u64);
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        all_watched().retain(|(id, ..)| *id != self.0);
+    }
+}
+
+/// How much of a pool is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolUse {
+    /// What the pool is for.
+    pub name: &'static str,
+    /// Connections that are open.
+    pub open: u32,
+    /// Those of them that wait for work.
+    pub idle: u32,
+    /// The most that may be open.
+    pub max: u32,
+}
+
+/// Has [`pools`] tell of a pool.
+#[must_use]
+pub fn watch(name: &'static str, pool: &Pool) -> Watched {
+    let mut watched = all_watched();
+    let id = watched.iter().map(|(id, ..)| *id).max().unwrap_or(0) + 1;
+    watched.push((id, name, pool.clone()));
+    Watched(id)
+}
+
+/// How much of the watched pools is used; pools of the same name are one.
+#[must_use]
+pub fn pools() -> Vec<PoolUse> {
+    let mut all: Vec<PoolUse> = Vec::new();
+    for (_, name, pool) in all_watched().iter() {
+        let (open, idle) = (pool.size(), u32::try_from(pool.num_idle()).unwrap_or(u32::MAX));
+        let max = pool.options().get_max_connections();
+        match all.iter_mut().find(|one| one.name == *name) {
+            Some(one) => (one.open, one.idle, one.max) = (one.open + open, one.idle + idle, one.max + max),
+            None => all.push(PoolUse { name, open, idle, max }),
+        }
+    }
+    all
+}
+
+static TIMEOUTS: AtomicU64 = AtomicU64::new(0);
+
+/// Counts an error that said that no connection came free in time.
+pub(crate) fn count_timeout() {
+    TIMEOUTS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// How often no connection came free in time, since the start of the process.
+#[must_use]
+pub fn timeouts() -> u64 {
+    TIMEOUTS.load(Ordering::Relaxed)
 }
 
 /// How long an idle connection is taken to be alive.
@@ -119,4 +195,22 @@ pub async fn ready(pool: &Pool) -> Result<()> {
         return Err(unavailable("database_read_only", "The database takes no writes now.".to_owned()));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_pool_is_told_of_while_it_is_watched() {
+        let url = "postgres://nobody@localhost/none?host=/nowhere".to_owned();
+        let pool = connect(&Options { url, max_connections: 3, application_name: String::new() }).unwrap();
+        let told = || pools().into_iter().filter(|one| one.name == "of the test").collect::<Vec<_>>();
+        let (first, second) = (watch("of the test", &pool), watch("of the test", &pool));
+        assert_eq!(told(), [PoolUse { name: "of the test", open: 0, idle: 0, max: 6 }]);
+        drop(first);
+        assert_eq!(told(), [PoolUse { name: "of the test", open: 0, idle: 0, max: 3 }]);
+        drop(second);
+        assert_eq!(told(), []);
+    }
 }

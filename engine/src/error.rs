@@ -138,6 +138,9 @@ impl Error {
 
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
+        if matches!(error, sqlx::Error::PoolTimedOut) {
+            crate::db::count_timeout();
+        }
         let away = match &error {
             sqlx::Error::Io(_)
             | sqlx::Error::PoolTimedOut

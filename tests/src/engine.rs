@@ -88,6 +88,8 @@ pub fn settings(state_dir: PathBuf) -> Settings {
         enroll_per_minute: 100_000,
         unseal_automatically: true,
         access: Default::default(),
+        exports: Default::default(),
+        worker_metrics_listen: None,
     }
 }
 

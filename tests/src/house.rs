@@ -31,6 +31,14 @@ pub struct Api {
     database: Url,
 }
 
+impl Api {
+    /// Where workers reach it.
+    #[must_use]
+    pub fn internal_addr(&self) -> &str {
+        &self.internal
+    }
+}
+
 /// The engine.
 #[derive(Debug)]
 pub struct House {
@@ -54,8 +62,16 @@ pub struct House {
 impl House {
     /// Starts an API process for each of `apis` and a worker for each of `workers`, which are their ways to `database`.
     pub async fn open(database: TestDatabase, apis: &[Url], workers: &[Url]) -> Self {
+        Self::open_with(database, apis, workers, &[]).await
+    }
+
+    /// The same, with settings of all of them.
+    pub async fn open_with(database: TestDatabase, apis: &[Url], workers: &[Url], settings: &[(&str, &str)]) -> Self {
         let state = tempfile::tempdir().expect("a folder");
         let mut processes = Processes::new();
+        for (name, value) in settings {
+            processes.set(name, *value);
+        }
         let engine = state.path().join("engine");
         processes
             .set("BOREALIS_STATE_DIR", engine.display().to_string())

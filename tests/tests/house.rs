@@ -9,23 +9,33 @@ use std::{
 use serde_json::Value;
 
 /// Every crate of the workspace and the ones of it that it may depend on.
-const ARROWS: [(&str, &[&str]); 7] = [
+const ARROWS: [(&str, &[&str]); 8] = [
     ("borealis-protocol", &[]),
     ("borealis-engine", &["borealis-protocol"]),
-    ("borealis-workflows", &["borealis-engine", "borealis-protocol"]),
-    ("borealis-api", &["borealis-engine", "borealis-protocol", "borealis-workflows"]),
-    ("borealis-workers", &["borealis-engine", "borealis-protocol", "borealis-workflows"]),
+    ("borealis-telemetry", &[]),
+    ("borealis-workflows", &["borealis-engine", "borealis-protocol", "borealis-telemetry"]),
+    ("borealis-api", &["borealis-engine", "borealis-protocol", "borealis-telemetry", "borealis-workflows"]),
+    ("borealis-workers", &["borealis-engine", "borealis-protocol", "borealis-telemetry", "borealis-workflows"]),
     ("borealis-agent", &["borealis-protocol"]),
     (
         "borealis-tests",
-        &["borealis-agent", "borealis-api", "borealis-engine", "borealis-protocol", "borealis-workers", "borealis-workflows"],
+        &[
+            "borealis-agent",
+            "borealis-api",
+            "borealis-engine",
+            "borealis-protocol",
+            "borealis-telemetry",
+            "borealis-workers",
+            "borealis-workflows",
+        ],
     ),
 ];
 
 /// What must not be in a crate's binary, by the beginnings of package names.
-const ABSENT: [(&str, &[&str]); 5] = [
+const ABSENT: [(&str, &[&str]); 6] = [
     ("borealis-protocol", &["axum", "hyper", "sqlx", "apalis", "socketioxide", "tokio"]),
-    ("borealis-engine", &["axum", "apalis", "socketioxide", "engineioxide"]),
+    ("borealis-telemetry", &["axum", "sqlx", "apalis", "socketioxide", "tonic", "openssl-sys", "native-tls", "aws-lc"]),
+    ("borealis-engine", &["prometheus", "opentelemetry", "axum", "apalis", "socketioxide", "engineioxide"]),
     ("borealis-workflows", &["axum", "socketioxide", "engineioxide"]),
     ("borealis-workers", &["axum", "socketioxide", "engineioxide"]),
     ("borealis-agent", &["sqlx", "axum", "apalis", "socketioxide"]),

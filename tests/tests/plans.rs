@@ -255,7 +255,7 @@ fn cases() -> Vec<Case> {
         runtime("ended waits", &["parked AND wait_until <= now()"], "(500)".into(), 500, 10),
         runtime("lost hints", &["ready_at < now() - interval '10 seconds'", "workflow_hint"], "(500)".into(), 1_200_000, 10),
         case("due jobs", &["FROM scheduled_jobs WHERE enabled AND next_due_at <= now()"], "(100)".into(), 500, 10),
-        case("nearest job", &["min(next_due_at)"], String::new(), 500, 10),
+        case("nearest job", &["SELECT extract(epoch FROM min(next_due_at)"], String::new(), 500, 10),
         case(
             "device page",
             &["FROM devices AS d", "ORDER BY lower(d.hostname), d.guid"],
@@ -325,6 +325,9 @@ fn cases() -> Vec<Case> {
         ),
         case("abandoned occurrences", &["the run that carried it out is gone"], "(2000)".into(), 500, 10),
         case("waiting occurrences", &["SELECT DISTINCT ON (o.job_id) o.id"], "(2000)".into(), 500, 10),
+        runtime("metrics: what is alive", &["AS \"schedulers!\"", "AS \"leased!\""], String::new(), 5_000, 10),
+        runtime("metrics: ready runs", &["AS \"queue!\", count(*) AS \"runs!\""], "(100000)".into(), 150_000, 10),
+        runtime("metrics: open activities", &["SELECT delivery AS \"delivery!\""], "(100000)".into(), 20_000, 10),
         case("limits of runs", &["status = 'Running' AND stop_after_s IS NOT NULL"], "(2000)".into(), 500, 10),
     ]
 }

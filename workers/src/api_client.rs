@@ -2,15 +2,19 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use borealis_engine::{
     Error, Kind, Result,
     internal::{self, Key, Signed},
+};
+use borealis_telemetry::{
+    meter::{self, HistogramVec, IntCounter},
+    trace,
 };
 use borealis_workflows::Agents;
 use serde::{Deserialize, Serialize};
@@ -30,6 +34,31 @@ pub const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const EVENTS: usize = 5_000;
 
 const PREFIX: &str = "/api/internal/job-scheduler/";
+const HOST_SERVICE_EVENT: &str = "host-service-event";
+const PUBLIC_BASE_URL: &str = "public-base-url";
+
+static REQUESTS: LazyLock<HistogramVec> = LazyLock::new(|| {
+    meter::histograms(
+        "borealis_api_request_seconds",
+        "Requests of this worker to API processes, tries each, by route and result: ok, refused or away.",
+        &["route", "result"],
+        &meter::SECONDS,
+    )
+});
+
+static EVENTS_ASKED: LazyLock<IntCounter> = LazyLock::new(|| {
+    meter::counter("borealis_dispatches_asked_total", "Events for devices this worker asked API processes to send.")
+});
+
+/// Shows the meters from the start, at nought.
+pub(crate) fn show() {
+    LazyLock::force(&EVENTS_ASKED);
+    for route in [HOST_SERVICE_EVENT, PUBLIC_BASE_URL] {
+        for result in ["ok", "refused", "away"] {
+            REQUESTS.with_label_values(&[route, result]);
+        }
+    }
+}
 
 /// An event for a device's agent.
 #[derive(Debug, Clone, Serialize)]
@@ -99,11 +128,12 @@ impl ApiClient {
         }
         let mut results = Vec::with_capacity(events.len());
         for chunk in events.chunks(EVENTS) {
-            let answer = self.call("POST", "host-service-event", Some(json!({"events": chunk}))).await?;
+            let answer = self.call("POST", HOST_SERVICE_EVENT, Some(json!({"events": chunk}))).await?;
             let answer: Answer = serde_json::from_value(answer)?;
             if answer.results.len() != chunk.len() {
                 return Err(Error::bug("the API answered another number of events than it was sent"));
             }
+            EVENTS_ASKED.inc_by(u64::try_from(chunk.len()).unwrap_or(0));
             results.extend(answer.results);
         }
         Ok(results)
@@ -114,7 +144,7 @@ impl ApiClient {
     /// # Errors
     /// As [`ApiClient::host_service_events`].
     pub async fn public_base_url(&self) -> Result<String> {
-        let answer = self.call("GET", "public-base-url", None).await?;
+        let answer = self.call("GET", PUBLIC_BASE_URL, None).await?;
         let url = answer.get("public_base_url").and_then(Value::as_str);
         url.map(str::to_owned).ok_or_else(|| Error::bug("the API answered no URL"))
     }
@@ -142,7 +172,15 @@ impl ApiClient {
         let turn = self.turns.load(Ordering::Relaxed);
         let mut last = Error::bug("no API process");
         for base in self.bases.iter().cycle().skip(turn % self.bases.len()).take(self.bases.len()) {
-            match self.once(base, method, route, body).await {
+            let started = Instant::now();
+            let answer = self.once(base, method, route, body).await;
+            let result = match &answer {
+                Ok(_) => "ok",
+                Err(error) if error.is_transient() => "away",
+                Err(_) => "refused",
+            };
+            REQUESTS.with_label_values(&[route, result]).observe(started.elapsed().as_secs_f64());
+            match answer {
                 Err(error) if error.is_transient() => last = error,
                 answer => return answer,
             }
@@ -169,9 +207,11 @@ impl ApiClient {
             body,
         });
         let method = reqwest::Method::from_bytes(method.as_bytes()).map_err(Error::bug)?;
-        let answer = self
-            .http
-            .request(method, url)
+        let mut request = self.http.request(method, url);
+        if let Some(parent) = trace::parent() {
+            request = request.header("traceparent", parent);
+        }
+        let answer = request
             .header(internal::TIMESTAMP_HEADER, timestamp)
             .header(internal::NONCE_HEADER, nonce)
             .header(internal::WORKER_HEADER, &self.worker)

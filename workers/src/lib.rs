@@ -3,13 +3,13 @@
 
 pub mod api_client;
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use borealis_engine::{Result, db};
 use borealis_workflows::{
     Agents, Services,
     durable::{definition::Registry, wakeup, worker},
-    housekeeping, scheduler,
+    housekeeping, metrics, scheduler,
 };
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -36,6 +36,20 @@ pub fn name(id: Uuid) -> String {
     let host = nix::unistd::gethostname().ok().and_then(|host| host.into_string().ok()).unwrap_or_else(|| "worker".to_owned());
     let short = id.simple().to_string();
     format!("{host}:{}:{}", std::process::id(), short.get(24..).unwrap_or(&short))
+}
+
+/// Serves `/metrics` of this worker until `stop`; answers where.
+///
+/// # Errors
+/// When the address cannot be bound.
+pub async fn serve_metrics(
+    addr: SocketAddr,
+    pool: &db::Pool,
+    stop: CancellationToken,
+) -> Result<SocketAddr, borealis_telemetry::Error> {
+    metrics::show();
+    api_client::show();
+    metrics::serve(addr, pool, || {}, stop).await
 }
 
 /// Runs a worker process until `stop`, then drains: steps get a few seconds to end, their runs are never lost.

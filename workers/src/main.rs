@@ -3,6 +3,7 @@
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use borealis_engine::db;
+use borealis_telemetry::{Exports, log::Format};
 use borealis_workers::api_client::ApiClient;
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
@@ -34,13 +35,9 @@ struct Arguments {
     log: String,
     /// How it is logged.
     #[arg(long, env = "BOREALIS_LOG_FORMAT", value_enum, default_value = "text", global = true)]
-    log_format: LogFormat,
-}
-
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum LogFormat {
-    Text,
-    Json,
+    log_format: Format,
+    #[command(flatten)]
+    exports: Exports,
 }
 
 #[derive(Debug, Subcommand)]
@@ -66,14 +63,6 @@ fn main() -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
-    let filter =
-        tracing_subscriber::EnvFilter::try_new(&arguments.log).unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    // A log that cannot be written, on a full disk say, must not end what it tells of.
-    let log = tracing_subscriber::fmt().log_internal_errors(false).with_env_filter(filter).with_writer(std::io::stderr);
-    match arguments.log_format {
-        LogFormat::Text => log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
-        LogFormat::Json => log.json().init(),
-    }
     match tokio::runtime::Runtime::new().map_err(|error| error.to_string()).and_then(|runtime| runtime.block_on(run(arguments))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -84,6 +73,14 @@ fn main() -> ExitCode {
 }
 
 async fn run(arguments: Arguments) -> Result<(), String> {
+    let telemetry = borealis_telemetry::start(
+        "borealis-worker",
+        env!("CARGO_PKG_VERSION"),
+        &arguments.log,
+        arguments.log_format,
+        &arguments.exports,
+    )
+    .map_err(|error| error.to_string())?;
     let url = arguments
         .database_url
         .ok_or("DATABASE_URL is not set. `./borealis up` sets it; a worker elsewhere needs the same database as the API.")?;
@@ -96,6 +93,12 @@ async fn run(arguments: Arguments) -> Result<(), String> {
     let pool = db::connect(&db::Options { url, max_connections: 16, application_name: "borealis-worker".to_owned() })
         .map_err(|error| error.message)?;
     let agents = ApiClient::new(arguments.internal_url, secret.trim(), id).map_err(|error| error.message)?;
+    if let Some(addr) = arguments.exports.metrics_listen.0 {
+        // For as long as the process lives, so that its end is seen too.
+        let served = borealis_workers::serve_metrics(addr, &pool, CancellationToken::new()).await;
+        let addr = served.map_err(|error| error.to_string())?;
+        tracing::info!(%addr, "metrics");
+    }
     let stop = CancellationToken::new();
     let stopping = stop.clone();
     let (mut terminate, mut interrupt) = (
@@ -108,7 +111,7 @@ async fn run(arguments: Arguments) -> Result<(), String> {
     });
     let options =
         borealis_workers::Options { id, concurrency: arguments.concurrency, history_days: arguments.history_days, duties: true };
-    borealis_workers::run(pool, Arc::new(agents), borealis_workflows::registry(), options, stop)
-        .await
-        .map_err(|error| error.to_string())
+    let ended = borealis_workers::run(pool, Arc::new(agents), borealis_workflows::registry(), options, stop).await;
+    telemetry.close().await;
+    ended.map_err(|error| error.to_string())
 }

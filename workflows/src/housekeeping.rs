@@ -13,6 +13,7 @@ use uuid::Uuid;
 use crate::{
     Services,
     durable::start,
+    metrics,
     scheduled_run::{self, RESULTS},
 };
 
@@ -31,11 +32,13 @@ pub async fn keep(services: Services, history_days: i32, stop: CancellationToken
     let mut behind = false;
     while stop.run_until_cancelled(every.tick()).await.is_some() {
         if let Err(error) = deadlines(&services, pass.is_multiple_of(PASSES_BETWEEN_SWEEPS)).await {
+            metrics::failed_pass("deadlines");
             tracing::warn!(?error, "deadlines not enforced");
         }
         // One batch in each pass for as long as there is more, so that deadlines never wait for old rows.
         if behind || pass.is_multiple_of(PASSES_BETWEEN_SWEEPS) {
             behind = sweep(&services, history_days).await.unwrap_or_else(|error| {
+                metrics::failed_pass("retention");
                 tracing::warn!(?error, "old rows not removed");
                 false
             });

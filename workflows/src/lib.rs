@@ -2,6 +2,7 @@
 
 pub mod durable;
 pub mod housekeeping;
+pub mod metrics;
 pub mod runs;
 pub mod scheduled_run;
 pub mod scheduler;

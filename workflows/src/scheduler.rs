@@ -19,6 +19,7 @@ use uuid::Uuid;
 
 use crate::{
     durable::wakeup::{SCHEDULE_CHANGED, Wakeup},
+    metrics::{self, METERS},
     scheduled_run,
 };
 
@@ -40,6 +41,7 @@ pub async fn keep(pool: Pool, wakeup: Wakeup, worker: String, stop: Cancellation
             let sleep = match tick(&pool, &worker, token).await {
                 Ok(next) => next,
                 Err(error) => {
+                    metrics::failed_pass("scheduler");
                     tracing::warn!(?error, "scheduler pass failed");
                     LONGEST_SLEEP
                 }
@@ -48,6 +50,7 @@ pub async fn keep(pool: Pool, wakeup: Wakeup, worker: String, stop: Cancellation
         }
     };
     stop.run_until_cancelled(work).await;
+    METERS.leads.set(0);
     let _ = step_down(&pool, token).await;
 }
 
@@ -56,7 +59,9 @@ pub async fn keep(pool: Pool, wakeup: Wakeup, worker: String, stop: Cancellation
 /// # Errors
 /// When the database refuses.
 pub async fn tick(pool: &Pool, worker: &str, token: Uuid) -> Result<Duration> {
-    if !lead(pool, worker, token).await? {
+    let leads = lead(pool, worker, token).await;
+    METERS.leads.set(i64::from(matches!(leads, Ok(true))));
+    if !leads? {
         return Ok(LONGEST_SLEEP);
     }
     while advance(pool, BATCH).await? == usize::try_from(BATCH).unwrap_or(usize::MAX) {}
@@ -112,6 +117,13 @@ pub async fn advance(pool: &Pool, limit: i64) -> Result<usize> {
     let moves: Vec<_> = jobs.iter().map(|job| moved(job, planned.get(&job.id).copied())).collect();
     cursor::advance(&mut tx, &moves).await?;
     tx.commit().await?;
+    for job in &jobs {
+        METERS.jobs_decided.inc();
+        METERS.lateness.observe((now - job.next_due_at).as_seconds_f64().max(0.0));
+    }
+    for settled in &settled {
+        METERS.instants.with_label_values(&[settled.fate.as_str()]).inc();
+    }
     Ok(jobs.len())
 }
 

@@ -24,6 +24,7 @@ use uuid::Uuid;
 use crate::{
     body::Json,
     errors::{ApiError, Result},
+    metrics::Answering,
     sockets::by_hostname,
     state::App,
 };
@@ -83,10 +84,21 @@ async fn method_not_allowed() -> Response {
 }
 
 async fn verify(State((app, keyring)): State<(App, Arc<Keyring>)>, request: Request, next: Next) -> Response {
-    match admit(&app, &keyring, request).await {
-        Ok(request) => next.run(request).await,
-        Err(error) => error.into_response(),
-    }
+    let answering = Answering::begin("internal", &request);
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let parent = one(request.headers(), "traceparent");
+    let (answering, response) = match admit(&app, &keyring, request).await {
+        Ok(request) => {
+            let request_id = Uuid::now_v7();
+            let span = tracing::info_span!("request", request_id = %request_id.simple(), %method, path);
+            // Which trace it belongs to is a worker's word from here on.
+            let answering = answering.traced(request_id, parent.as_deref());
+            (answering, tracing::Instrument::instrument(next.run(request), span).await)
+        }
+        Err(error) => (answering, error.into_response()),
+    };
+    answering.end(&response);
+    response
 }
 
 async fn admit(app: &App, keyring: &Keyring, request: Request) -> Result<Request> {

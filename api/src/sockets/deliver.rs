@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::Running;
+use crate::metrics::METERS;
 
 /// The most devices asked for in one statement; fewer than [`delivery::DELIVERIES`], so that one dispatch for each is one batch.
 const DEVICES: usize = 1_000;
@@ -74,6 +75,7 @@ pub async fn run(running: Arc<Running>) {
         for (devices, again) in [(reconnected, true), (look, false)] {
             let (sent, trouble) = send(&running, &devices, again).await;
             let Some(error) = trouble else { continue };
+            METERS.errors_delivery.inc();
             tracing::warn!(%error, source = ?error.source, "dispatches wait for the database");
             tokio::time::sleep(Duration::from_millis(rand::random_range(500..1500))).await;
             let rest = devices.into_iter().skip(sent);
@@ -123,10 +125,12 @@ async fn write(running: &Running, batch: Batch) -> bool {
         let message = QuickJobCancel { job_id: cancel.activity_id, reason: cancel.reason };
         if let Some(agent) = running.registry.agent(&cancel.socket_id)
             && let Some(socket) = agent.socket()
-            && socket.emit(QUICK_JOB_CANCEL, &message).is_err()
         {
-            // It is sent again when the agent is back.
-            agent.cut.cancel();
+            match socket.emit(QUICK_JOB_CANCEL, &message) {
+                Ok(()) => METERS.cancels_sent.inc(),
+                // It is sent again when the agent is back.
+                Err(_) => agent.cut.cancel(),
+            }
         }
     }
     let mut unsent = Vec::new();
@@ -148,7 +152,7 @@ async fn write(running: &Running, batch: Batch) -> bool {
         };
         let written = agent.socket().map(|socket| socket.emit(QUICK_JOB_RUN, &payload));
         match written {
-            Some(Ok(())) => {}
+            Some(Ok(())) => METERS.dispatches_sent.inc(),
             Some(Err(SendError::Socket(SocketError::InternalChannelFull))) => {
                 // It does not listen; back with a new socket it gets the rest.
                 unsent.push(delivery.activity_id);
@@ -157,6 +161,7 @@ async fn write(running: &Running, batch: Batch) -> bool {
             Some(Err(_)) | None => unsent.push(delivery.activity_id),
         }
     }
+    METERS.dispatches_given_back.inc_by(u64::try_from(unsent.len()).unwrap_or(0));
     if !unsent.is_empty()
         && let Err(error) = delivery::give_back(&running.pool, &unsent).await
     {

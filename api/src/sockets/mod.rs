@@ -143,6 +143,14 @@ impl Hub {
         self.0.get()
     }
 
+    /// Sockets of agents and of operators that are here, and reports that wait to be applied.
+    pub fn figures(&self) -> (usize, usize, usize) {
+        self.running().map_or((0, 0, 0), |running| {
+            let (agents, people) = running.registry.count_each();
+            (agents, people, running.intake.waiting())
+        })
+    }
+
     /// Tells the operators who may see `site` (administrators for none) that something changed.
     pub async fn to_site(&self, site: Option<i64>, event: &'static str, payload: Value) {
         if let Some(running) = self.running() {
@@ -198,6 +206,7 @@ impl Hub {
     /// Runs the sockets of this process until `shutdown`, then closes them and takes them out of the database.
     pub async fn run(self, app: App, shutdown: CancellationToken) {
         let pool = borealis_engine::db::sibling(&app.pool, POOL, &[]);
+        let _watched = borealis_engine::db::watch("sockets", &pool);
         let (bus, drive) = bus::Bus::new(pool.clone());
         let running = Arc::new(Running::new(&app, bus));
         let mut tasks = JoinSet::new();

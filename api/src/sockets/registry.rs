@@ -222,6 +222,11 @@ impl Registry {
         lock(&self.people).values().cloned().collect()
     }
 
+    /// How many sockets of machines and of people have entered the namespace.
+    pub fn count_each(&self) -> (usize, usize) {
+        (lock(&self.agents).by_socket.len(), lock(&self.people).len())
+    }
+
     /// Whether any person is here.
     pub fn has_people(&self) -> bool {
         !lock(&self.people).is_empty()

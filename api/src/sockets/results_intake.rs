@@ -19,6 +19,7 @@ use socketioxide::extract::AckSender;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::{Adapter, Running, registry::Agent};
+use crate::metrics::METERS;
 
 /// KiB of reports that may wait.
 const ROOM_KIB: usize = 256 * 1024;
@@ -58,6 +59,11 @@ fn retry(code: &str) -> Ack {
 }
 
 impl Intake {
+    /// Reports that wait to be applied.
+    pub fn waiting(&self) -> usize {
+        self.queue.max_capacity() - self.queue.capacity()
+    }
+
     /// Takes a report. Called in the order the agent sent them. Without room, an agent that keeps its reports is told to
     /// come again; one that does not is made to wait.
     pub fn offer(self: &Arc<Self>, agent: &Arc<Agent>, report: Report, ack: AckSender<Adapter>) {
@@ -73,6 +79,7 @@ impl Intake {
         };
         let (report, ack) = refused;
         if agent.can("dedup") {
+            METERS.results_turned_away.inc();
             let _ = ack.send(&retry("busy"));
             return;
         }
@@ -104,10 +111,12 @@ impl Intake {
             }
             let reports: Vec<Report> = batch.iter().map(|one| one.report.clone()).collect();
             let mut pause = Duration::from_millis(100);
+            let started = Instant::now();
             let outcomes = loop {
                 match apply(&running, &reports).await {
                     Ok(outcomes) => break outcomes.into_iter().map(Some).collect(),
                     Err(error) if error.is_transient() => {
+                        METERS.errors_results.inc();
                         tracing::warn!(%error, reports = reports.len(), "results wait for the database");
                         tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
                         pause = (pause * 2).min(Duration::from_secs(3));
@@ -118,7 +127,15 @@ impl Intake {
                     }
                 }
             };
+            METERS.results_batch.observe(f64::from(u32::try_from(reports.len()).unwrap_or(u32::MAX)));
+            METERS.results_seconds.observe(started.elapsed().as_secs_f64());
             for (one, outcome) in batch.drain(..).zip(outcomes) {
+                match outcome {
+                    Some(Outcome::Applied) => METERS.results_applied.inc(),
+                    Some(Outcome::Late) => METERS.results_late.inc(),
+                    Some(Outcome::Unknown) => METERS.results_unknown.inc(),
+                    None => METERS.results_refused.inc(),
+                }
                 let _ = match outcome {
                     Some(Outcome::Applied) => one.ack.send(&Ack::ok()),
                     Some(Outcome::Late | Outcome::Unknown) => one.ack.send(&Ack::ignored()),

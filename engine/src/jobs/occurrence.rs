@@ -198,6 +198,18 @@ pub enum Fate {
     },
 }
 
+impl Fate {
+    /// One word for it: `run`, `queued`, or why it does not run.
+    #[must_use]
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Run { .. } => "run",
+            Self::Wait { .. } => "queued",
+            Self::Skip { reason, .. } => reason,
+        }
+    }
+}
+
 /// Settles the decisions of a plan one after another, each seeing those before it. Pure. An instant that has an occurrence
 /// already is left as it is.
 #[must_use]

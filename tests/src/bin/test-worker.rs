@@ -7,11 +7,20 @@ use borealis_engine::db;
 use borealis_tests::probe;
 use borealis_workers::api_client::ApiClient;
 use borealis_workflows::{Agents, durable::definition::Registry};
+use clap::Parser;
 use tokio_util::sync::CancellationToken;
+
+/// As `borealis-worker` is told.
+#[derive(Debug, clap::Parser)]
+struct Telemetry {
+    #[command(flatten)]
+    exports: borealis_telemetry::Exports,
+}
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    tracing_subscriber::fmt().with_env_filter("info").init();
+    let exports = Telemetry::parse().exports;
+    let telemetry = borealis_telemetry::start("test-worker", "0", "info", borealis_telemetry::log::Format::Text, &exports)?;
     #[cfg(feature = "failpoints")]
     let _scenario = borealis_workflows::durable::fault::from_environment();
     let url = std::env::var("DATABASE_URL")?;
@@ -24,6 +33,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         Err(_) => Arc::new(probe::NoAgents),
     };
     let pool = db::connect(&db::Options { url, max_connections: 16, application_name: "test-worker".into() })?;
+    if let Some(addr) = exports.metrics_listen.0 {
+        borealis_workers::serve_metrics(addr, &pool, CancellationToken::new()).await?;
+    }
     let registry =
         Registry::new(borealis_workflows::registry().iter().chain(probe::registry().iter()).map(|workflow| (**workflow).clone()));
     let concurrency = std::env::var("CONCURRENCY").map_or(Ok(16), |text| text.parse())?;
@@ -36,5 +48,6 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         stopping.cancel();
     });
     borealis_workers::run(pool, agents, registry, options, stop).await?;
+    telemetry.close().await;
     Ok(())
 }

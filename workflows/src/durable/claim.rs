@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use apalis_core::{
@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{CLAIM_BATCH, POLL_EVERY, wakeup::Wakeup};
+use crate::metrics::{self, METERS};
 
 /// A leased run whose present step this process may run.
 #[derive(Debug)]
@@ -231,6 +232,7 @@ impl DurableBackend {
 /// notifies those who have said that they sleep, so after saying it there is one more look, and for what was under way
 /// at that moment a few more, further and further apart.
 async fn fetch(pool: &Pool, queue: &str, worker: &str, slots: &Arc<Semaphore>, wakeup: &Wakeup, claims: &mpsc::Sender<Claim>) {
+    let (took, leased) = (METERS.claims.with_label_values(&[queue]), METERS.claimed.with_label_values(&[queue]));
     let mut sleeps = false;
     let mut pause = FIRST_PAUSE;
     loop {
@@ -244,15 +246,19 @@ async fn fetch(pool: &Pool, queue: &str, worker: &str, slots: &Arc<Semaphore>, w
             permits.push(permit);
         }
         let asked = permits.len();
+        let started = Instant::now();
         let claimed = match claim(pool, queue, worker, asked).await {
             Ok(claimed) => claimed,
             Err(error) => {
+                metrics::failed_pass("claim");
                 tracing::warn!(?error, queue, "claim failed");
                 drop(permits);
                 tokio::time::sleep(POLL_EVERY).await;
                 continue;
             }
         };
+        took.observe(started.elapsed().as_secs_f64());
+        leased.inc_by(u64::try_from(claimed.len()).unwrap_or(0));
         let (full, many, none) = (claimed.len() == asked, claimed.len() >= MANY, claimed.is_empty());
         for (mut claim, permit) in claimed.into_iter().zip(permits.drain(..)) {
             claim.slot = Some(permit);

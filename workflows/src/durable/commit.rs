@@ -8,7 +8,10 @@
 //! Steps that wrote no domain rows share statements by *natural batching*: the committer takes all that is waiting,
 //! commits it, and starts over when that commit has returned. Nothing waits for a timer; an idle committer commits at once.
 
-use std::{collections::HashSet, time::Duration};
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 use borealis_engine::{Result, db::Pool};
 use serde_json::{Value, json};
@@ -21,6 +24,7 @@ use super::{
     definition::{Outcome, Step, StepError, Workflow},
     start::wake_up,
 };
+use crate::metrics::{self, METERS, StepMeters};
 
 /// The attempt of a step whose outcome is written, as it was claimed.
 #[derive(Debug, Clone)]
@@ -61,6 +65,24 @@ pub struct Commit {
     wait_ms: Option<i64>,
     delay_ms: i64,
     keeps: bool,
+    pub(crate) meters: &'static StepMeters,
+}
+
+/// What an outcome means for its run, once it is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// There is a next step.
+    GoesOn,
+    /// It was the last one, and went well.
+    Ends,
+    /// The run has failed.
+    Fails,
+    /// It sleeps.
+    Waits,
+    /// The step is tried again.
+    Retries,
+    /// The step was told to stop and is run again.
+    Released,
 }
 
 /// What became of an outcome.
@@ -99,6 +121,7 @@ impl Commit {
             wait_ms: None,
             delay_ms: 0,
             keeps: false,
+            meters: step.meters(workflow.name),
         };
         match answer {
             Ok(Outcome::Next(state)) => {
@@ -147,6 +170,33 @@ impl Commit {
             keeps: false,
             ..self.clone()
         }
+    }
+
+    /// As `workflow_becomes` decides it in the database. What is written may also turn a run to its cancel step.
+    pub(crate) fn ending(&self) -> Ending {
+        match self.kind {
+            "next" if self.next_step.is_some() => Ending::GoesOn,
+            "next" | "done" => Ending::Ends,
+            "fail" => Ending::Fails,
+            "wait" => Ending::Waits,
+            "retry" => Ending::Retries,
+            _ => Ending::Released,
+        }
+    }
+
+    /// The same for a trace: a word, and whether something went wrong.
+    pub(super) fn said(&self) -> (&'static str, bool) {
+        match self.ending() {
+            Ending::GoesOn | Ending::Ends => ("committed", false),
+            Ending::Waits => ("waiting", false),
+            Ending::Retries => ("retried", true),
+            Ending::Fails => ("failed", true),
+            Ending::Released => ("released", false),
+        }
+    }
+
+    pub(crate) fn step(&self) -> &'static str {
+        self.step
     }
 
     /// Whether one statement is all there is to write: nobody else's row has to be looked at.
@@ -398,7 +448,10 @@ async fn run(pool: Pool, worker: String, mut inbox: mpsc::Receiver<Waiting>) {
         let (alone, others): (Vec<Waiting>, Vec<Waiting>) = batch.drain(..).partition(|(commit, _)| commit.is_alone());
         for part in [alone, others].into_iter().filter(|part| !part.is_empty()) {
             let (commits, waiting): (Vec<_>, Vec<_>) = part.into_iter().unzip();
+            METERS.commit_batch.observe(f64::from(u32::try_from(commits.len()).unwrap_or(u32::MAX)));
+            let started = Instant::now();
             let answers = persist(&pool, &worker, &commits).await;
+            METERS.commit_seconds.observe(started.elapsed().as_secs_f64());
             for (done, written) in waiting.into_iter().zip(answers) {
                 let _ = done.send(written);
             }
@@ -412,17 +465,26 @@ async fn persist(pool: &Pool, worker: &str, commits: &[Commit]) -> Vec<Written> 
     let started = tokio::time::Instant::now();
     loop {
         match transaction(pool, worker, commits).await {
-            Ok(written) => return written,
+            Ok(written) => {
+                metrics::count(commits, &written);
+                return written;
+            }
             Err(error) if error.is_transient() => {
+                metrics::failed_pass("commit");
                 if started.elapsed() > LEASE {
                     tracing::error!(?error, count = commits.len(), "outcomes dropped: their leases are over");
-                    return vec![Written::Lost; commits.len()];
+                    let lost = vec![Written::Lost; commits.len()];
+                    metrics::count(commits, &lost);
+                    return lost;
                 }
                 tracing::warn!(?error, "commit failed, trying again");
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
             Err(error) if commits.len() == 1 => {
-                let Some(refused) = commits.first().filter(|commit| commit.kind != "fail") else { return vec![Written::Lost] };
+                let Some(refused) = commits.first().filter(|commit| commit.kind != "fail") else {
+                    metrics::count(commits, &[Written::Lost]);
+                    return vec![Written::Lost];
+                };
                 tracing::error!(?error, run_id = %refused.of.run_id, "outcome refused by the database");
                 return Box::pin(persist(pool, worker, &[refused.refused(&error)])).await;
             }

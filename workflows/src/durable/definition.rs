@@ -1,6 +1,10 @@
 //! What a workflow is: a name, a version, and its steps in order. What a step may answer.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use borealis_engine::db::{Pool, Tx};
 use futures::future::BoxFuture;
@@ -9,7 +13,7 @@ use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::Services;
+use crate::{Services, metrics::StepMeters};
 
 /// What a step answers.
 pub type StepResult = Result<Outcome, StepError>;
@@ -45,6 +49,8 @@ pub struct Step {
     pub timeout: Duration,
     /// True when an attempt that was cut off must not be repeated: the run then fails with `interrupted`.
     pub never_retry: bool,
+    /// Found when it is first run.
+    meters: OnceLock<&'static StepMeters>,
 }
 
 /// How often and how soon a failed step is tried again.
@@ -86,8 +92,13 @@ pub fn workflow(name: &'static str, version: i32) -> Workflow {
 }
 
 impl Step {
+    /// What counts its attempts, as a step of `workflow`.
+    pub(super) fn meters(&self, workflow: &'static str) -> &'static StepMeters {
+        self.meters.get_or_init(|| StepMeters::of(workflow, self.name))
+    }
+
     fn new(name: &'static str, run: StepFn) -> Self {
-        Self { name, run, retry: transient(5), timeout: Duration::from_secs(300), never_retry: false }
+        Self { name, run, retry: transient(5), timeout: Duration::from_secs(300), never_retry: false, meters: OnceLock::new() }
     }
 }
 

@@ -6,10 +6,12 @@ use std::{
 };
 
 use borealis_engine::{Result, db::Pool};
+use borealis_telemetry::meter::IntCounter;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{LEASE, RENEW_EVERY};
+use crate::metrics::{self, METERS};
 
 /// The leases of one process, by run. A run has at most one lease, and so at most one entry with a valid token.
 #[derive(Debug, Clone, Default)]
@@ -20,6 +22,18 @@ struct Held {
     token: Uuid,
     stop: CancellationToken,
     renewed: tokio::time::Instant,
+    /// Whether it is known to be somebody else's.
+    is_lost: bool,
+}
+
+impl Held {
+    /// Tells the step to stop; counts the loss the first time.
+    fn lose(&mut self, noticed: &IntCounter) {
+        if !std::mem::replace(&mut self.is_lost, true) {
+            noticed.inc();
+        }
+        self.stop.cancel();
+    }
 }
 
 impl Leases {
@@ -29,7 +43,9 @@ impl Leases {
 
     /// Begins to renew the lease of a claimed run. `stop` fires when the run is cancelled or the lease is lost.
     pub fn hold(&self, run: Uuid, token: Uuid, stop: CancellationToken) {
-        self.lock().insert(run, Held { token, stop, renewed: tokio::time::Instant::now() });
+        let mut held = self.lock();
+        held.insert(run, Held { token, stop, renewed: tokio::time::Instant::now(), is_lost: false });
+        METERS.leases.set(i64::try_from(held.len()).unwrap_or(i64::MAX));
     }
 
     /// Stops renewing, if the lease is still the one of `token`.
@@ -37,6 +53,7 @@ impl Leases {
         let mut held = self.lock();
         if held.get(&run).is_some_and(|held| held.token == token) {
             held.remove(&run);
+            METERS.leases.set(i64::try_from(held.len()).unwrap_or(i64::MAX));
         }
     }
 
@@ -51,12 +68,13 @@ impl Leases {
         every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while stop.run_until_cancelled(every.tick()).await.is_some() {
             if let Err(error) = self.renew(&pool).await {
+                metrics::failed_pass("renewal");
                 tracing::warn!(?error, "leases not renewed");
             }
             // Without word from Postgres for a whole lease, another worker may have taken over.
-            for (run, held) in self.lock().iter().filter(|(_, held)| held.renewed.elapsed() > LEASE) {
-                tracing::warn!(%run, "lease lost: not renewed in time");
-                held.stop.cancel();
+            for (run_id, held) in self.lock().iter_mut().filter(|(_, held)| held.renewed.elapsed() > LEASE) {
+                tracing::warn!(%run_id, "lease lost: not renewed in time");
+                held.lose(&METERS.lost_in_silence);
             }
         }
     }
@@ -81,9 +99,9 @@ impl Leases {
         for (run, token) in runs.into_iter().zip(tokens) {
             // Not renewed and still ours to hold: taken over. A step that has just committed is not held any more.
             if kept.get(&run) != Some(&token)
-                && let Some(held) = all.get(&run).filter(|held| held.token == token)
+                && let Some(held) = all.get_mut(&run).filter(|held| held.token == token)
             {
-                held.stop.cancel();
+                held.lose(&METERS.lost_at_renewal);
             }
         }
         Ok(())

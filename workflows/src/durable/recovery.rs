@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{MAX_WORKER_DEATHS, RECOVER_BATCH, RECOVER_EVERY, commit::children_ended, definition::Registry, start::wake_up};
+use crate::metrics::{self, METERS};
 
 /// How many passes lie between two searches for lost hints.
 const PASSES_BETWEEN_SWEEPS: u32 = 40;
@@ -26,6 +27,7 @@ pub async fn keep(pool: Pool, registry: Registry, stop: CancellationToken) {
             Ok::<_, borealis_engine::Error>(())
         };
         if let Err(error) = done.await {
+            metrics::failed_pass("recovery");
             tracing::warn!(?error, "recovery pass failed");
         }
         pass = pass.wrapping_add(1);
@@ -121,6 +123,15 @@ pub async fn expired_leases(pool: &Pool, registry: &Registry) -> Result<usize> {
     let parents: Vec<Uuid> = rows.iter().filter(|row| row.finished).filter_map(|row| row.parent_id).collect();
     children_ended(&mut tx, &parents).await?;
     tx.commit().await?;
+    for (run, error) in lost.iter().zip(&errors) {
+        match error {
+            None => METERS.run_again.inc(),
+            Some(_) => {
+                METERS.run_failed.inc();
+                metrics::run_failed_by_recovery(run.id, &run.workflow);
+            }
+        }
+    }
     Ok(lost.len())
 }
 
@@ -142,6 +153,7 @@ pub async fn ended_waits(pool: &Pool) -> Result<usize> {
     let wakes: Vec<_> = ended.into_iter().map(|id| (id, json!({"by": "deadline"}))).collect();
     let count = wake_up(&mut tx, &wakes).await?;
     tx.commit().await?;
+    METERS.waits_ended.inc_by(u64::try_from(count).unwrap_or(0));
     Ok(count)
 }
 
@@ -163,6 +175,7 @@ pub async fn lost_hints(pool: &Pool) -> Result<usize> {
     .fetch_all(pool)
     .await?;
     if !rows.is_empty() {
+        METERS.hints_rewritten.inc_by(u64::try_from(rows.len()).unwrap_or(0));
         tracing::warn!(count = rows.len(), "runs without a hint were queued again");
     }
     Ok(rows.len())

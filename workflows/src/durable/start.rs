@@ -9,6 +9,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::definition::Workflow;
+use crate::metrics;
 
 /// A run to be started.
 #[derive(Debug, Clone, Default)]
@@ -102,6 +103,7 @@ pub async fn start_many(conn: &mut PgConnection, workflow: &Workflow, new: Vec<N
     )
     .fetch_all(&mut *conn)
     .await?;
+    metrics::runs_started(workflow.name, created.len());
     if created.len() == new.len() {
         return Ok(started);
     }

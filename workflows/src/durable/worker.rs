@@ -3,7 +3,7 @@
 use std::{
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use apalis_core::{
@@ -15,7 +15,8 @@ use apalis_core::{
     },
 };
 use apalis_postgres::PostgresStorage;
-use borealis_engine::{Result, db::Pool};
+use borealis_engine::{Result, db, db::Pool};
+use borealis_telemetry::trace;
 use futures::future::BoxFuture;
 use serde_json::Value;
 use tokio::sync::Semaphore;
@@ -31,7 +32,10 @@ use super::{
     recovery,
     wakeup::Wakeup,
 };
-use crate::Services;
+use crate::{
+    Services,
+    metrics::{self, METERS},
+};
 
 /// How long running steps may take to end after a stop was asked for, before they are told to stop too.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -157,7 +161,7 @@ async fn run_step(workflow: &Arc<Workflow>, process: &Process, mut claim: Claim,
         tracing::error!(%run_id, step = claim.step, workflow = workflow.name, "this version of the workflow has no such step");
         return None;
     };
-    let (name, step_name) = (workflow.name, step.name);
+    let (name, step_name, meters) = (workflow.name, step.name, step.meters(workflow.name));
     fault::point("before", name, step_name);
     let next = workflow.after(step_name).map(|next| next.name);
     let context = StepContext {
@@ -174,7 +178,11 @@ async fn run_step(workflow: &Arc<Workflow>, process: &Process, mut claim: Claim,
         tx: None,
     };
     let span = tracing::info_span!("step", %run_id, workflow = name, step = step_name, attempt);
-    let (answer, tx) = tracing::Instrument::instrument(execute(step, context), span).await;
+    let traced = trace::Span::step(run_id, name, step_name, attempt);
+    let began = Instant::now();
+    let (answer, tx) = traced.around(tracing::Instrument::instrument(execute(step, context), span)).await;
+    let answered = Instant::now();
+    meters.seconds.observe((answered - began).as_secs_f64());
     fault::point("after_effect", name, step_name);
     let of = Attempt { run_id, token: claim.token, seq: claim.seq, attempt, is_child: claim.is_child };
     // What the next step will get, if it is ours.
@@ -183,13 +191,21 @@ async fn run_step(workflow: &Arc<Workflow>, process: &Process, mut claim: Claim,
         _ => Value::Null,
     };
     let commit = Commit::decide(workflow, step, of.clone(), answer, rand::random(), !process.drain.is_cancelled());
+    let (said, went_wrong) = commit.said();
     let written = match tx {
         Some(mut tx) => match write(&mut tx, &process.name, std::slice::from_ref(&commit)).await {
             Ok(written) if written != [Written::Lost] => {
                 let written = written.first().copied().unwrap_or(Written::Lost);
-                tx.commit().await.map(|()| written).map_err(borealis_engine::Error::from)
+                let committed = tx.commit().await.map(|()| written).map_err(borealis_engine::Error::from);
+                if committed.is_ok() {
+                    metrics::count(std::slice::from_ref(&commit), &[written]);
+                }
+                committed
             }
-            Ok(_) => Ok(Written::Lost),
+            Ok(_) => {
+                metrics::count(std::slice::from_ref(&commit), &[Written::Lost]);
+                Ok(Written::Lost)
+            }
             Err(error) => Err(error),
         },
         None => Ok(process.committer.commit(commit).await),
@@ -203,8 +219,13 @@ async fn run_step(workflow: &Arc<Workflow>, process: &Process, mut claim: Claim,
             process.committer.commit(commit).await
         }
     };
+    match written {
+        Written::Lost => traced.committed("lost", true),
+        _ => traced.committed(said, went_wrong),
+    }
     match (written, next) {
         (Written::Kept, Some(next)) => {
+            METERS.hand_over.observe(answered.elapsed().as_secs_f64());
             Some(Claim { step: next.to_owned(), seq: claim.seq + 1, attempt: 1, state, wake: None, ..claim })
         }
         (Written::Lost, _) => {
@@ -216,7 +237,7 @@ async fn run_step(workflow: &Arc<Workflow>, process: &Process, mut claim: Claim,
 }
 
 /// Runs the step's function under its time limit. Its transaction comes back only with a good answer.
-pub(super) async fn execute(step: &Step, mut context: StepContext) -> (StepResult, Option<borealis_engine::db::Tx<'static>>) {
+pub(super) async fn execute(step: &Step, mut context: StepContext) -> (StepResult, Option<db::Tx<'static>>) {
     let caught = tokio::time::timeout(
         step.timeout,
         futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe((step.run)(&mut context))),
@@ -244,12 +265,14 @@ pub async fn run(registry: Registry, services: Services, options: Options, stop:
     let after = CancellationToken::new();
     let queues = registry.iter().map(|workflow| workflow.queue());
     // Connections of its own, so that steps that wait for one never keep a lease from being renewed.
-    let vital = borealis_engine::db::sibling(&pool, VITAL_CONNECTIONS, &PLANS);
+    let vital = db::sibling(&pool, VITAL_CONNECTIONS, &PLANS);
     let unflushed = [PLANS.as_slice(), &[("synchronous_commit", "off")]].concat();
+    let claims = Claims { unflushed: db::sibling(&pool, CLAIM_CONNECTIONS, &unflushed), durable: vital.clone() };
+    let _watched = [db::watch("steps", &pool), db::watch("vital", &vital), db::watch("claims", &claims.unflushed)];
     let process = Process {
         committer: Committer::spawn(&vital, &options.name),
         leases: Leases::default(),
-        claims: Claims { unflushed: borealis_engine::db::sibling(&pool, CLAIM_CONNECTIONS, &unflushed), durable: vital.clone() },
+        claims,
         slots: Arc::new(Semaphore::new(options.concurrency.max(1))),
         wakeup: Wakeup::spawn(vital.clone(), queues, drain.clone()),
         drain: drain.clone(),

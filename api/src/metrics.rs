@@ -1,0 +1,162 @@
+//! What the API process tells of itself. The names are explained in `docs/operations.md`, which a test compares.
+
+use std::{net::SocketAddr, sync::LazyLock, time::Instant};
+
+use axum::{
+    extract::{MatchedPath, Request},
+    http::Method,
+    response::Response,
+};
+use borealis_engine::{Error, Kind};
+use borealis_telemetry::{
+    meter::{self, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec},
+    trace::Span,
+};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::state::App;
+
+/// Meters of sockets and of what goes over them.
+#[derive(Debug)]
+pub(crate) struct Meters {
+    pub dispatches_sent: IntCounter,
+    pub dispatches_given_back: IntCounter,
+    pub cancels_sent: IntCounter,
+    pub results_applied: IntCounter,
+    pub results_late: IntCounter,
+    pub results_unknown: IntCounter,
+    pub results_refused: IntCounter,
+    pub results_turned_away: IntCounter,
+    pub results_batch: Histogram,
+    pub results_seconds: Histogram,
+    pub results_waiting: IntGauge,
+    pub errors_delivery: IntCounter,
+    pub errors_results: IntCounter,
+    sockets: IntGaugeVec,
+    requests: IntCounterVec,
+    seconds: HistogramVec,
+}
+
+pub(crate) static METERS: LazyLock<Meters> = LazyLock::new(|| {
+    let dispatches = meter::counters(
+        "borealis_dispatches_total",
+        "Scripts taken of the tables for the sockets of this process: sent, or given_back because the socket was gone.",
+        &["result"],
+    );
+    let results = meter::counters(
+        "borealis_results_total",
+        "Reports of agents: applied, late (ended already), unknown, refused by the database, or turned_away for lack of room.",
+        &["outcome"],
+    );
+    let errors = meter::counters(
+        "borealis_socket_errors_total",
+        "Batches of dispatches (delivery) and of reports (results) that failed and are tried again.",
+        &["task"],
+    );
+    Meters {
+        dispatches_sent: dispatches.with_label_values(&["sent"]),
+        dispatches_given_back: dispatches.with_label_values(&["given_back"]),
+        cancels_sent: meter::counter("borealis_cancels_sent_total", "Cancels written to sockets of agents."),
+        results_applied: results.with_label_values(&["applied"]),
+        results_late: results.with_label_values(&["late"]),
+        results_unknown: results.with_label_values(&["unknown"]),
+        results_refused: results.with_label_values(&["refused"]),
+        results_turned_away: results.with_label_values(&["turned_away"]),
+        results_batch: meter::histogram("borealis_results_batch_size", "Reports in one transaction.", &meter::SIZES),
+        results_seconds: meter::histogram(
+            "borealis_results_seconds",
+            "How long batches of reports took until they were committed, tries included.",
+            &meter::SECONDS,
+        ),
+        results_waiting: meter::gauge("borealis_results_waiting", "Reports of agents that wait to be applied."),
+        errors_delivery: errors.with_label_values(&["delivery"]),
+        errors_results: errors.with_label_values(&["results"]),
+        sockets: meter::gauges("borealis_sockets", "Sockets connected to this process, of agents and of operators.", &["kind"]),
+        requests: meter::counters(
+            "borealis_http_requests_total",
+            "Answered requests, by listener (public or internal), method, the template of the route and status.",
+            &["listener", "method", "route", "status"],
+        ),
+        seconds: meter::histograms(
+            "borealis_http_request_seconds",
+            "From the head of a request to the head of its answer.",
+            &["listener", "method", "route"],
+            &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0, 5.0, 30.0],
+        ),
+    }
+});
+
+/// Serves `/metrics` of this process.
+///
+/// # Errors
+/// `listen_failed` when the address cannot be bound.
+pub(crate) async fn serve(addr: SocketAddr, app: &App, stop: CancellationToken) -> borealis_engine::Result<SocketAddr> {
+    LazyLock::force(&METERS);
+    let hub = app.hub.clone();
+    let sockets = move || {
+        let (agents, operators, waiting) = hub.figures();
+        for (kind, count) in [("agent", agents), ("operator", operators)] {
+            METERS.sockets.with_label_values(&[kind]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        METERS.results_waiting.set(i64::try_from(waiting).unwrap_or(i64::MAX));
+    };
+    let bound = borealis_workflows::metrics::serve(addr, &app.pool, sockets, stop)
+        .await
+        .map_err(|error| Error::new(Kind::Unavailable, "listen_failed", error.to_string()))?;
+    tracing::info!(addr = %bound, "metrics");
+    Ok(bound)
+}
+
+/// A request on its way.
+#[derive(Debug)]
+pub(crate) struct Answering {
+    listener: &'static str,
+    method: &'static str,
+    route: Option<MatchedPath>,
+    started: Instant,
+    span: Span,
+}
+
+impl Answering {
+    /// A request that has just come.
+    pub fn begin(listener: &'static str, request: &Request) -> Self {
+        Self {
+            listener,
+            method: known(request.method()),
+            // The template: what somebody made up is in no label.
+            route: request.extensions().get::<MatchedPath>().cloned(),
+            started: Instant::now(),
+            span: Span::default(),
+        }
+    }
+
+    /// Has a span tell of it. `parent` is the `traceparent` of somebody trusted.
+    pub fn traced(self, id: Uuid, parent: Option<&str>) -> Self {
+        Self { span: Span::request(id, self.method, parent), ..self }
+    }
+
+    /// It has been answered.
+    pub fn end(self, response: &Response) {
+        let route = self.route.as_ref().map(MatchedPath::as_str);
+        let status = response.status();
+        let labels = [self.listener, self.method, route.unwrap_or("none")];
+        METERS.requests.with_label_values(&[labels[0], labels[1], labels[2], status.as_str()]).inc();
+        METERS.seconds.with_label_values(&labels).observe(self.started.elapsed().as_secs_f64());
+        self.span.answered(self.method, route, status.as_u16());
+    }
+}
+
+/// A method there is a route for, in the words of a label.
+fn known(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
+        Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
+        _ => "OTHER",
+    }
+}
