@@ -214,7 +214,7 @@ pub async fn set_auto_approval(pool: &db::Pool, actor: &Actor, id: i64, until: O
 /// sites were deleted.
 ///
 /// # Errors
-/// 400 `too_many_sites`; 409 `site_in_use` with the jobs that name one of them: then nothing is deleted.
+/// 400 `too_many_sites`; 409 `site_in_use` with the jobs that name one of them or the credentials that belong to one: then nothing is deleted.
 pub async fn delete(pool: &db::Pool, actor: &Actor, ids: &[i64]) -> Result<(usize, Vec<Uuid>)> {
     let ids: Vec<i64> = ids.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
     if ids.len() > BATCH_MAX {
@@ -237,6 +237,15 @@ pub async fn delete(pool: &db::Pool, actor: &Actor, ids: &[i64]) -> Result<(usiz
         let jobs: Vec<_> = jobs.into_iter().map(|job| json!({ "id": job.id, "name": job.name })).collect();
         return Err(Error::conflict("site_in_use", "Scheduled jobs name one of these sites; change or delete them first.")
             .with("jobs", jobs));
+    }
+    let credentials = sqlx::query!("SELECT id, name FROM credentials WHERE site_id = ANY($1) ORDER BY id LIMIT 50", &ids)
+        .fetch_all(&mut *tx)
+        .await?;
+    if !credentials.is_empty() {
+        // Without its site, a credential would be for every site.
+        let credentials: Vec<_> = credentials.into_iter().map(|row| json!({ "id": row.id, "name": row.name })).collect();
+        return Err(Error::conflict("site_in_use", "Credentials belong to one of these sites; move or delete them first.")
+            .with("credentials", credentials));
     }
     let devices = sqlx::query_scalar!("UPDATE devices SET site_id = NULL WHERE site_id = ANY($1) RETURNING guid", &ids)
         .fetch_all(&mut *tx)

@@ -988,3 +988,41 @@ async fn everything_is_in_the_audit_and_no_secret_is_in_the_database() {
         assert!(!String::from_utf8_lossy(&text).contains(CIPHER), "{}", entry.path().display());
     }
 }
+
+#[tokio::test]
+async fn an_administrator_switches_the_second_factor_of_others() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let user = engine.operator(&[]).await;
+    let path = format!("/api/users/{}/mfa", user.name.to_uppercase());
+    let login =
+        async || engine.anonymous().post("/api/auth/login", json!({"username": user.name, "password": PASSWORD})).await.ok();
+    let _ = admin.post(&path, json!({"enabled": false})).await.error(403, "step_up_required");
+    let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
+    let reply = admin.post(&path, json!({"reset_secret": true})).await.error(400, "enabled_required");
+    assert!(reply.body["fields"]["enabled"].is_string(), "{}", reply.text);
+    let _ = admin.post("/api/users/ghost/mfa", json!({"enabled": true})).await.error(404, "user not found");
+    assert_eq!(login().await["stage"], "verify");
+
+    // Switching on what is on changes nothing, and nobody has to sign in again.
+    let _ = admin.post(&path, json!({"enabled": true})).await.ok();
+    let _ = user.get("/api/auth/me").await.ok();
+    // Off: a weaker proof than that of the running sessions, so they end.
+    let _ = admin.post(&path, json!({"enabled": false})).await.ok();
+    let _ = user.get("/api/auth/me").await.error(401, "unauthorized");
+    assert_eq!(login().await["status"], "ok");
+    // On again: the authenticator was kept.
+    let _ = admin.post(&path, json!({"enabled": true})).await.ok();
+    assert_eq!(login().await["stage"], "verify");
+    let _ = admin.post(&path, json!({"enabled": true, "reset_secret": true})).await.ok();
+    assert_eq!(login().await["stage"], "setup");
+
+    // A directory's users always have one.
+    sqlx::query("UPDATE users SET auth_source = 'directory' WHERE username = $1")
+        .bind(&user.name)
+        .execute(&engine.database.pool)
+        .await
+        .unwrap();
+    let _ = admin.post(&path, json!({"enabled": false})).await.error(403, "directory_mfa_required");
+    let _ = admin.post(&path, json!({"enabled": true, "reset_secret": true})).await.ok();
+}

@@ -97,6 +97,12 @@ impl World {
         guid
     }
 
+    /// A credential of site A.
+    async fn credential(&self, name: &str) -> i64 {
+        let body = json!({"name": name, "site_id": self.site, "password": "a secret"});
+        self.admin.post("/api/credentials", body).await.ok()["credential"]["id"].as_i64().expect("an id")
+    }
+
     /// A job on the device of site A, as its operator makes it.
     async fn job(&self) -> i64 {
         let made = self.operator.post("/api/scheduled_jobs", self.job_body(&self.device.guid).await).await.ok();
@@ -245,6 +251,27 @@ impl World {
             ("POST", "/api/users/{username}/role") => {
                 let user = self.engine.user("User", &[]).await;
                 admin(&format!("/api/users/{user}/role"), json!({"role": "Admin"}))
+            }
+            ("POST", "/api/users/{username}/mfa") => {
+                let user = self.engine.user("User", &[]).await;
+                admin(&format!("/api/users/{user}/mfa"), json!({"enabled": true, "reset_secret": true}))
+            }
+            ("GET", "/api/credentials") => {
+                self.credential(&nothing.to_string()).await;
+                list(path, &nothing.to_string())
+            }
+            ("GET", "/api/credentials/{id}") => {
+                let id = self.credential(&nothing.to_string()).await;
+                thing(format!("/api/credentials/{id}"), "/api/credentials/999999".to_owned(), Value::Null)
+            }
+            ("POST", "/api/credentials") => admin(path, json!({"name": nothing.to_string()})),
+            ("PUT", "/api/credentials/{id}") => {
+                let id = self.credential(&nothing.to_string()).await;
+                admin(&format!("/api/credentials/{id}"), json!({"description": "changed"}))
+            }
+            ("DELETE", "/api/credentials/{id}") => {
+                let id = self.credential(&nothing.to_string()).await;
+                admin(&format!("/api/credentials/{id}"), Value::Null)
             }
             ("POST", "/api/user_site_assignments/selection") => {
                 admin(path, json!({"usernames": [self.engine.user("User", &[]).await]}))

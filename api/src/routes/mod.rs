@@ -8,6 +8,7 @@ pub mod approvals;
 pub mod assemblies;
 pub mod auth;
 pub mod bootstrap;
+pub mod credentials;
 pub mod devices;
 pub mod docs;
 pub mod enrollment;
@@ -27,6 +28,7 @@ pub fn all(app: &App) -> Routes {
         .merge(assemblies::routes(app))
         .merge(auth::routes(app))
         .merge(bootstrap::routes(app))
+        .merge(credentials::routes(app))
         .merge(devices::routes(app))
         .merge(docs::routes(app))
         .merge(enrollment::routes(app))

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use axum::{Json, extract::State};
 use borealis_engine::{
-    Scope, Secret,
+    Error, Scope, Secret,
     access::{passwords::Sent, users},
     sites,
 };
@@ -25,6 +25,7 @@ pub(super) fn routes(app: &App) -> Routes {
         .admin(routes!(delete))
         .admin(routes!(reset_password))
         .admin(routes!(role))
+        .admin(routes!(mfa))
         .admin(routes!(selection))
         .admin(routes!(assign))
 }
@@ -214,6 +215,40 @@ async fn role(
     body::Json(body): body::Json<NewRole>,
 ) -> Result<Json<Done>> {
     users::set_role(&app.pool, &operator.actor, &username, &body.role).await?;
+    Ok(Done::json())
+}
+
+/// What to ask of a user beside the password.
+#[derive(Debug, serde::Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct SecondFactor {
+    /// Required: whether a second factor is asked for.
+    #[schema(required)]
+    enabled: Option<bool>,
+    /// Forget the authenticator; the user sets one up at the next sign-in, if one is asked for.
+    #[serde(default)]
+    reset_secret: bool,
+}
+
+/// Switch a user's second factor on or off, or forget their authenticator. Their sessions end unless it is only switched on.
+#[utoipa::path(post, path = "/api/users/{username}/mfa", tag = "Users",
+    params(("username" = String, Path, description = "Any case")), request_body = SecondFactor, responses(
+    (status = 200, body = Done),
+    (status = 400, description = "`enabled_required`"),
+    (status = 403, description = "`forbidden`, `step_up_required`, `directory_mfa_required`"),
+    (status = 404, description = "`user not found`"),
+))]
+async fn mfa(
+    State(app): State<App>,
+    operator: Operator,
+    Path(username): Path<String>,
+    body::Json(body): body::Json<SecondFactor>,
+) -> Result<Json<Done>> {
+    operator.require_step_up()?;
+    let enabled = body.enabled.ok_or_else(|| Error::field("enabled_required", "enabled", "is required."))?;
+    for session in users::set_mfa(&app.pool, &operator.actor, &username, enabled, body.reset_secret).await? {
+        app.hub.drop_session(session).await;
+    }
     Ok(Done::json())
 }
 

@@ -35,7 +35,15 @@ use crate::{
 };
 
 /// The columns sealed under Aegis: what rotation, reset and the status answer walk.
-pub const PROTECTED: [&str; 3] = ["users.password", "users.mfa_secret", "auth_challenges.state"];
+pub const PROTECTED: [&str; 7] = [
+    "users.password",
+    "users.mfa_secret",
+    "auth_challenges.state",
+    "credentials.password",
+    "credentials.private_key",
+    "credentials.private_key_passphrase",
+    "credentials.become_password",
+];
 
 /// The fewest characters of a cipher.
 pub const CIPHER_MIN_CHARS: usize = 12;

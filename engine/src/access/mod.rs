@@ -11,6 +11,7 @@ use crate::{
 pub mod aegis;
 pub mod bootstrap;
 pub mod challenges;
+pub mod credentials;
 pub mod limits;
 pub mod mfa;
 pub mod passwords;

@@ -305,6 +305,42 @@ pub async fn set_role(pool: &db::Pool, actor: &Actor, username: &str, role: &str
     Ok(())
 }
 
+/// Switches the second factor of a user on or off, and forgets their authenticator when `reset_secret`. All sessions end where
+/// that asks for less or for another proof than before; their ids are returned.
+///
+/// # Errors
+/// 403 `directory_mfa_required`: a directory's users always have a second factor; 404 `user not found`.
+pub async fn set_mfa(pool: &db::Pool, actor: &Actor, username: &str, enabled: bool, reset_secret: bool) -> Result<Vec<Uuid>> {
+    let mut tx = pool.begin().await?;
+    let user = lock(&mut tx, username).await?;
+    if user.auth_source != "local" && !enabled {
+        return Err(Error::new(
+            Kind::Forbidden,
+            "directory_mfa_required",
+            "Users of a directory always have a second factor; it can be reset but not switched off.",
+        ));
+    }
+    sqlx::query!(
+        "UPDATE users SET mfa_disabled = NOT $2, mfa_secret_sealed = CASE WHEN $3 THEN NULL ELSE mfa_secret_sealed END,
+                mfa_last_step = CASE WHEN $3 THEN 0 ELSE mfa_last_step END, updated_at = now()
+         WHERE id = $1",
+        user.id,
+        enabled,
+        reset_secret,
+    )
+    .execute(&mut *tx)
+    .await?;
+    let mut ended = Vec::new();
+    if reset_secret || !enabled {
+        ended = sessions::end_all(&mut tx, user.id, None).await?;
+        challenges::end_all(&mut tx, user.id).await?;
+    }
+    let detail = json!({ "username": user.username, "enabled": enabled, "reset_secret": reset_secret });
+    record(&mut tx, actor, "user.mfa", user.id, detail).await?;
+    tx.commit().await?;
+    Ok(ended)
+}
+
 /// Gives a user a password to begin with: the second factor is forgotten, all sessions end (their ids are returned), and
 /// the user must choose a password of their own after signing in.
 ///
