@@ -11,3 +11,7 @@ ALTER TABLE scheduled_job_runs
     DROP CONSTRAINT scheduled_job_runs_occurrence_id_fkey,
     ADD CONSTRAINT scheduled_job_runs_occurrence_fkey FOREIGN KEY (occurrence_id, job_id)
         REFERENCES job_occurrences (id, job_id) ON DELETE CASCADE;
+
+-- The runs of a job are listed by when they began; a job for all devices has hundreds of thousands.
+DROP INDEX scheduled_job_runs_job;
+CREATE INDEX scheduled_job_runs_job ON scheduled_job_runs (job_id, coalesce(started_at, scheduled_at) DESC, id DESC);
