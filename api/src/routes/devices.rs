@@ -3,11 +3,11 @@
 use axum::{Json, extract::State};
 use borealis_engine::{
     Error,
-    devices::list::{self, Filter},
+    devices::list::{self, Device, Filter, Page},
     keys::parse_guid,
 };
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use utoipa::IntoParams;
 use utoipa_axum::routes;
 
@@ -57,7 +57,7 @@ fn says_yes(text: &str) -> bool {
     (status = 400, description = "`invalid_limit`, `invalid_cursor`, `invalid_query`"),
     (status = 401, description = "`unauthorized`"),
 ))]
-async fn devices(State(app): State<App>, operator: Operator, Params(which): Params<Which>) -> Result<Json<Value>> {
+async fn devices(State(app): State<App>, operator: Operator, Params(which): Params<Which>) -> Result<Json<Page>> {
     let given = |text: &str| Some(text.trim().replace('\0', "")).filter(|text| !text.is_empty());
     let filter = Filter {
         guid: None,
@@ -68,8 +68,7 @@ async fn devices(State(app): State<App>, operator: Operator, Params(which): Para
         limit: which.limit,
         cursor: which.cursor.filter(|cursor| !cursor.is_empty()),
     };
-    let page = list::page(&app.pool, &operator.scope, &filter).await?;
-    Ok(Json(json!({"devices": page.devices, "next_cursor": page.next_cursor})))
+    Ok(Json(list::page(&app.pool, &operator.scope, &filter).await?))
 }
 
 /// One device.
@@ -79,7 +78,7 @@ async fn devices(State(app): State<App>, operator: Operator, Params(which): Para
     (status = 401, description = "`unauthorized`"),
     (status = 404, description = "`not found`"),
 ))]
-async fn device(State(app): State<App>, operator: Operator, Path(guid): Path<String>) -> Result<Json<Value>> {
+async fn device(State(app): State<App>, operator: Operator, Path(guid): Path<String>) -> Result<Json<Device>> {
     let guid = parse_guid(&guid).ok_or_else(|| Error::invalid("invalid guid", "The path does not name a device GUID."))?;
     Ok(Json(list::one(&app.pool, &operator.scope, guid).await?))
 }
@@ -91,7 +90,7 @@ async fn device(State(app): State<App>, operator: Operator, Path(guid): Path<Str
     (status = 404, description = "`not found`"),
     (status = 409, description = "`ambiguous_hostname` with `guids`"),
 ))]
-async fn details(State(app): State<App>, operator: Operator, Path(hostname): Path<String>) -> Result<Json<Value>> {
+async fn details(State(app): State<App>, operator: Operator, Path(hostname): Path<String>) -> Result<Json<Device>> {
     Ok(Json(list::named(&app.pool, &operator.scope, &hostname).await?))
 }
 

@@ -2,11 +2,8 @@
 
 use std::{
     collections::HashSet,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use borealis_engine::{
@@ -29,7 +26,7 @@ const DEVICES: usize = 1_000;
 pub struct Wanted {
     devices: Mutex<(HashSet<Uuid>, HashSet<Uuid>)>,
     wake: Notify,
-    busy: AtomicBool,
+    busy_since: Mutex<Option<Instant>>,
 }
 
 impl Wanted {
@@ -45,9 +42,14 @@ impl Wanted {
         self.wake.notify_one();
     }
 
-    /// Whether dispatches go out just now.
-    pub fn is_busy(&self) -> bool {
-        self.busy.load(Ordering::Relaxed)
+    /// For how long dispatches have been going out without a pause; none while none do.
+    pub fn busy_for(&self) -> Option<Duration> {
+        self.busy_since.lock().unwrap_or_else(PoisonError::into_inner).map(|since| since.elapsed())
+    }
+
+    fn set_busy(&self, busy: bool) {
+        let mut since = self.busy_since.lock().unwrap_or_else(PoisonError::into_inner);
+        *since = busy.then(|| since.unwrap_or_else(Instant::now));
     }
 
     fn take(&self) -> (Vec<Uuid>, Vec<Uuid>) {
@@ -68,9 +70,12 @@ struct Batch {
 /// Sends, for ever.
 pub async fn run(running: Arc<Running>) {
     loop {
-        running.wanted.busy.store(false, Ordering::Relaxed);
-        running.wanted.wake.notified().await;
-        running.wanted.busy.store(true, Ordering::Relaxed);
+        let mut more = std::pin::pin!(running.wanted.wake.notified());
+        if !more.as_mut().enable() {
+            running.wanted.set_busy(false);
+            more.await;
+        }
+        running.wanted.set_busy(true);
         let (look, reconnected) = running.wanted.take();
         for (devices, again) in [(reconnected, true), (look, false)] {
             let (sent, trouble) = send(&running, &devices, again).await;

@@ -27,7 +27,10 @@ const ROOM_KIB: usize = 256 * 1024;
 const QUEUE: usize = 20_000;
 /// Reports of one agent without acks that may wait for room.
 const PATIENCE: usize = 4;
-/// How long reports wait for a full batch while dispatches go out: the dispatches come first, and fuller batches cost less.
+/// How long dispatches that go out without a pause come before all reports: both want the same processors, and a report is
+/// as true later.
+const DISPATCHES_FIRST: Duration = Duration::from_millis(1_500);
+/// How long reports then wait for a full batch while dispatches still go out: fuller batches cost less.
 const GATHER: Duration = Duration::from_millis(500);
 /// How often it is looked whether that is over.
 const GATHER_STEP: Duration = Duration::from_millis(20);
@@ -101,7 +104,11 @@ impl Intake {
         let mut batch = Vec::new();
         while waiting.recv_many(&mut batch, results::BATCH).await > 0 {
             let until = Instant::now() + GATHER;
-            while batch.len() < results::BATCH && running.wanted.is_busy() && Instant::now() < until {
+            while running
+                .wanted
+                .busy_for()
+                .is_some_and(|busy| busy < DISPATCHES_FIRST || (batch.len() < results::BATCH && Instant::now() < until))
+            {
                 tokio::time::sleep(GATHER_STEP).await;
                 while batch.len() < results::BATCH
                     && let Ok(next) = waiting.try_recv()

@@ -2,10 +2,15 @@
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::{DateTime, SecondsFormat, Utc};
-use serde_json::{Map, Value, json};
+use serde::{
+    Serialize,
+    ser::{SerializeMap, Serializer},
+};
+use serde_json::{Map, Value, json, value::RawValue};
+use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::{role_health::Document, sockets::PROCESS_SILENCE_S};
+use super::{role_health, sockets::PROCESS_SILENCE_S};
 use crate::{
     db,
     error::{Error, Result},
@@ -40,13 +45,85 @@ pub struct Filter {
 }
 
 /// One page.
-#[derive(Debug)]
+#[derive(Debug, Serialize)]
 pub struct Page {
     /// The devices, by hostname.
-    pub devices: Vec<Value>,
+    pub devices: Vec<Device>,
     /// For the next page, when there is more.
     pub next_cursor: Option<String>,
 }
+
+/// A device as operators read it. The large documents are in the answer twice, as the contract has it; they are the text
+/// that Postgres gave, never parsed.
+#[derive(Debug)]
+pub struct Device {
+    guid: Uuid,
+    /// What is shown at the top, and overrides what the summary says of it.
+    scalars: Map<String, Value>,
+    /// None of a slim one.
+    documents: Option<Documents>,
+}
+
+/// The large documents of a device.
+#[derive(Debug)]
+struct Documents {
+    named: [(&'static str, Box<RawValue>); 8],
+    summary: Map<String, Value>,
+    role_health: Value,
+    reported_at: [(&'static str, i64); 3],
+}
+
+impl Serialize for Device {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        for (name, value) in &self.scalars {
+            map.serialize_entry(name, value)?;
+        }
+        if let Some(documents) = &self.documents {
+            // Written once, shown twice.
+            let summary = Merged { under: &documents.summary, over: &self.scalars };
+            let summary = serde_json::value::to_raw_value(&summary).map_err(serde::ser::Error::custom)?;
+            for (name, document) in &documents.named {
+                map.serialize_entry(name, document)?;
+            }
+            map.serialize_entry("summary", &summary)?;
+            map.serialize_entry("details", &Details { named: &documents.named, summary: &summary })?;
+            map.serialize_entry("agent_role_health", &documents.role_health)?;
+            for (name, at) in documents.reported_at {
+                map.serialize_entry(name, &at)?;
+            }
+        }
+        map.end()
+    }
+}
+
+/// An object with the entries of two; those of `over` win.
+struct Merged<'a> {
+    under: &'a Map<String, Value>,
+    over: &'a Map<String, Value>,
+}
+
+impl Serialize for Merged<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.under.iter().filter(|(name, _)| !self.over.contains_key(*name)).chain(self.over))
+    }
+}
+
+/// The documents and the summary, in one object.
+struct Details<'a> {
+    named: &'a [(&'static str, Box<RawValue>)],
+    summary: &'a RawValue,
+}
+
+impl Serialize for Details<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let documents = self.named.iter().map(|(name, document)| (*name, &**document));
+        serializer.collect_map(documents.chain([("summary", self.summary)]))
+    }
+}
+
+/// A stored document, as its text.
+type Document = Option<Json<Box<RawValue>>>;
 
 struct Row {
     guid: Uuid,
@@ -77,14 +154,14 @@ struct Row {
     agent_release_channel: String,
     agent_branch: String,
     summary: Option<Value>,
-    memory: Option<Value>,
-    network: Option<Value>,
-    software: Option<Value>,
-    services: Option<Value>,
-    storage: Option<Value>,
-    cpu: Option<Value>,
-    sessions: Option<Value>,
-    processes: Option<Value>,
+    memory: Document,
+    network: Document,
+    software: Document,
+    services: Document,
+    storage: Document,
+    cpu: Document,
+    sessions: Document,
+    processes: Document,
     role_health: Option<Value>,
     agent_update: Option<Value>,
     services_reported_at: Option<DateTime<Utc>>,
@@ -109,7 +186,7 @@ pub fn presence(last_seen: Option<DateTime<Utc>>, now: DateTime<Utc>) -> &'stati
 }
 
 impl Row {
-    fn into_object(self, slim: bool, now: DateTime<Utc>) -> Value {
+    fn into_device(self, slim: bool, now: DateTime<Utc>) -> Device {
         let last_seen = self.last_seen;
         let update = |name: &str| self.agent_update.as_ref().and_then(|all| all.get(name)).and_then(Value::as_str).unwrap_or("");
         let guid = guid_text(self.guid);
@@ -153,45 +230,45 @@ impl Row {
             "status": presence(last_seen, now),
             "enrollment_status": self.status,
         });
-        let Value::Object(scalars) = scalars else { return Value::Null };
-        if slim {
-            return Value::Object(scalars);
-        }
-        let mut device = scalars.clone();
-        let list = |value: Option<Value>| value.unwrap_or_else(|| json!([]));
-        let mut summary = match self.summary {
-            Some(Value::Object(summary)) => summary,
+        let scalars = match scalars {
+            Value::Object(scalars) => scalars,
             _ => Map::new(),
         };
-        summary.extend(scalars);
-        let mut documents = Map::new();
-        for (name, value) in [
-            ("memory", list(self.memory)),
-            ("network", list(self.network)),
-            ("software", list(self.software)),
-            ("services", list(self.services)),
-            ("storage", list(self.storage)),
-            ("cpu", self.cpu.unwrap_or_else(|| json!({}))),
-            ("sessions", list(self.sessions)),
-            ("processes", list(self.processes)),
-        ] {
-            documents.insert(name.to_owned(), value);
+        if slim {
+            return Device { guid: self.guid, scalars, documents: None };
         }
-        let health: Document = self.role_health.and_then(|stored| serde_json::from_value(stored).ok()).unwrap_or_default();
-        device.extend(documents.clone());
-        documents.insert("summary".to_owned(), Value::Object(summary.clone()));
-        device.insert("details".to_owned(), Value::Object(documents));
-        device.insert("summary".to_owned(), Value::Object(summary));
-        device.insert("agent_role_health".to_owned(), health.shown(now.timestamp()));
-        for (name, at) in [
-            ("services_reported_at", self.services_reported_at),
-            ("sessions_reported_at", self.sessions_reported_at),
-            ("processes_reported_at", self.processes_reported_at),
-        ] {
-            device.insert(name.to_owned(), epoch(at).into());
-        }
-        Value::Object(device)
+        let list = |stored: Document| stored.map_or_else(|| raw("[]"), |document| document.0);
+        let health: role_health::Document =
+            self.role_health.and_then(|stored| serde_json::from_value(stored).ok()).unwrap_or_default();
+        let documents = Documents {
+            named: [
+                ("memory", list(self.memory)),
+                ("network", list(self.network)),
+                ("software", list(self.software)),
+                ("services", list(self.services)),
+                ("storage", list(self.storage)),
+                ("cpu", self.cpu.map_or_else(|| raw("{}"), |document| document.0)),
+                ("sessions", list(self.sessions)),
+                ("processes", list(self.processes)),
+            ],
+            summary: match self.summary {
+                Some(Value::Object(summary)) => summary,
+                _ => Map::new(),
+            },
+            role_health: health.shown(now.timestamp()),
+            reported_at: [
+                ("services_reported_at", epoch(self.services_reported_at)),
+                ("sessions_reported_at", epoch(self.sessions_reported_at)),
+                ("processes_reported_at", epoch(self.processes_reported_at)),
+            ],
+        };
+        Device { guid: self.guid, scalars, documents: Some(documents) }
     }
+}
+
+/// A document of our own.
+fn raw(text: &str) -> Box<RawValue> {
+    RawValue::from_string(text.to_owned()).unwrap_or_default()
 }
 
 fn encode_cursor(name: &str, guid: Uuid) -> String {
@@ -224,9 +301,9 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
                   d.last_seen, d.agent_build_id, d.device_type, d.domain, d.external_ip, d.internal_ip, d.last_reboot, d.last_user,
                   d.operating_system, d.uptime, d.cpu_percent, d.memory_percent, d.connection_type, d.connection_endpoint,
                   d.agent_release_channel, d.agent_branch,
-                  x.summary AS "summary?", x.memory AS "memory?", x.network AS "network?", x.software AS "software?",
-                  x.services AS "services?", x.storage AS "storage?", x.cpu AS "cpu?", x.sessions AS "sessions?",
-                  x.processes AS "processes?", x.role_health AS "role_health?", x.agent_update AS "agent_update?",
+                  x.summary AS "summary?", x.memory AS "memory?: Json<Box<RawValue>>", x.network AS "network?: Json<Box<RawValue>>", x.software AS "software?: Json<Box<RawValue>>",
+                  x.services AS "services?: Json<Box<RawValue>>", x.storage AS "storage?: Json<Box<RawValue>>", x.cpu AS "cpu?: Json<Box<RawValue>>", x.sessions AS "sessions?: Json<Box<RawValue>>",
+                  x.processes AS "processes?: Json<Box<RawValue>>", x.role_health AS "role_health?", x.agent_update AS "agent_update?",
                   x.services_reported_at AS "services_reported_at?", x.sessions_reported_at AS "sessions_reported_at?",
                   x.processes_reported_at AS "processes_reported_at?"
            FROM devices AS d
@@ -256,14 +333,14 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
     rows.truncate(usize::try_from(limit).unwrap_or_default());
     let next_cursor = rows.last().filter(|_| more).map(|last| encode_cursor(&last.sort_name, last.guid));
     let now = Utc::now();
-    Ok(Page { devices: rows.into_iter().map(|row| row.into_object(filter.slim, now)).collect(), next_cursor })
+    Ok(Page { devices: rows.into_iter().map(|row| row.into_device(filter.slim, now)).collect(), next_cursor })
 }
 
 /// One device in `scope`.
 ///
 /// # Errors
 /// 404 `not found`.
-pub async fn one(pool: &db::Pool, scope: &Scope, guid: Uuid) -> Result<Value> {
+pub async fn one(pool: &db::Pool, scope: &Scope, guid: Uuid) -> Result<Device> {
     let filter = Filter { guid: Some(guid), limit: Some(1), ..Filter::default() };
     page(pool, scope, &filter).await?.devices.pop().map(with_version).ok_or_else(Error::not_found)
 }
@@ -272,14 +349,14 @@ pub async fn one(pool: &db::Pool, scope: &Scope, guid: Uuid) -> Result<Value> {
 ///
 /// # Errors
 /// 404 `not found`; 409 `ambiguous_hostname` with `guids` when several have the name.
-pub async fn named(pool: &db::Pool, scope: &Scope, name: &str) -> Result<Value> {
+pub async fn named(pool: &db::Pool, scope: &Scope, name: &str) -> Result<Device> {
     if let Some(guid) = crate::keys::parse_guid(name) {
         return one(pool, scope, guid).await;
     }
     let filter = Filter { hostname: Some(name.trim().replace('\0', "")), limit: Some(20), ..Filter::default() };
     let mut found = page(pool, scope, &filter).await?.devices;
     if found.len() > 1 {
-        let guids: Vec<Value> = found.iter().filter_map(|device| device.get("guid").cloned()).collect();
+        let guids: Vec<String> = found.iter().map(|device| guid_text(device.guid)).collect();
         let message = "Several devices have this hostname; use the GUID of the one you mean.";
         return Err(Error::conflict("ambiguous_hostname", message).with("guids", guids));
     }
@@ -287,24 +364,17 @@ pub async fn named(pool: &db::Pool, scope: &Scope, name: &str) -> Result<Value> 
 }
 
 /// What reads of a single device add. There is no published build to compare with yet: the installed one is the target.
-fn with_version(mut device: Value) -> Value {
-    let text = |device: &Value, name: &str| device.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
-    let (build, channel) = (text(&device, "agent_build_id"), text(&device, "agent_release_channel"));
-    let extra = json!({
-        "agent_version_status": if build.is_empty() { "Needs Updated" } else { "Up-to-Date" },
-        "agent_target_build_id": build,
-        "agent_target_published_at": 0,
-        "agent_release_channel_override": null,
-        "agent_release_channel": channel,
-        "agent_branch": text(&device, "agent_branch"),
-        "agent_release_channel_effective": if channel.is_empty() { "stable" } else { channel.as_str() },
-        "agent_build_id": build,
-    });
-    for place in ["", "/summary", "/details/summary"] {
-        if let (Some(Value::Object(target)), Value::Object(extra)) = (device.pointer_mut(place), &extra) {
-            target.extend(extra.clone());
-        }
-    }
+fn with_version(mut device: Device) -> Device {
+    let text = |name: &str| device.scalars.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let (build, channel) = (text("agent_build_id"), text("agent_release_channel"));
+    let extra = [
+        ("agent_version_status", if build.is_empty() { "Needs Updated".into() } else { "Up-to-Date".into() }),
+        ("agent_target_build_id", build.into()),
+        ("agent_target_published_at", 0.into()),
+        ("agent_release_channel_override", Value::Null),
+        ("agent_release_channel_effective", if channel.is_empty() { "stable".into() } else { channel.into() }),
+    ];
+    device.scalars.extend(extra.map(|(name, value)| (name.to_owned(), value)));
     device
 }
 

@@ -321,7 +321,8 @@ pub async fn runs(
            WHERE r.job_id = $1
              AND ($2::bigint[] IS NULL OR r.site_id = ANY($2) OR (r.site_id IS NULL AND r.device_guid IS NULL))
              AND coalesce(r.finished_at, r.started_at, r.scheduled_at) >= now() - make_interval(days => $3)
-             AND ($4::timestamptz IS NULL OR (coalesce(r.started_at, r.scheduled_at), r.id) < ($4, $5::bigint))
+             -- Whatever the arguments, a range of the index that the page is ordered by.
+             AND (coalesce(r.started_at, r.scheduled_at), r.id) < (coalesce($4, 'infinity'::timestamptz), coalesce($5, 9223372036854775807))
            ORDER BY coalesce(r.started_at, r.scheduled_at) DESC, r.id DESC LIMIT $6"#,
         job_id,
         scope.site_ids(),

@@ -9,6 +9,7 @@ use super::{
     environment::{cpu_seconds, machine, tree_cpu_seconds},
     load, plain,
     stand::Stand,
+    statements,
 };
 use crate::fleet::identity;
 
@@ -60,9 +61,11 @@ pub async fn run(options: &Options) -> Report {
             None => format!("{base}{}", page.path),
         };
         let cpu = || (cpu_seconds(stand.installation.api.pid()), tree_cpu_seconds(stand.environment.cluster.pid()));
+        statements::begin(&stand.database.pool).await;
         let before = cpu();
         let load = load::get(options.rate, lasts, Some(stand.token()), url).await;
         let after = cpu();
+        statements::print(&stand.database.pool, page.name).await;
         let p99 = load.latencies.percentile(99.0);
         let name = page.name;
         if is_goal {

@@ -11,6 +11,7 @@ use super::{
     environment::{cpu_seconds, machine, tree_cpu_seconds},
     plain, reference,
     stand::Stand,
+    statements,
 };
 use crate::fleet::{Counts, Fleet};
 
@@ -51,7 +52,6 @@ pub async fn run(options: &Options) -> Report {
     report.figure("agents connected", options.agents as f64, "");
     report.figure("jobs, one after the other; the worst is shown", options.jobs as f64, "");
     report.at_most(3.0, "due to last delivery", delivered, "s");
-    report.figure("due to targets and dispatches written", worst(|round| round.written_s), "s");
     report.figure("due to first delivery", worst(|round| round.first_delivery_s), "s");
     report.at_most(10.0, "due to last result recorded", recorded, "s");
     report.figure("due to the job's run closed", worst(|round| round.closed_s), "s");
@@ -70,7 +70,6 @@ pub async fn run(options: &Options) -> Report {
 /// What one job came to; times from the instant it was due.
 #[derive(Debug, Clone)]
 struct Round {
-    written_s: f64,
     first_delivery_s: f64,
     last_delivery_s: f64,
     last_result_s: f64,
@@ -91,17 +90,18 @@ async fn round(stand: &Stand, fleet: &Fleet, agents: usize, number: usize) -> Ro
     tokio::time::sleep((due - Utc::now()).to_std().unwrap_or_default()).await;
     let cpu = || (cpu_seconds(stand.installation.api.pid()), tree_cpu_seconds(stand.environment.cluster.pid()));
     let cpu_before = cpu();
+    statements::begin(&stand.database.pool).await;
     let all = agents as u64;
     let after = fleet.until("every result is acknowledged", LIMIT, |now| now.acked - before.acked >= all).await;
     let last_result_s = seconds(Utc::now() - due);
     let (api, postgres) = cpu();
+    statements::print(&stand.database.pool, &format!("job {number}")).await;
     let closed_s = closed(stand, job, due).await;
     let mut deliveries: Vec<DateTime<Utc>> =
         fleet.receipts().iter().skip(usize::try_from(before.received).unwrap_or(0)).map(|receipt| receipt.at).collect();
     deliveries.sort();
     let of = |at: Option<&DateTime<Utc>>| at.map_or(f64::NAN, |at| seconds(*at - due));
     Round {
-        written_s: written(stand, job, due).await,
         first_delivery_s: of(deliveries.first()),
         last_delivery_s: of(deliveries.last()),
         last_result_s,
@@ -130,15 +130,6 @@ async fn lost(stand: &Stand, job: i64, all: u64) -> f64 {
 fn doubled(before: &Counts, after: &Counts, all: u64) -> f64 {
     let extra = |of: fn(&Counts) -> u64| (of(after) - of(before)).abs_diff(all) as f64;
     extra(|counts| counts.received) + extra(|counts| counts.executed) + (after.doubled - before.doubled) as f64
-}
-
-/// When the step that freezes the targets and writes the dispatches was committed.
-async fn written(stand: &Stand, job: i64, due: DateTime<Utc>) -> f64 {
-    let query = "SELECT min(e.at) FROM workflow_events e JOIN job_occurrences o ON o.workflow_run_id = e.run_id
-                 WHERE o.job_id = $1 AND e.step = 'resolve' AND e.kind = 'step_committed'";
-    let at: Option<DateTime<Utc>> =
-        sqlx::query_scalar(query).bind(job).fetch_one(&stand.database.pool).await.expect("the run's events");
-    at.map_or(f64::NAN, |at| seconds(at - due))
 }
 
 /// When the workflow run that carried the job was over.

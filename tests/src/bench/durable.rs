@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     Environment, Latencies, Report,
     environment::{Database, machine, resident_mib, tree_cpu_seconds},
-    per_second, reference,
+    peers, per_second, reference,
 };
 use crate::{Child, probe};
 
@@ -31,6 +31,9 @@ pub struct Options {
     /// Steps the worker runs at the same time.
     #[arg(long, default_value_t = 1_000)]
     pub concurrency: usize,
+    /// The folder of the drivers of other systems: Restate and DBOS Transact are measured in the same run.
+    #[arg(long, env = "BOREALIS_PEERS_DIR", value_name = "DIR")]
+    pub peers: Option<std::path::PathBuf>,
 }
 
 /// Runs the bench.
@@ -44,7 +47,7 @@ pub async fn run(options: &Options) -> Report {
 
     let bench = Bench::start(&mut environment, options).await;
     bench.warm_up().await;
-    bench.alone(&mut report).await;
+    let alone_ms = bench.alone(&mut report).await;
     bench.add_to_start(&mut report).await;
     let (runs, cpu) = bench.five_steps(&environment, options).await;
     report.at_least(2_000.0, format!("five-step runs, {} clients", options.clients), runs, "runs/s");
@@ -55,6 +58,11 @@ pub async fn run(options: &Options) -> Report {
     bench.half_load(&mut report, runs / 2.0).await;
     bench.one_step(&mut report, options).await;
     bench.waiting(&mut report, &mut environment, options).await;
+    if let Some(drivers) = &options.peers {
+        // They have the machine to themselves, as ours had.
+        drop(environment);
+        peers::durable(drivers, peers::Ours { runs_per_s: runs, alone_ms }, &mut report).await;
+    }
     report
 }
 
@@ -80,7 +88,7 @@ impl Bench {
     }
 
     /// One run after another: from the call that starts it to the moment its caller hears that it has ended.
-    async fn alone(&self, report: &mut Report) {
+    async fn alone(&self, report: &mut Report) -> f64 {
         let pool = &self.database.pool;
         let mut latencies = Latencies::default();
         let plain = probe::plain();
@@ -97,6 +105,7 @@ impl Bench {
         }
         report.at_most(4.0, "a five-step run alone, start to end, p50", latencies.percentile(50.0), "ms");
         report.figure("a five-step run alone, start to end, p99", latencies.percentile(99.0), "ms");
+        latencies.percentile(50.0)
     }
 
     /// From the call that adds a one-step run to the begin of its step, on an idle system.

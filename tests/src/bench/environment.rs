@@ -6,6 +6,7 @@ use borealis_engine::db::{self, Pool};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use url::Url;
 
+use super::statements;
 use crate::{Processes, TestCluster};
 
 /// A private Postgres with the settings `./borealis up` gives its own, and the programs on it. Everything ends with it.
@@ -29,8 +30,18 @@ pub struct Database {
 
 impl Environment {
     /// Starts the server.
+    ///
+    /// # Panics
+    /// When it does not take its settings.
     pub async fn start() -> Self {
-        Self { cluster: TestCluster::durable().await, processes: Processes::new(), databases: 0 }
+        let mut cluster = TestCluster::durable().await;
+        if statements::are_wanted() {
+            let mut connection = PgConnection::connect(cluster.url().as_str()).await.expect("the bench's Postgres");
+            sqlx::raw_sql(statements::SETTING).execute(&mut connection).await.expect("a setting");
+            drop(connection);
+            cluster = cluster.stop().await.start().await;
+        }
+        Self { cluster, processes: Processes::new(), databases: 0 }
     }
 
     /// Makes a database with every migration; programs started from now on use it.

@@ -5,7 +5,9 @@
 //! * [`report`]: figures, goals and references, as text and as JSON.
 //! * [`reference`]: what the machine can do at best: `pgbench -N`.
 //! * [`stand`]: an engine with machines; [`load`]: requests at a fixed rate; [`plain`]: the plainest programs beside it.
-//! * one file per bench: [`durable`], [`dispatch`], [`scheduler`], [`agents`], [`api`].
+//! * [`statements`]: where Postgres' time went.
+//! * one file per bench: [`durable`], [`dispatch`], [`scheduler`], [`agents`], [`api`], [`recovery`], [`waits`].
+//! * [`peers`]: other systems beside ours.
 
 pub mod agents;
 pub mod api;
@@ -15,10 +17,13 @@ pub mod environment;
 pub mod load;
 pub mod peers;
 pub mod plain;
+pub mod recovery;
 pub mod reference;
 pub mod report;
 pub mod scheduler;
 pub mod stand;
+pub mod statements;
+pub mod waits;
 
 pub use environment::Environment;
 pub use report::{Figure, Latencies, Report};

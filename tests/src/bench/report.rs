@@ -80,6 +80,20 @@ impl Report {
     }
 }
 
+/// How many goals were reached, and which were not.
+#[must_use]
+pub fn summary(reports: &[Report]) -> String {
+    let goals = || {
+        reports.iter().flat_map(|report| report.figures.iter().filter(|f| f.goal.is_some()).map(move |figure| (report, figure)))
+    };
+    let missed: Vec<_> = goals().filter(|(_, figure)| figure.reached == Some(false)).collect();
+    let mut text = format!("{} of {} goals reached", goals().count() - missed.len(), goals().count());
+    for (report, figure) in missed {
+        text.push_str(&format!("\n  {}: {figure}", report.bench));
+    }
+    text
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "bench {}: {}", self.bench, self.machine)?;
@@ -166,5 +180,7 @@ mod tests {
         report.figure("reference", 1.0, "x");
         assert_eq!(report.figures.iter().map(|figure| figure.reached).collect::<Vec<_>>(), [Some(false), Some(true), None]);
         assert!(report.to_string().contains("MISSED"));
+        let summary = summary(&[report]);
+        assert!(summary.starts_with("1 of 2 goals reached\n  test: runs "), "{summary}");
     }
 }

@@ -2,6 +2,7 @@
 //! worker process does it; rows are taken with SKIP LOCKED, so any number may.
 
 use borealis_engine::{Result, db::Pool};
+use chrono::{DateTime, Utc};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -9,20 +10,23 @@ use uuid::Uuid;
 use super::{MAX_WORKER_DEATHS, RECOVER_BATCH, RECOVER_EVERY, commit::children_ended, definition::Registry, start::wake_up};
 use crate::metrics::{self, METERS};
 
-/// How many passes lie between two searches for lost hints.
-const PASSES_BETWEEN_SWEEPS: u32 = 40;
+/// How many passes lie between two steps of the search for lost hints.
+const PASSES_BETWEEN_STEPS: u32 = 4;
+/// How many runs one step of the search looks at.
+const STEP_RUNS: i64 = 1_000;
 
 /// Recovers until `stop`.
 pub async fn keep(pool: Pool, registry: Registry, stop: CancellationToken) {
     let mut every = tokio::time::interval(RECOVER_EVERY);
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut pass = 0_u32;
+    let (mut pass, mut search) = (0_u32, Search::default());
     while stop.run_until_cancelled(every.tick()).await.is_some() {
         let done = async {
             while expired_leases(&pool, &registry).await? == usize::try_from(RECOVER_BATCH).unwrap_or(usize::MAX) {}
             while ended_waits(&pool).await? == usize::try_from(RECOVER_BATCH).unwrap_or(usize::MAX) {}
-            if pass.is_multiple_of(PASSES_BETWEEN_SWEEPS) {
-                lost_hints(&pool).await?;
+            if pass.is_multiple_of(PASSES_BETWEEN_STEPS) {
+                // Where one is lost, more are.
+                while search.step(&pool).await? > 0 {}
             }
             Ok::<_, borealis_engine::Error>(())
         };
@@ -157,28 +161,72 @@ pub async fn ended_waits(pool: &Pool) -> Result<usize> {
     Ok(count)
 }
 
-/// Writes a new hint for runs that have been ready for a while and have none: somebody emptied the queue by hand.
+/// The search for runs that have been ready for a while and have no hint: somebody emptied the queue by hand. It walks over
+/// all that is ready, oldest first, a piece at a time, so that its cost does not grow with what waits.
+#[derive(Debug, Default)]
+pub struct Search {
+    /// The last run looked at.
+    after: Option<(DateTime<Utc>, Uuid)>,
+}
+
+impl Search {
+    /// Looks at the next piece, and writes a new hint for those of its runs that have none. Answers how many. Begins again
+    /// after the last piece.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn step(&mut self, pool: &Pool) -> Result<usize> {
+        let (after_at, after_id) = self.after.unzip();
+        let row = sqlx::query!(
+            r#"WITH piece AS MATERIALIZED (
+                   SELECT r.id, r.ready_at, r.event_seq FROM workflow_runs r
+                   WHERE r.state IN ('pending', 'cancelling') AND r.lease_token IS NULL AND NOT r.parked
+                     AND r.ready_at < now() - interval '10 seconds'
+                     AND (r.ready_at, r.id) > (coalesce($1, '-infinity'::timestamptz), coalesce($2, '00000000-0000-0000-0000-000000000000'::uuid))
+                   ORDER BY r.ready_at, r.id LIMIT $3
+               ), without AS MATERIALIZED (
+                   SELECT p.id, p.event_seq FROM piece p
+                   WHERE NOT EXISTS (SELECT FROM apalis.jobs j WHERE j.id = p.id || ':' || p.event_seq)
+               ), lost AS (
+                   SELECT r.id, r.workflow || '.v' || r.version AS queue, r.event_seq, r.priority
+                   FROM without w JOIN workflow_runs r ON r.id = w.id
+                   -- It may have been claimed since.
+                   WHERE r.event_seq = w.event_seq AND r.state IN ('pending', 'cancelling') AND r.lease_token IS NULL AND NOT r.parked
+                   FOR UPDATE OF r SKIP LOCKED
+               ), hinted AS (
+                   SELECT workflow_hint(id, queue, event_seq, now(), priority) IS NOT NULL AS hinted FROM lost
+               )
+               SELECT (SELECT count(hinted) FROM hinted) AS "hinted!", (SELECT count(*) FROM piece) AS "seen!",
+                      l.ready_at AS "last_at?", l.id AS "last_id?"
+               FROM (VALUES (1)) AS one LEFT JOIN LATERAL (
+                   SELECT ready_at, id FROM piece ORDER BY ready_at DESC, id DESC LIMIT 1) l ON true"#,
+            after_at,
+            after_id,
+            STEP_RUNS,
+        )
+        .fetch_one(pool)
+        .await?;
+        self.after = row.last_at.zip(row.last_id).filter(|_| row.seen >= STEP_RUNS);
+        if row.hinted > 0 {
+            METERS.hints_rewritten.inc_by(u64::try_from(row.hinted).unwrap_or(0));
+            tracing::warn!(count = row.hinted, "runs without a hint were queued again");
+        }
+        Ok(usize::try_from(row.hinted).unwrap_or(0))
+    }
+}
+
+/// Searches all that is ready once. Answers how many hints were lost.
 ///
 /// # Errors
 /// When the database refuses.
 pub async fn lost_hints(pool: &Pool) -> Result<usize> {
-    let rows = sqlx::query!(
-        r#"WITH ready AS (
-               SELECT r.id, r.workflow || '.v' || r.version AS queue, r.event_seq, r.priority FROM workflow_runs r
-               WHERE r.state IN ('pending', 'cancelling') AND r.lease_token IS NULL AND NOT r.parked AND r.ready_at < now() - interval '10 seconds'
-                 AND NOT EXISTS (SELECT FROM apalis.jobs j WHERE j.id = r.id || ':' || r.event_seq)
-               ORDER BY r.ready_at LIMIT $1 FOR UPDATE OF r SKIP LOCKED
-           )
-           SELECT workflow_hint(id, queue, event_seq, now(), priority) IS NOT NULL AS hinted FROM ready"#,
-        RECOVER_BATCH,
-    )
-    .fetch_all(pool)
-    .await?;
-    if !rows.is_empty() {
-        METERS.hints_rewritten.inc_by(u64::try_from(rows.len()).unwrap_or(0));
-        tracing::warn!(count = rows.len(), "runs without a hint were queued again");
+    let (mut search, mut lost) = (Search::default(), 0);
+    loop {
+        lost += search.step(pool).await?;
+        if search.after.is_none() {
+            return Ok(lost);
+        }
     }
-    Ok(rows.len())
 }
 
 #[cfg(test)]
