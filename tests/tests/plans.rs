@@ -2,8 +2,8 @@
 //! without reading what it throws away. The texts are those of the code, taken from the checked queries in `.sqlx`.
 //!
 //! 10,000 devices, 200,000 runs that wait for a worker, and `BOREALIS_PLAN_ROWS` finished ones: 500,000 unless set, so that a
-//! test run has them in its minutes; with `BOREALIS_PLAN_ROWS=5000000` the same checks are made at the size the engine is
-//! meant for.
+//! test run has them in its minutes. The same checks at the size the engine is meant for:
+//! `BOREALIS_PLAN_ROWS=5000000 ./borealis test --profile large -E 'binary(plans)' --no-capture`.
 
 use borealis_tests::{TestDatabase, probe::NoAgents};
 use borealis_workflows::{Services, durable::worker::PLANS, housekeeping};
