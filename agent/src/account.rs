@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::backoff::Ending;
 use crate::client::{CallError, Client};
 use crate::clock::local_now;
 use crate::platform::Platform;
@@ -85,7 +86,7 @@ pub(crate) enum TokenError {
     NotEnrolled,
     /// Try again later.
     #[error("{reason}")]
-    Transient { reason: String, retry_after: Option<Duration> },
+    Transient { reason: String, ending: Ending },
 }
 
 /// How an attempt to enroll failed.
@@ -257,11 +258,11 @@ impl Account {
                 if matches!(error, CallError::Status { status: 400..=428, .. }) {
                     self.refused.notify_one();
                 }
-                return Err(TokenError::Transient { reason: error.to_string(), retry_after: error.retry_after() });
+                return Err(TokenError::Transient { reason: error.to_string(), ending: error.ending() });
             }
         };
         if answer.access_token.is_empty() {
-            return Err(TokenError::Transient { reason: "the engine answered no token".to_owned(), retry_after: None });
+            return Err(TokenError::Transient { reason: "the engine answered no token".to_owned(), ending: Ending::Refused });
         }
         let token = answer.access_token.clone();
         let rotated = answer.refresh_token.filter(|text| !text.is_empty()).unwrap_or(request.refresh_token);

@@ -12,6 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use url::Url;
 
+use crate::backoff::Ending;
 use crate::clock::ServerClock;
 use crate::{Error, Result};
 
@@ -44,6 +45,14 @@ impl CallError {
         match self {
             Self::Status { retry_after, .. } => *retry_after,
             _ => None,
+        }
+    }
+
+    /// What it says of the engine.
+    pub(crate) const fn ending(&self) -> Ending {
+        match self {
+            Self::Status { status, retry_after, .. } => Ending::of_status(*status, *retry_after),
+            Self::Network(_) | Self::Body(_) => Ending::Away,
         }
     }
 }

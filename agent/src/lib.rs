@@ -5,7 +5,7 @@
 //! line. Nothing in it is global, so that several agents can run in one process.
 
 mod account;
-mod backoff;
+pub mod backoff;
 mod client;
 mod clock;
 mod config;
@@ -20,7 +20,6 @@ mod socket;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use backoff::Backoff;
 pub use config::{Config, DEFAULT_CONFIG_PATH, DEFAULT_STATE_DIR, Settings};
 pub use error::{Error, Result};
 use platform::Platform;
@@ -29,6 +28,7 @@ pub use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use account::{Account, EnrollError};
+use backoff::Backoff;
 use client::Client;
 use clock::ServerClock;
 use inventory::Inventory;

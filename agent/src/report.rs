@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::account::{Account, TokenError};
-use crate::backoff::{Backoff, up_to};
+use crate::backoff::{Backoff, Ending, up_to};
 use crate::client::Client;
 use crate::clock::local_now;
 use crate::inventory::Inventory;
@@ -257,7 +257,8 @@ impl Reporter {
                     (error.to_string(), error.retry_after())
                 }
             },
-            Err(TokenError::Transient { reason, retry_after }) => (reason, retry_after),
+            Err(TokenError::Transient { reason, ending: Ending::Later(hint) }) => (reason, Some(hint)),
+            Err(TokenError::Transient { reason, .. }) => (reason, None),
             Err(TokenError::NotEnrolled) => ("not enrolled".to_owned(), None),
         };
         let wait = trouble.wait(hint);

@@ -24,7 +24,7 @@ use tracing::{debug, info, warn};
 use url::Url;
 
 use crate::account::{Account, TokenError};
-use crate::backoff::Backoff;
+use crate::backoff::{Ending, Reconnect};
 use crate::client::{self, parse_retry_after};
 use crate::config::is_loopback;
 use crate::report::Status;
@@ -152,19 +152,17 @@ pub(crate) struct Socket {
 #[derive(Debug)]
 struct Ended {
     why: String,
-    /// How long it was registered.
-    lived: Duration,
-    /// What the engine asks the agent to wait.
-    hint: Option<Duration>,
+    ending: Ending,
 }
 
 impl Ended {
+    /// The engine was not reached, or is gone.
     fn new(why: impl Into<String>) -> Self {
-        Self { why: why.into(), lived: Duration::ZERO, hint: None }
+        Self { why: why.into(), ending: Ending::Away }
     }
 
-    const fn hint(mut self, hint: Option<Duration>) -> Self {
-        self.hint = hint;
+    const fn with(mut self, ending: Ending) -> Self {
+        self.ending = ending;
         self
     }
 }
@@ -177,19 +175,16 @@ pub(crate) fn inbox() -> (mpsc::Sender<Inbound>, mpsc::Receiver<Inbound>) {
 impl Socket {
     /// Connects again and again until `stop`.
     pub(crate) async fn keep_up(&self, stop: CancellationToken) {
-        let mut backoff = Backoff::of_sockets();
+        let mut reconnect = Reconnect::new();
         while !stop.is_cancelled() {
             self.status.active("socket_connecting");
-            let ended = self.connect_once(backoff.failures(), &stop).await;
+            let ended = self.connect_once(reconnect.failures(), &stop).await;
             self.link.send_replace(None);
             if stop.is_cancelled() {
                 return;
             }
-            if ended.lived > Backoff::GOOD_SOCKET {
-                backoff.reset();
-            }
-            let pause = backoff.wait(ended.hint);
-            warn!(why = %ended.why, lived_s = ended.lived.as_secs(), pause_ms = pause.as_millis(), "socket disconnected");
+            let pause = reconnect.wait(ended.ending);
+            warn!(why = %ended.why, ending = ?ended.ending, pause_ms = pause.as_millis(), "socket disconnected");
             self.status.disconnected(&ended.why);
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
@@ -201,8 +196,8 @@ impl Socket {
     async fn connect_once(&self, failures: u32, stop: &CancellationToken) -> Ended {
         let opening = async {
             let bearer = self.account.bearer().await.map_err(|error| match error {
-                TokenError::NotEnrolled => Ended::new("not enrolled"),
-                TokenError::Transient { reason, retry_after } => Ended::new(reason).hint(retry_after),
+                TokenError::NotEnrolled => Ended::new("not enrolled").with(Ending::Refused),
+                TokenError::Transient { reason, ending } => Ended::new(reason).with(ending),
             })?;
             let url = self.url(failures).ok_or_else(|| Ended::new("the socket's URL is not usable"))?;
             debug!(%url, "connecting");
@@ -252,7 +247,7 @@ impl Socket {
                     self.account.distrust_access_token();
                 }
                 let hint = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()).and_then(parse_retry_after);
-                Err(Ended::new(format!("the engine answered {status} to the socket")).hint(hint))
+                Err(Ended::new(format!("the engine answered {status} to the socket")).with(Ending::of_status(status, hint)))
             }
             Err(error) => Err(Ended::new(error.to_string())),
         }
@@ -307,7 +302,9 @@ impl Socket {
         };
         session.closed.cancel();
         session.waiting().clear();
-        ended.lived = registered_at.lock().ok().and_then(|at| *at).map_or(Duration::ZERO, |at| at.elapsed());
+        if let Some(at) = registered_at.lock().ok().and_then(|at| *at) {
+            ended.ending = Ending::Lost(at.elapsed());
+        }
         ended
     }
 
@@ -337,7 +334,7 @@ impl Socket {
                         self.account.distrust_access_token();
                     }
                     return Ended::new(format!("the engine refused the agent: {error}"))
-                        .hint(ack.retry_after_ms.map(Duration::from_millis));
+                        .with(Ending::of_refusal(ack.retry_after_ms));
                 }
             }
             Err(CallError::Timeout) => debug!("connect_agent was not answered"),
@@ -450,7 +447,6 @@ fn refused(data: Option<&Value>) -> Ended {
     let message = data.and_then(|data| data.get("message")).and_then(Value::as_str).unwrap_or("no reason given");
     let hint = data
         .and_then(|data| data.get("retry_after_ms").or_else(|| data.get("data")?.get("retry_after_ms")))
-        .and_then(Value::as_u64)
-        .map(Duration::from_millis);
-    Ended::new(format!("the engine refused the namespace: {message}")).hint(hint)
+        .and_then(Value::as_u64);
+    Ended::new(format!("the engine refused the namespace: {message}")).with(Ending::of_refusal(hint))
 }

@@ -46,7 +46,8 @@ pub fn connect(options: &Options) -> Result<Pool> {
         .map_err(|error| Error::invalid("invalid_database_url", format!("DATABASE_URL cannot be read: {error}")))?
         .application_name(&options.application_name)
         // A process that froze inside a transaction must not keep its locks for longer than its leases.
-        .options([("idle_in_transaction_session_timeout", "10s")]);
+        .options([("idle_in_transaction_session_timeout", "10s")])
+        .options(VANISHED);
     Ok(pool(options.max_connections).connect_lazy_with(connect))
 }
 
@@ -69,7 +70,9 @@ fn pool(max_connections: u32) -> PgPoolOptions {
         .before_acquire(|connection, about| {
             Box::pin(async move {
                 if about.idle_for > TRUSTED_FOR {
-                    connection.ping().await?;
+                    // One that does not answer is closed, and the next one tried.
+                    let silent = |_| sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
+                    tokio::time::timeout(PING_LIMIT, connection.ping()).await.map_err(silent)??;
                 }
                 Ok(true)
             })
@@ -143,6 +146,12 @@ pub fn timeouts() -> u64 {
     TIMEOUTS.load(Ordering::Relaxed)
 }
 
+/// How Postgres notices a process of ours that has vanished without a word, so that it holds no locks for long. Without effect
+/// on a unix socket.
+const VANISHED: [(&str, &str); 4] =
+    [("tcp_user_timeout", "15s"), ("tcp_keepalives_idle", "10"), ("tcp_keepalives_interval", "5"), ("tcp_keepalives_count", "3")];
+/// How long a connection that is tried may take to answer.
+const PING_LIMIT: Duration = Duration::from_secs(2);
 /// How long an idle connection is taken to be alive.
 const TRUSTED_FOR: Duration = Duration::from_secs(1);
 

@@ -88,8 +88,27 @@ pub struct AccessClaims {
     pub fingerprint: String,
     /// Must equal the device row's.
     pub token_version: i32,
+    /// Until when the token is refused, leeway apart.
+    pub not_before: DateTime<Utc>,
     /// From when on the token is refused, leeway apart.
     pub expires_at: DateTime<Utc>,
+}
+
+impl AccessClaims {
+    /// Whether the token is good at `now`, the leeway of [`LEEWAY_S`] included.
+    ///
+    /// # Errors
+    /// 401 `token_expired`, or `invalid_token` before its time.
+    pub fn check(&self, now: DateTime<Utc>) -> Result<()> {
+        let leeway = chrono::TimeDelta::seconds(i64::try_from(LEEWAY_S).unwrap_or(0));
+        if self.expires_at + leeway < now {
+            return Err(Error::new(Kind::Unauthenticated, "token_expired", "The access token has expired."));
+        }
+        if self.not_before - leeway > now {
+            return Err(Error::new(Kind::Unauthenticated, "invalid_token", "The access token is not valid yet."));
+        }
+        Ok(())
+    }
 }
 
 /// The claims on the wire (contract access 11.1).
@@ -204,10 +223,11 @@ impl Keys {
         })
     }
 
-    /// Reads an access token. One algorithm, one type, one audience, a key of ours by `kid`, `exp` and `nbf` within the leeway.
+    /// Reads an access token. One algorithm, one type, one audience, a key of ours by `kid`. Whether it is the token's time is asked
+    /// with [`AccessClaims::check`] and the time of the database: the clock of this process may be wrong.
     ///
     /// # Errors
-    /// 401 `token_expired`, `invalid_token` or `invalid_claims`.
+    /// 401 `invalid_token` or `invalid_claims`.
     pub fn verify_access(&self, token: &str) -> Result<AccessClaims> {
         let invalid = || Error::new(Kind::Unauthenticated, "invalid_token", "The access token is not valid.");
         if token.len() > MAX_TOKEN_CHARS {
@@ -220,17 +240,11 @@ impl Keys {
         }
         let key = header.kid.as_deref().and_then(|kid| self.0.token_verifiers.get(kid)).ok_or_else(invalid)?;
         let mut validation = Validation::new(Algorithm::EdDSA);
-        validation.leeway = LEEWAY_S;
-        validation.validate_nbf = true;
+        validation.validate_exp = false;
+        validation.validate_nbf = false;
         validation.set_audience(&[AUDIENCE]);
         validation.set_required_spec_claims(&["exp", "nbf", "aud", "sub"]);
-        let claims = jsonwebtoken::decode::<Claims>(token, key, &validation).map_err(|error| match error.kind() {
-            jsonwebtoken::errors::ErrorKind::ExpiredSignature => {
-                Error::new(Kind::Unauthenticated, "token_expired", "The access token has expired.")
-            }
-            _ => invalid(),
-        })?;
-        let claims = claims.claims;
+        let claims = jsonwebtoken::decode::<Claims>(token, key, &validation).map_err(|_| invalid())?.claims;
         if claims.typ != TOKEN_TYPE {
             return Err(invalid());
         }
@@ -244,6 +258,7 @@ impl Keys {
             guid,
             fingerprint: claims.ssl_key_fingerprint,
             token_version,
+            not_before: DateTime::from_timestamp(claims.nbf, 0).ok_or_else(wrong)?,
             expires_at: DateTime::from_timestamp(claims.exp, 0).ok_or_else(wrong)?,
         })
     }
@@ -420,8 +435,13 @@ mod tests {
         let forge = |header: &serde_json::Value, claims: &serde_json::Value, key: Option<&SigningKey>| {
             forge(&keys, header, claims, key, dir.path())
         };
+        let verify = |token: &str| {
+            let claims = keys.verify_access(token)?;
+            claims.check(DateTime::from_timestamp(now, 0).unwrap())?;
+            Ok(claims)
+        };
         let good = claims(now);
-        assert!(keys.verify_access(&forge(&eddsa, &good, None)).is_ok(), "the forgery itself must be able to pass");
+        assert!(verify(&forge(&eddsa, &good, None)).is_ok(), "the forgery itself must be able to pass");
 
         let with = |name: &str, value: serde_json::Value| {
             let mut changed = good.clone();
@@ -434,10 +454,10 @@ mod tests {
             changed
         };
         // The leeway is 60 s on both ends.
-        assert!(keys.verify_access(&forge(&eddsa, &with("exp", (now - 50).into()), None)).is_ok());
-        assert_eq!(code(keys.verify_access(&forge(&eddsa, &with("exp", (now - 70).into()), None))), "token_expired");
-        assert!(keys.verify_access(&forge(&eddsa, &with("nbf", (now + 50).into()), None)).is_ok());
-        assert_eq!(code(keys.verify_access(&forge(&eddsa, &with("nbf", (now + 70).into()), None))), "invalid_token");
+        assert!(verify(&forge(&eddsa, &with("exp", (now - 50).into()), None)).is_ok());
+        assert_eq!(code(verify(&forge(&eddsa, &with("exp", (now - 70).into()), None))), "token_expired");
+        assert!(verify(&forge(&eddsa, &with("nbf", (now + 50).into()), None)).is_ok());
+        assert_eq!(code(verify(&forge(&eddsa, &with("nbf", (now + 70).into()), None))), "invalid_token");
 
         for (bad, expected) in [
             (with("typ", "remote-op-session".into()), "invalid_token"),
@@ -451,11 +471,11 @@ mod tests {
             (with("token_version", 0.into()), "invalid_claims"),
             (with("ssl_key_fingerprint", "".into()), "invalid_claims"),
         ] {
-            assert_eq!(code(keys.verify_access(&forge(&eddsa, &bad, None))), expected, "{bad}");
+            assert_eq!(code(verify(&forge(&eddsa, &bad, None))), expected, "{bad}");
         }
 
         let stranger = SigningKey::from_bytes(&[7; 32]);
-        assert_eq!(code(keys.verify_access(&forge(&eddsa, &good, Some(&stranger)))), "invalid_token");
+        assert_eq!(code(verify(&forge(&eddsa, &good, Some(&stranger)))), "invalid_token");
         for header in [
             serde_json::json!({"alg": "none", "typ": "JWT"}),
             serde_json::json!({"alg": "HS256", "typ": "JWT"}),
@@ -464,7 +484,7 @@ mod tests {
             serde_json::json!({"alg": "EdDSA", "jku": "https://example.net/keys"}),
             serde_json::json!({"alg": "EdDSA", "x5u": "https://example.net/cert"}),
         ] {
-            assert_eq!(code(keys.verify_access(&forge(&header, &good, None))), "invalid_token", "{header}");
+            assert_eq!(code(verify(&forge(&header, &good, None))), "invalid_token", "{header}");
         }
 
         // HMAC with the public key as its secret: the classic confusion.
@@ -473,13 +493,13 @@ mod tests {
         header.kid = Some(keys.0.token_kid.clone());
         for secret in [own.verifying_key().as_bytes().to_vec(), spki(&own.verifying_key()).unwrap()] {
             let confused = jsonwebtoken::encode(&header, &good, &EncodingKey::from_secret(&secret)).unwrap();
-            assert_eq!(code(keys.verify_access(&confused)), "invalid_token");
+            assert_eq!(code(verify(&confused)), "invalid_token");
         }
 
         let token = forge(&eddsa, &good, None);
         let (message, _) = token.rsplit_once('.').unwrap();
         for broken in ["", ".", "..", "a.b.c", message, &format!("{message}."), &format!("{token}x"), &"a".repeat(10_000)] {
-            assert_eq!(code(keys.verify_access(broken)), "invalid_token");
+            assert_eq!(code(verify(broken)), "invalid_token");
         }
     }
 

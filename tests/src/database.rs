@@ -130,6 +130,14 @@ impl TestCluster {
         Binaries::find(self.paths.data()).expect("an installed PostgreSQL").file(name)
     }
 
+    /// The last lines of the server's log.
+    #[must_use]
+    pub fn last_words(&self, lines: usize) -> String {
+        let text = std::fs::read(self.paths.log()).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+        let all: Vec<&str> = text.lines().collect();
+        all.get(all.len().saturating_sub(lines)..).unwrap_or_default().join("\n")
+    }
+
     /// The server's maintenance database.
     #[must_use]
     pub fn url(&self) -> Url {

@@ -62,27 +62,25 @@ pub struct House {
 impl House {
     /// Starts an API process for each of `apis` and a worker for each of `workers`, which are their ways to `database`.
     pub async fn open(database: TestDatabase, apis: &[Url], workers: &[Url]) -> Self {
-        Self::open_with(database, apis, workers, &[]).await
+        Self::open_with(database, apis, workers, |_, _| {}).await
     }
 
-    /// The same, with settings of all of them.
-    pub async fn open_with(database: TestDatabase, apis: &[Url], workers: &[Url], settings: &[(&str, &str)]) -> Self {
+    /// The same, with something in the environment of each API process that is its own: `dress` is called before each start.
+    pub async fn open_with(database: TestDatabase, apis: &[Url], workers: &[Url], dress: impl Fn(usize, &mut Processes)) -> Self {
         let state = tempfile::tempdir().expect("a folder");
         let mut processes = Processes::new();
-        for (name, value) in settings {
-            processes.set(name, *value);
-        }
         let engine = state.path().join("engine");
         processes
             .set("BOREALIS_STATE_DIR", engine.display().to_string())
             .set("BOREALIS_ENGINE_SECRET_FILE", engine.join("secrets/engine.secret").display().to_string())
             .set("BOREALIS_ENROLL_PER_MINUTE", "100000");
         let mut started = Vec::new();
-        for database in apis {
+        for (index, database) in apis.iter().enumerate() {
             let addr = SocketAddr::from(([127, 0, 0, 1], free_port()));
             let base = Url::parse(&format!("http://{addr}")).expect("a URL");
             let internal = format!("127.0.0.1:{}", free_port());
             let mut api = Api { process: None, addr, base, internal, database: database.clone() };
+            dress(index, &mut processes);
             start(&mut processes, &mut api).await;
             started.push(api);
         }

@@ -145,12 +145,17 @@ impl Child {
         self.signal(Signal::SIGCONT);
     }
 
+    /// Asks it to end.
+    pub fn ask_to_end(&self) {
+        self.signal(Signal::SIGTERM);
+    }
+
     /// Asks it to end, and gives how it ended.
     ///
     /// # Panics
     /// When it has not ended after 30 s.
     pub async fn terminate(mut self) -> ExitStatus {
-        self.signal(Signal::SIGTERM);
+        self.ask_to_end();
         self.wait(Duration::from_secs(30)).await
     }
 

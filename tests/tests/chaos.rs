@@ -7,6 +7,6 @@ const SECONDS: u64 = 15;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_or_doubled_while_everything_fails() {
-    let outcome = run(&Options { seconds: SECONDS, seed: Some(1), runs: 300, agents: 30 }).await;
+    let outcome = run(&Options { seconds: SECONDS, seed: Some(1), runs: 300, agents: 30, trace: false }).await;
     assert!(outcome.broken.is_empty(), "seed {}: {:#?}\n{}", outcome.seed, outcome.broken, outcome.summary.join("\n"));
 }

@@ -176,6 +176,15 @@ fn documented() -> BTreeSet<String> {
     section.lines().filter_map(name).filter(|name| name.starts_with("borealis_") || name.starts_with("process_")).collect()
 }
 
+/// These settings for every process of a house.
+fn set(settings: &[(&str, &str)]) -> impl Fn(usize, &mut Processes) {
+    move |_, processes| {
+        for (name, value) in settings {
+            processes.set(name, *value);
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_moves_the_meters_of_api_and_worker_and_the_log_says_whose_lines_are_whose() {
     let database = TestDatabase::start().await;
@@ -188,7 +197,7 @@ async fn a_job_moves_the_meters_of_api_and_worker_and_the_log_says_whose_lines_a
         ("BOREALIS_LOG_FORMAT", "json"),
         ("BOREALIS_LOG", "info,borealis_api=debug,sqlx=debug"),
     ];
-    let mut house = House::open_with(database, std::slice::from_ref(&url), std::slice::from_ref(&url), &settings).await;
+    let mut house = House::open_with(database, std::slice::from_ref(&url), std::slice::from_ref(&url), set(&settings)).await;
     let api = metrics_of(house.apis[0].process.as_ref().expect("an API process")).await;
     let worker = metrics_of(&house.workers[0]).await;
 
@@ -296,7 +305,7 @@ async fn metrics_are_read_at_their_own_listener_only() {
     let database = TestDatabase::start().await;
     let url = database.url.clone();
     let settings = [("BOREALIS_METRICS_LISTEN", "127.0.0.1:0")];
-    let house = House::open_with(database, std::slice::from_ref(&url), &[], &settings).await;
+    let house = House::open_with(database, std::slice::from_ref(&url), &[], set(&settings)).await;
     let api = metrics_of(house.apis[0].process.as_ref().expect("an API process")).await;
     let shown = scrape(api).await.text;
     assert!(shown.contains("borealis_http_requests_total"));
@@ -522,7 +531,7 @@ async fn the_steps_of_a_run_are_one_trace_with_the_runs_id_and_a_request_is_one_
         ("OTEL_BSP_SCHEDULE_DELAY", "200"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "x-tenant=lab"),
     ];
-    let mut house = House::open_with(database, std::slice::from_ref(&url), std::slice::from_ref(&url), &settings).await;
+    let mut house = House::open_with(database, std::slice::from_ref(&url), std::slice::from_ref(&url), set(&settings)).await;
     let script = house.script().await;
     let robot = house.robot(&[0]).await;
     let admin = house.admin.at(&house.admin.base);

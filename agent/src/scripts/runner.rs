@@ -280,7 +280,13 @@ impl Runner {
             };
             tokio::select! {
                 () = shared.results.notified() => {}
-                changed = link.changed() => if changed.is_err() { return },
+                changed = link.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    // What failed on another connection says nothing of this one.
+                    refused.reset();
+                }
                 () = async { match pause { Some(pause) => tokio::time::sleep(pause).await, None => std::future::pending().await } } => {}
                 () = stop.cancelled() => {}
             }

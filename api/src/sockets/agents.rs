@@ -113,7 +113,11 @@ fn refuse(agent: &Arc<Agent>, ack: Option<AckSender<Adapter>>, code: &'static st
         _ => 403,
     };
     if let Some(ack) = ack {
-        let _ = ack.send(&json!({"error": code, "status_code": status}));
+        let mut answer = json!({"error": code, "status_code": status});
+        if status == 503 {
+            answer["retry_after_ms"] = rand::random_range(1_000..10_000).into();
+        }
+        let _ = ack.send(&answer);
     }
     let agent = agent.clone();
     tokio::spawn(async move {

@@ -355,7 +355,8 @@ async fn issue(
     fingerprint: &str,
     token_version: i32,
 ) -> Result<(Secret<String>, Secret<String>)> {
-    let access = Secret::new(keys.sign_access(guid, fingerprint, token_version, Utc::now())?);
+    let now = sqlx::query_scalar!(r#"SELECT clock_timestamp() AS "now!""#).fetch_one(&mut **tx).await?;
+    let access = Secret::new(keys.sign_access(guid, fingerprint, token_version, now)?);
     sqlx::query!("UPDATE refresh_tokens SET revoked_at = now() WHERE device_guid = $1 AND revoked_at IS NULL", guid)
         .execute(&mut **tx)
         .await?;
@@ -540,7 +541,7 @@ pub async fn refresh(pool: &db::Pool, keys: &Keys, renewal: &Renewal, address: &
     if device.status != "active" && device.status != "quarantined" {
         return Err(Error::new(Kind::Forbidden, "device_revoked", "This device may not connect any more."));
     }
-    let access_token = Secret::new(keys.sign_access(guid, &device.fingerprint, device.token_version, Utc::now())?);
+    let access_token = Secret::new(keys.sign_access(guid, &device.fingerprint, device.token_version, device.now)?);
     // A family that has rotated once always does: who holds a copy must not be able to opt out of being noticed.
     let rotates = renewal.rotates
         || worth == Worth::Repeated
@@ -608,14 +609,15 @@ pub async fn authenticate(pool: &db::Pool, keys: &Keys, bearer: &str) -> Result<
     identify(pool, &keys.verify_access(bearer)?).await
 }
 
-/// Compares the claims of a verified token with the device's row, in one query.
+/// Compares the claims of a verified token with the device's row and the database's time, in one query.
 ///
 /// # Errors
-/// 401 `device_purged`; 403 `fingerprint_mismatch`, `token_version_mismatch`, `device_revoked`; 404 `device_not_found`.
+/// 401 `token_expired`, `invalid_token`, `device_purged`; 403 `fingerprint_mismatch`, `token_version_mismatch`, `device_revoked`; 404 `device_not_found`.
 pub async fn identify(pool: &db::Pool, claims: &AccessClaims) -> Result<DeviceIdentity> {
     let row = sqlx::query!(
         r#"SELECT d.hostname AS "hostname?", d.site_id, d.status AS "status?", d.fingerprint AS "fingerprint?",
-                  d.token_version AS "token_version?", d.agent_id AS "agent_id?", b.required_token_version AS "required?"
+                  d.token_version AS "token_version?", d.agent_id AS "agent_id?", b.required_token_version AS "required?",
+                  clock_timestamp() AS "now!"
            FROM (SELECT $1::uuid AS guid) AS w
            LEFT JOIN devices AS d ON d.guid = w.guid
            LEFT JOIN device_purge_barriers AS b ON b.guid = w.guid"#,
@@ -623,6 +625,7 @@ pub async fn identify(pool: &db::Pool, claims: &AccessClaims) -> Result<DeviceId
     )
     .fetch_one(pool)
     .await?;
+    claims.check(row.now)?;
     let purged = || Error::new(Kind::Unauthenticated, "device_purged", "This device was removed.");
     if row.required.is_some_and(|required| claims.token_version < required) {
         return Err(purged());

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use rand::{RngExt, rngs::StdRng};
 use tokio::time::{Instant, sleep_until};
 
-use super::{APIS, Scene, WORKERS};
+use super::{AGENT_CLOCK, APIS, CLOCKS, Scene, WORKERS};
 use crate::{fleet::Departure, proxy::Line};
 
 /// One thing that goes wrong.
@@ -22,23 +22,35 @@ enum Fault {
     SlowLine(usize),
     CutListeners(usize),
     AgentsVanish,
+    KillAgent,
+    FreezeAgent,
+    RestartAgent,
+    /// The clock of a process shows another time, by so many seconds.
+    TurnClock(usize, i32),
 }
 
 impl Fault {
     fn pick(rng: &mut StdRng) -> Self {
         let line = rng.random_range(0..APIS + WORKERS);
         match rng.random_range(0..100) {
-            0..22 => Self::KillWorker(rng.random_range(0..WORKERS)),
-            22..34 => Self::FreezeWorker(rng.random_range(0..WORKERS)),
-            34..46 => Self::KillApi(rng.random_range(0..APIS)),
-            46..52 => Self::FreezeApi(rng.random_range(0..APIS)),
-            52..56 => Self::CrashPostgres,
-            56..59 => Self::RestartPostgres,
-            59..69 => Self::CutLine(line),
-            69..76 => Self::StallLine(line),
-            76..84 => Self::SlowLine(line),
-            84..90 => Self::CutListeners(line),
-            _ => Self::AgentsVanish,
+            0..18 => Self::KillWorker(rng.random_range(0..WORKERS)),
+            18..28 => Self::FreezeWorker(rng.random_range(0..WORKERS)),
+            28..39 => Self::KillApi(rng.random_range(0..APIS)),
+            39..44 => Self::FreezeApi(rng.random_range(0..APIS)),
+            44..48 => Self::CrashPostgres,
+            48..51 => Self::RestartPostgres,
+            51..59 => Self::CutLine(line),
+            59..65 => Self::StallLine(line),
+            65..72 => Self::SlowLine(line),
+            72..77 => Self::CutListeners(line),
+            77..84 => Self::AgentsVanish,
+            84..88 => Self::KillAgent,
+            88..90 => Self::FreezeAgent,
+            90..92 => Self::RestartAgent,
+            _ => {
+                let seconds = [-3600, -300, 300, 3600];
+                Self::TurnClock(rng.random_range(0..CLOCKS), seconds[rng.random_range(0..seconds.len())])
+            }
         }
     }
 
@@ -55,6 +67,10 @@ impl Fault {
             Self::SlowLine(_) => "line to Postgres slow",
             Self::CutListeners(_) => "LISTEN connections cut",
             Self::AgentsVanish => "agents vanished",
+            Self::KillAgent => "real agent killed",
+            Self::FreezeAgent => "real agent frozen",
+            Self::RestartAgent => "real agent restarted",
+            Self::TurnClock(..) => "clock turned",
         }
     }
 }
@@ -67,6 +83,9 @@ enum Mending {
     StartApi(usize),
     ThawApi(usize),
     ClearLine(usize),
+    StartAgent,
+    ThawAgent,
+    SetClock(usize),
 }
 
 /// Makes faults for `lasts`, then undoes what is left. Answers how often each was made.
@@ -81,12 +100,14 @@ pub async fn make(scene: &mut Scene, mut rng: StdRng, lasts: Duration) -> BTreeM
             Some((at, mending)) if at <= next => {
                 sleep_until(at).await;
                 mendings.remove(0);
+                scene.say(&format!("mending: {mending:?}"));
                 scene.mend(mending).await;
             }
             _ => {
                 sleep_until(next).await;
                 let fault = Fault::pick(&mut rng);
                 let lasting = Duration::from_millis(rng.random_range(100..3_000));
+                scene.say(&format!("{fault:?} for {lasting:?}"));
                 if let Some(mending) = scene.suffer(fault, &mut rng).await {
                     // A frozen worker sometimes sleeps past its leases.
                     let longer = if matches!(mending, Mending::ThawWorker(_)) { 5 } else { 1 };
@@ -99,8 +120,10 @@ pub async fn make(scene: &mut Scene, mut rng: StdRng, lasts: Duration) -> BTreeM
     }
     mendings.sort_by_key(|(at, _)| *at);
     for (_, mending) in mendings {
+        scene.say(&format!("mending: {mending:?}"));
         scene.mend(mending).await;
     }
+    scene.say("all is mended");
     made
 }
 
@@ -161,6 +184,22 @@ impl Scene {
                 self.fleet.vanish(from..(from + self.agents / 4).min(self.agents), how, away);
                 None
             }
+            Fault::KillAgent => {
+                self.real.kill()?;
+                Some(Mending::StartAgent)
+            }
+            Fault::FreezeAgent => {
+                self.real.freeze()?;
+                Some(Mending::ThawAgent)
+            }
+            Fault::RestartAgent => {
+                self.real.ask_to_end()?;
+                Some(Mending::StartAgent)
+            }
+            Fault::TurnClock(index, seconds) => {
+                self.clocks.as_ref()?.turn(index, seconds);
+                Some(Mending::SetClock(index))
+            }
         }
     }
 
@@ -172,7 +211,7 @@ impl Scene {
                     worker.resume();
                 }
             }
-            Mending::StartApi(index) => self.house.restart(index).await,
+            Mending::StartApi(index) => self.start_api(index).await,
             Mending::ThawApi(index) => {
                 if let Some(process) = self.house.apis.get(index).and_then(|api| api.process.as_ref()) {
                     process.resume();
@@ -181,6 +220,18 @@ impl Scene {
             Mending::ClearLine(index) => {
                 if let Some(proxy) = self.proxies.get(index) {
                     proxy.set(Line::default());
+                }
+            }
+            Mending::StartAgent => {
+                if let Some(clocks) = &self.clocks {
+                    clocks.wear(AGENT_CLOCK, &mut self.house.processes);
+                }
+                self.real.start(&mut self.house.processes).await;
+            }
+            Mending::ThawAgent => self.real.thaw(),
+            Mending::SetClock(index) => {
+                if let Some(clocks) = &self.clocks {
+                    clocks.turn(index, 0);
                 }
             }
         }

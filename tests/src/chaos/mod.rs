@@ -3,9 +3,13 @@
 //!
 //! * [`work`]: what is asked of the engine, and what it has accepted.
 //! * [`faults`]: what happens to it meanwhile.
+//! * [`clocks`]: how the clock of one process is turned.
+//! * [`real`]: the real agent beside the simulated fleet.
 //! * [`reckoning`]: whether everything accepted came to a true end, once.
 
+mod clocks;
 mod faults;
+mod real;
 mod reckoning;
 mod work;
 
@@ -38,6 +42,9 @@ pub struct Options {
     /// Simulated agents that jobs are dispatched to.
     #[arg(long, default_value_t = 100)]
     pub agents: usize,
+    /// Say what is done to the engine, and when.
+    #[arg(long)]
+    pub trace: bool,
 }
 
 /// What came of it.
@@ -61,12 +68,23 @@ pub(crate) struct Scene {
     workers: Vec<Option<Child>>,
     fleet: Fleet,
     agents: usize,
+    real: real::RealAgent,
+    /// The clocks of the API processes, then of the workers, then of the real agent; none where they cannot be turned.
+    clocks: Option<clocks::Clocks>,
+    /// When it began, where that is to be told.
+    traced: Option<Instant>,
 }
 
 /// API processes of a scene.
 const APIS: usize = 2;
 /// Workers of a scene.
 const WORKERS: usize = 3;
+/// The clock of the real agent.
+const AGENT_CLOCK: usize = APIS + WORKERS;
+/// Clocks of a scene.
+const CLOCKS: usize = AGENT_CLOCK + 1;
+/// Lines of Postgres's log that are shown when a promise was broken.
+const LAST_WORDS: usize = 100;
 
 impl Scene {
     async fn open(options: &Options) -> Self {
@@ -78,12 +96,21 @@ impl Scene {
             proxies.push(Proxy::start(&database.url).await);
         }
         let ways: Vec<_> = proxies.iter().map(|proxy| proxy.url(&database.url)).collect();
-        let mut house = House::open(database, ways.get(..APIS).unwrap_or_default(), &[]).await;
+        let clocks = clocks::Clocks::new(CLOCKS);
+        let dress = |index: usize, processes: &mut crate::Processes| {
+            if let Some(clocks) = &clocks {
+                clocks.wear(index, processes);
+            }
+        };
+        let mut house = House::open_with(database, ways.get(..APIS).unwrap_or_default(), &[], dress).await;
         let mut workers = Vec::new();
-        for way in ways.iter().skip(APIS) {
+        for (index, way) in ways.iter().enumerate().skip(APIS) {
             house.processes.set("DATABASE_URL", way.as_str());
+            dress(index, &mut house.processes);
             workers.push(Some(house.processes.start("test-worker", &[])));
         }
+        dress(AGENT_CLOCK, &mut house.processes);
+        let real = real::RealAgent::admitted(&mut house.processes, &house.admin, house.site).await;
         let machines = identity::write(&house.database.pool, &house.keys(), house.site, "fleet", options.agents).await;
         let fleet = Fleet::start(
             machines,
@@ -99,13 +126,31 @@ impl Scene {
         );
         let agents = options.agents;
         fleet.until("the fleet is connected", Duration::from_secs(60), |counts| counts.connected == agents as u64).await;
-        Self { cluster: Some(cluster), house, proxies, workers, fleet, agents }
+        let traced = options.trace.then(Instant::now);
+        Self { cluster: Some(cluster), house, proxies, workers, fleet, agents, real, clocks, traced }
+    }
+
+    /// Tells what happens, if that is wanted.
+    fn say(&self, what: &str) {
+        if let Some(began) = self.traced {
+            eprintln!("{:8.3} {} {what}", began.elapsed().as_secs_f64(), chrono::Utc::now().format("%T%.3f"));
+        }
+    }
+
+    async fn start_api(&mut self, index: usize) {
+        if let Some(clocks) = &self.clocks {
+            clocks.wear(index, &mut self.house.processes);
+        }
+        self.house.restart(index).await;
     }
 
     fn start_worker(&mut self, index: usize) {
         let Some(proxy) = self.proxies.get(APIS + index) else { return };
         let way = proxy.url(&self.house.database.url);
         self.house.processes.set("DATABASE_URL", way.as_str());
+        if let Some(clocks) = &self.clocks {
+            clocks.wear(APIS + index, &mut self.house.processes);
+        }
         let worker = self.house.processes.start("test-worker", &[]);
         if let Some(place) = self.workers.get_mut(index) {
             *place = Some(worker);
@@ -118,18 +163,27 @@ pub async fn run(options: &Options) -> Outcome {
     let seed = options.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
     eprintln!("chaos with seed {seed}: {} s of faults, {} runs, {} agents", options.seconds, options.runs, options.agents);
     let mut scene = Scene::open(options).await;
+    if scene.clocks.is_none() {
+        eprintln!("no clock is turned: libfaketime is not installed (apt-get install libfaketime)");
+    }
     let lasts = Duration::from_secs(options.seconds);
     let stop = CancellationToken::new();
     let admins = scene.house.apis.iter().map(|api| scene.house.admin.at(&api.base)).collect();
     let pool = scene.house.database.pool.clone();
-    let working = work::run(&pool, admins, StdRng::seed_from_u64(seed), options.runs, lasts, &stop);
+    let script = scene.real.script();
+    let working = async {
+        let accepted = work::run(&pool, admins, StdRng::seed_from_u64(seed), options.runs, lasts, &script, &stop).await;
+        (accepted, Instant::now())
+    };
     let disturbing = async {
         let made = faults::make(&mut scene, StdRng::seed_from_u64(seed ^ 0x5eed), lasts).await;
         stop.cancel();
         (made, Instant::now())
     };
-    let (accepted, (made, quiet)) = tokio::join!(working, disturbing);
-    let (at_rest, broken) = reckoning::reckon(&scene, &accepted, quiet + QUIET).await;
+    let ((accepted, asked), (made, quiet)) = tokio::join!(working, disturbing);
+    let (at_rest, mut broken) = reckoning::reckon(&scene, &accepted, quiet + QUIET).await;
+    let (wrong, of_the_real) = scene.real.reckon(&pool).await;
+    broken.extend(wrong);
     let counts = scene.fleet.counts();
     let summary = vec![
         format!("faults: {}", made.iter().map(|(name, times)| format!("{times} x {name}")).collect::<Vec<_>>().join(", ")),
@@ -141,6 +195,8 @@ pub async fn run(options: &Options) -> Outcome {
             scene.agents,
             counts.executed
         ),
+        of_the_real,
+        format!("all was accepted {:.1} s after the last fault", asked.saturating_duration_since(quiet).as_secs_f64()),
         match at_rest {
             Some(after) => format!("at rest {:.1} s after the last fault", after.as_secs_f64()),
             None => format!("not at rest {} s after the last fault, {} agents connected", QUIET.as_secs(), counts.connected),
@@ -148,6 +204,9 @@ pub async fn run(options: &Options) -> Outcome {
     ];
     if !broken.is_empty() {
         scene.house.processes.show_logs();
+        if let Some(cluster) = &scene.cluster {
+            eprintln!("---- Postgres ----\n{}", cluster.last_words(LAST_WORDS));
+        }
     }
     scene.fleet.stop().await;
     Outcome { seed, summary, broken }

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use super::real::HOSTNAME;
 use crate::{Actor, probe};
 
 /// How long one attempt to reach the engine may take.
@@ -37,10 +38,11 @@ pub async fn run(
     mut rng: StdRng,
     count: usize,
     lasts: Duration,
+    script: &str,
     stop: &CancellationToken,
 ) -> Accepted {
     let seed = rng.random();
-    let (mut accepted, jobs) = tokio::join!(runs(pool, rng, count, lasts, stop), jobs(admins, seed, lasts));
+    let (mut accepted, jobs) = tokio::join!(runs(pool, rng, count, lasts, stop), jobs(admins, seed, lasts, script));
     (accepted.jobs, accepted.recurrent) = jobs;
     accepted
 }
@@ -48,8 +50,10 @@ pub async fn run(
 async fn runs(pool: &Pool, mut rng: StdRng, count: usize, lasts: Duration, stop: &CancellationToken) -> Accepted {
     let mut accepted = Accepted::default();
     let mut waiting: Vec<Uuid> = Vec::new();
-    let pause = lasts.mul_f64(0.9) / u32::try_from(count.max(1)).unwrap_or(1);
+    let (began, every) = (tokio::time::Instant::now(), lasts.mul_f64(0.9) / u32::try_from(count.max(1)).unwrap_or(1));
     for n in 0..count {
+        // What an outage held up is made up for, so that all of it is asked for among the faults.
+        tokio::time::sleep_until(began + every * u32::try_from(n).unwrap_or(u32::MAX)).await;
         let (workflow, input) = pick(&mut rng);
         let key = format!("chaos:{n}");
         let run = until_answered(|| begin(pool, &workflow, &key, &input)).await;
@@ -67,7 +71,6 @@ async fn runs(pool: &Pool, mut rng: StdRng, count: usize, lasts: Duration, stop:
             let run = waiting.swap_remove(rng.random_range(0..waiting.len()));
             until_answered(|| send(pool, run)).await;
         }
-        tokio::time::sleep(pause).await;
     }
     stop.cancelled().await;
     for run in waiting {
@@ -122,7 +125,7 @@ async fn until_answered<T>(ask: impl AsyncFn() -> borealis_engine::Result<T>) ->
 }
 
 /// A job for every device every few seconds, over REST at any of the API processes, and one that is due all the time.
-async fn jobs(admins: Vec<Actor>, seed: u64, lasts: Duration) -> (Vec<i64>, Option<i64>) {
+async fn jobs(admins: Vec<Actor>, seed: u64, lasts: Duration, script: &str) -> (Vec<i64>, Option<i64>) {
     let script = until_made(
         &admins,
         seed,
@@ -130,13 +133,15 @@ async fn jobs(admins: Vec<Actor>, seed: u64, lasts: Duration) -> (Vec<i64>, Opti
         "script",
         &json!({
             "domain": "user", "display_name": "chaos", "assembly_type": "script", "assembly_subtype": "bash",
-            "payload": {"name": "chaos", "type": "bash", "script": "echo chaos", "timeout_seconds": 600}
+            "payload": {"name": "chaos", "type": "bash", "script": script, "timeout_seconds": 600}
         }),
     )
     .await;
     let job = |schedule: Value, targets: Value| json!({"name": "chaos", "components": [{"assembly_guid": script["assembly_guid"], "name": "chaos"}], "targets": targets, "schedule": schedule});
-    let mut often =
-        job(json!({"type": "cron", "cron": format!("*/{PERIOD} * * * * *")}), json!([{"kind": "device", "hostname": "fleet-0"}]));
+    let mut often = job(
+        json!({"type": "cron", "cron": format!("*/{PERIOD} * * * * *")}),
+        json!([{"kind": "device", "hostname": "fleet-0"}, {"kind": "device", "hostname": HOSTNAME}]),
+    );
     often["misfire_policy"] = json!("run_all");
     often["overlap_policy"] = json!("allow");
     let recurrent = until_made(&admins, seed, "/api/scheduled_jobs", "recurrent", &often).await["job"]["id"].as_i64();

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use borealis_agent::Backoff;
+use borealis_agent::backoff::{Ending, Reconnect};
 use borealis_engine::keys::guid_text;
 use borealis_protocol::{
     CONTEXT_SYSTEM, HEADER_AGENT_CONTEXT, agent_id, envelope,
@@ -84,27 +84,27 @@ enum State {
 
 /// Why a connection is over, or did not come about.
 struct Ended {
-    /// What the engine asks the agent to wait.
-    hint: Option<Duration>,
+    ending: Ending,
     /// The token was refused.
     distrust: bool,
 }
 
 impl From<io::Error> for Ended {
     fn from(_: io::Error) -> Self {
-        Self { hint: None, distrust: false }
+        LOST
     }
 }
 
 impl From<tungstenite::Error> for Ended {
     fn from(error: tungstenite::Error) -> Self {
-        let tungstenite::Error::Http(answer) = error else { return Self { hint: None, distrust: false } };
+        let tungstenite::Error::Http(answer) = error else { return LOST };
         let hint = answer.headers().get("retry-after").and_then(|text| text.to_str().ok()?.parse().ok()).map(Duration::from_secs);
-        Self { hint, distrust: matches!(answer.status().as_u16(), 401 | 403) }
+        let status = answer.status().as_u16();
+        Self { ending: Ending::of_status(status, hint), distrust: matches!(status, 401 | 403) }
     }
 }
 
-const LOST: Ended = Ended { hint: None, distrust: false };
+const LOST: Ended = Ended { ending: Ending::Away, distrust: false };
 
 /// A registered socket.
 struct Link {
@@ -212,7 +212,7 @@ impl Agent {
     pub async fn live(mut self) {
         let shared = self.shared.clone();
         let slot = Self::slot(&shared, self.index);
-        let mut backoff = Backoff::of_sockets();
+        let mut reconnect = Reconnect::new();
         let mut turn = shared.turns.acquire().await.ok();
         loop {
             if let Some((_, back)) = slot.take_order() {
@@ -221,7 +221,7 @@ impl Agent {
             }
             let connected = timeout(CONNECT_LIMIT, self.connect()).await.unwrap_or(Err(LOST));
             drop(turn.take());
-            let (ended, lived) = match connected {
+            let ended = match connected {
                 Ok(mut link) => {
                     let _connected = Connected::new(&shared);
                     let since = Instant::now();
@@ -230,6 +230,7 @@ impl Agent {
                         order = ordered(slot) => (LOST, Some(order)),
                     };
                     drop(_connected);
+                    let lived = since.elapsed();
                     match order {
                         Some((how, back)) => {
                             leave(link.socket, how, back).await;
@@ -238,21 +239,19 @@ impl Agent {
                         }
                         None => count(&shared.record.sums.lost_sockets),
                     }
-                    (ended, since.elapsed())
+                    Ended { ending: Ending::Lost(lived), ..ended }
                 }
                 Err(ended) => {
                     count(&shared.record.sums.failed_connects);
-                    (ended, Duration::ZERO)
+                    ended
                 }
             };
             if ended.distrust {
                 self.machine.expires_at = Utc::now();
             }
-            if lived > Backoff::GOOD_SOCKET {
-                backoff.reset();
-            }
             tokio::select! {
-                () = tokio::time::sleep(backoff.wait(ended.hint)) => {}
+                () = tokio::time::sleep(reconnect.wait(ended.ending)) => {}
+                // An order: how long to stay away is said there.
                 () = slot.wake.notified() => {}
             }
         }
@@ -300,7 +299,7 @@ impl Agent {
                     let ack: Ack =
                         args.into_iter().next().and_then(|value| serde_json::from_value(value).ok()).unwrap_or_else(Ack::ok);
                     if ack.error.is_some() {
-                        return Err(Ended { hint: ack.retry_after_ms.map(Duration::from_millis), distrust: true });
+                        return Err(Ended { ending: Ending::of_refusal(ack.retry_after_ms), distrust: true });
                     }
                     break;
                 }
@@ -326,7 +325,9 @@ impl Agent {
         let body = serde_json::to_string(&request).map_err(|_| LOST)?;
         let (status, body) = http::post(api, PATH_TOKEN_REFRESH, None, &body).await?;
         if status != 200 {
-            return Err(LOST);
+            // `http::post` gives no headers; the engine's 503 asks for two seconds.
+            let hint = (status == 503).then_some(Duration::from_secs(2));
+            return Err(Ended { ending: Ending::of_status(status, hint), distrust: false });
         }
         let renewed: RefreshResponse = serde_json::from_slice(&body).map_err(|_| LOST)?;
         self.machine.access_token = renewed.access_token;

@@ -72,7 +72,11 @@ pub async fn enroll(admin: &Actor, site: i64, prefix: &str, count: usize) -> Vec
     stream::iter(enrolled).buffered(ENROLLING).collect().await
 }
 
-async fn enrollment_code(admin: &Actor, site: i64) -> String {
+/// The code a machine asks with for admission to a site.
+///
+/// # Panics
+/// When the site has none.
+pub async fn enrollment_code(admin: &Actor, site: i64) -> String {
     let found = admin.get("/api/sites").await.ok();
     let code = found["sites"].as_array().into_iter().flatten().find(|one| one["id"] == site);
     code.and_then(|site| site["enrollment_code"].as_str())

@@ -27,7 +27,7 @@
 //!
 //! * The fleet runs in threads of its own ([`Settings::threads`]); every method may be called from any runtime.
 //! * [`Settings::at`] takes several base URLs; one is picked at random at each connect, and [`Fleet::move_to`] changes them
-//!   while it runs. An API that restarts or moves is survived like an agent survives it: with [`borealis_agent::Backoff`].
+//!   while it runs. An API that restarts or moves is survived like an agent survives it: with [`borealis_agent::backoff::Reconnect`].
 //! * An agent keeps what it was sent and what it has not been acknowledged through every departure, as the real one keeps it
 //!   on its disk, runs one script at a time, and answers a dispatch it knows without running it again. With
 //!   [`Settings::dedup`] off it is an agent of the older kind: it says nothing of `dedup` and runs whatever comes.
@@ -270,11 +270,6 @@ impl Fleet {
             *lock(&slot.order) = Some((how, back));
             slot.wake.notify_one();
         }
-    }
-
-    /// Has every agent that waits for its next attempt make it now; the others do not notice.
-    pub fn call_in(&self) {
-        self.shared.slots.iter().for_each(|slot| slot.wake.notify_one());
     }
 
     /// Waits until the sums are as wanted.
