@@ -72,6 +72,8 @@ impl Backoff {
 
 /// The longest wait for an engine that is away.
 pub const AWAY_CAP: Duration = Duration::from_secs(30);
+/// As many failures as it takes to reach it: a hint leaves no more behind, and refusals after it begin from here.
+const AT_AWAY_CAP: u32 = AWAY_CAP.as_secs().next_power_of_two().ilog2();
 /// The longest wait at all.
 pub const REFUSED_CAP: Duration = Duration::from_secs(300);
 /// The longest hint that is obeyed, so that with its jitter it is within [`REFUSED_CAP`].
@@ -140,17 +142,17 @@ impl Reconnect {
 
     /// How long to wait after such an ending. `random` gets a number of milliseconds and answers one in `0..=that`.
     pub fn next(&mut self, ending: Ending, random: impl FnOnce(u64) -> u64) -> Duration {
-        let failures = &mut self.backoff.failures;
         match ending {
             Ending::Lost(lived) => {
+                let failures = &mut self.backoff.failures;
                 *failures = if lived >= GOOD_SOCKET { 0 } else { (*failures).min(SHORT_SOCKET) };
                 self.backoff.jitter(AWAY_CAP, random).max(FLOOR)
             }
             Ending::Away => self.backoff.jitter(AWAY_CAP, random).max(FLOOR),
             Ending::Later(hint) => {
-                // Beyond this the jitter has its cap; refusals that come later begin from here.
-                *failures = (*failures).min(AWAY_CAP.as_secs().ilog2());
-                hint.max(FLOOR).min(LONGEST_HINT) + self.backoff.jitter(AWAY_CAP, random)
+                let jitter = self.backoff.jitter(AWAY_CAP, random);
+                self.backoff.failures = self.backoff.failures.min(AT_AWAY_CAP);
+                hint.max(FLOOR).min(LONGEST_HINT) + jitter
             }
             Ending::Refused => self.backoff.jitter(REFUSED_CAP, random).max(FLOOR),
         }
