@@ -188,17 +188,19 @@ pub async fn run(options: &Options) -> Outcome {
     let summary = vec![
         format!("faults: {}", made.iter().map(|(name, times)| format!("{times} x {name}")).collect::<Vec<_>>().join(", ")),
         format!(
-            "accepted: {} runs, of them {} asked to cancel; {} jobs on {} agents, {} dispatches executed",
+            "accepted: {} runs, of them {} asked to cancel; {} jobs on {} agents, {} dispatches executed, {} results sent again, {} because nobody answered",
             accepted.runs.len(),
             accepted.cancels.len(),
             accepted.jobs.len(),
             scene.agents,
-            counts.executed
+            counts.executed,
+            counts.resent,
+            counts.unanswered
         ),
         of_the_real,
         format!("all was accepted {:.1} s after the last fault", asked.saturating_duration_since(quiet).as_secs_f64()),
         match at_rest {
-            Some(after) => format!("at rest {:.1} s after the last fault", after.as_secs_f64()),
+            Some((after, last)) => format!("at rest {:.1} s after the last fault; the last to end: {last}", after.as_secs_f64()),
             None => format!("not at rest {} s after the last fault, {} agents connected", QUIET.as_secs(), counts.connected),
         },
     ];

@@ -69,31 +69,61 @@ const NEVER: [(&str, &str); 10] = [
     ),
 ];
 
-/// Waits until nothing is open or `deadline`, then looks at everything. Answers how long it took to come to rest, and what
-/// is broken.
-pub async fn reckon(scene: &Scene, accepted: &Accepted, deadline: Instant) -> (Option<Duration>, Vec<String>) {
+/// Waits until nothing is open or `deadline`, then looks at everything. Answers how long it took to come to rest and what
+/// was seen open last, and what is broken.
+pub async fn reckon(scene: &Scene, accepted: &Accepted, deadline: Instant) -> (Option<(Duration, String)>, Vec<String>) {
     let pool = &scene.house.database.pool;
     let began = deadline - QUIET;
     if let Some(job) = accepted.recurrent {
         let ended = sqlx::query("UPDATE scheduled_jobs SET enabled = false, next_due_at = NULL WHERE id = $1").bind(job);
         ended.execute(pool).await.expect("the end of the recurrent job");
     }
+    let mut last = "nothing was open".to_owned();
     let at_rest = loop {
         let open = found(pool, &NOTHING_OPEN).await;
-        if open.is_empty() && scene.fleet.counts().unacked == 0 {
-            break Some(began.elapsed());
+        let unacked = scene.fleet.counts().unacked;
+        if open.is_empty() && unacked == 0 {
+            break Some((began.elapsed(), last));
         }
+        last = open.first().cloned().unwrap_or_else(|| format!("{unacked} results not acknowledged"));
         if Instant::now() > deadline {
             break None;
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     };
     let mut broken = found(pool, &NOTHING_OPEN).await;
+    if at_rest.is_none() {
+        broken.extend(stuck(scene, pool).await);
+    }
     broken.extend(found(pool, &NEVER).await);
     broken.extend(runs(pool, accepted).await);
     broken.extend(dispatches(scene, pool).await);
     broken.extend(instants(pool, accepted).await);
     (at_rest, broken)
+}
+
+/// What engine and fleet know of each dispatch that has not ended.
+async fn stuck(scene: &Scene, pool: &Pool) -> Vec<String> {
+    let rows: Vec<(i64, String)> = sqlx::query_as(
+        "SELECT a.id, concat_ws(' ', a.hostname, a.status, a.delivery, 'sent', a.delivery_count, 'times, last', a.sent_at, 'changed', a.updated_at,
+                'socket at', (SELECT string_agg(concat_ws(' ', s.api_process, s.connected_at), ', ') FROM device_sockets s WHERE s.device_guid = a.device_guid),
+                'events', (SELECT string_agg(e.kind, ', ') FROM activity_events e WHERE e.activity_id = a.id))
+         FROM activity_history a WHERE a.delivery <> 'done' ORDER BY a.id",
+    )
+    .fetch_all(pool)
+    .await
+    .expect("the open activities");
+    let (receipts, executions) = (scene.fleet.receipts(), scene.fleet.executions());
+    let mut told: Vec<String> = rows
+        .iter()
+        .map(|(id, row)| {
+            let came: Vec<_> = receipts.iter().filter(|one| one.dispatch == *id).map(|one| one.at).collect();
+            let begun: Vec<_> = executions.iter().filter(|one| one.dispatch == *id).map(|one| one.at).collect();
+            format!("dispatch {id}: {row}; received {came:?}, begun {begun:?}")
+        })
+        .collect();
+    told.push(format!("the fleet: {:?}", scene.fleet.counts()));
+    told
 }
 
 async fn found(pool: &Pool, queries: &[(&str, &str)]) -> Vec<String> {

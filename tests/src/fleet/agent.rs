@@ -485,6 +485,9 @@ impl Agent {
         if first_sent.is_some() {
             count(&self.shared.record.sums.resent);
         }
+        if link.asked.values().any(|asked| *asked == id) {
+            count(&self.shared.record.sums.unanswered);
+        }
         first_sent.get_or_insert_with(Instant::now);
         let number = link.ask(QUICK_JOB_RESULT, result).await?;
         link.asked.insert(number, id);

@@ -43,6 +43,8 @@ pub struct Counts {
     pub results: u64,
     /// Sendings of results beyond the first.
     pub resent: u64,
+    /// Of these, sendings because the engine had not answered the one before in time, on the same connection.
+    pub unanswered: u64,
     /// Results the engine has acknowledged.
     pub acked: u64,
     /// Of these, those it had no use for.
@@ -115,6 +117,7 @@ pub struct Sums {
     pub cancelled: AtomicU64,
     pub results: AtomicU64,
     pub resent: AtomicU64,
+    pub unanswered: AtomicU64,
     pub acked: AtomicU64,
     pub ignored: AtomicU64,
     pub reports: AtomicU64,
@@ -215,6 +218,7 @@ impl Record {
             cancelled: of(&sums.cancelled),
             results,
             resent: of(&sums.resent),
+            unanswered: of(&sums.unanswered),
             acked,
             ignored: of(&sums.ignored),
             unacked: results.saturating_sub(acked),
