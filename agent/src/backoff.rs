@@ -71,7 +71,7 @@ impl Backoff {
 }
 
 /// The longest wait for an engine that is away.
-pub const AWAY_CAP: Duration = Duration::from_secs(30);
+pub const AWAY_CAP: Duration = Duration::from_secs(20);
 /// As many failures as it takes to reach it: a hint leaves no more behind, and refusals after it begin from here.
 const AT_AWAY_CAP: u32 = AWAY_CAP.as_secs().next_power_of_two().ilog2();
 /// The longest wait at all.
@@ -213,9 +213,9 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_that_is_away_is_asked_every_thirty_seconds_however_long_it_was_away() {
+    fn an_engine_that_is_away_is_asked_every_twenty_seconds_however_long_it_was_away() {
         let mut reconnect = Reconnect::new();
-        assert_eq!(ceilings(&mut reconnect, Ending::Away, 8), [1, 2, 4, 8, 16, 30, 30, 30]);
+        assert_eq!(ceilings(&mut reconnect, Ending::Away, 8), [1, 2, 4, 8, 16, 20, 20, 20]);
         assert_eq!(reconnect.next(Ending::Away, |_| 0), FLOOR, "over the whole range");
         // The engine is back, and restarts once more after a while.
         assert_eq!(ceilings(&mut reconnect, Ending::Lost(GOOD_SOCKET), 1), [1]);
@@ -225,7 +225,7 @@ mod tests {
     fn a_socket_that_did_not_last_slows_down_a_little() {
         let mut reconnect = Reconnect::new();
         assert_eq!(ceilings(&mut reconnect, Ending::Lost(Duration::ZERO), 6), [1, 2, 4, 8, 8, 8]);
-        assert_eq!(ceilings(&mut reconnect, Ending::Away, 2), [16, 30]);
+        assert_eq!(ceilings(&mut reconnect, Ending::Away, 2), [16, 20]);
         assert_eq!(ceilings(&mut reconnect, Ending::Lost(Duration::ZERO), 1), [8], "it was let in: whatever came before is over");
     }
 

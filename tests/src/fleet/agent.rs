@@ -423,6 +423,9 @@ impl Agent {
             .filter(|id| matches!(self.jobs.get(id), Some(Job { state: State::Ended { next, .. }, .. }) if *next <= now))
             .collect();
         for id in due {
+            if link.asked.values().any(|asked| *asked == id) {
+                count(&self.shared.record.sums.unanswered);
+            }
             self.send_result(link, id).await?;
         }
         Ok(())
@@ -484,9 +487,6 @@ impl Agent {
         *next = Instant::now() + ACK_LIMIT;
         if first_sent.is_some() {
             count(&self.shared.record.sums.resent);
-        }
-        if link.asked.values().any(|asked| *asked == id) {
-            count(&self.shared.record.sums.unanswered);
         }
         first_sent.get_or_insert_with(Instant::now);
         let number = link.ask(QUICK_JOB_RESULT, result).await?;
