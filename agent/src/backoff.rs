@@ -9,8 +9,8 @@
 //! * Nobody there (refused, reset, no answer, a proxy's 502 or 504): the engine is being restarted, or is away. An attempt costs it nothing, and
 //!   it cannot call anybody when it is back; so the waits grow to [`AWAY_CAP`] and no further. However long the engine
 //!   was away, each agent knocks within that time of its return.
-//! * The engine says when to come (`Retry-After`, `retry_after_ms`): that is waited out in full, then jitter as if it were
-//!   away. A busy engine is thus in command of the pace, and what was a row of refusals before is forgotten.
+//! * The engine says when to come (`Retry-After`, `retry_after_ms`): that is waited out in full, then jitter up to
+//!   [`LATER_CAP`]. A busy engine is thus in command of the pace, and what was a row of refusals before is forgotten.
 //! * The engine refuses without such a hint: this agent, or this request, is not welcome, and another try will hardly change it.
 //!   The waits grow to [`REFUSED_CAP`].
 
@@ -72,12 +72,14 @@ impl Backoff {
 
 /// The longest wait for an engine that is away.
 pub const AWAY_CAP: Duration = Duration::from_secs(20);
-/// As many failures as it takes to reach it: a hint leaves no more behind, and refusals after it begin from here.
+/// The most jitter on top of a hint: it parts those who were told the same, no more.
+pub const LATER_CAP: Duration = Duration::from_secs(10);
+/// As many failures as it takes to reach [`AWAY_CAP`]: a hint leaves no more behind, and refusals after it begin from here.
 const AT_AWAY_CAP: u32 = AWAY_CAP.as_secs().next_power_of_two().ilog2();
 /// The longest wait at all.
 pub const REFUSED_CAP: Duration = Duration::from_secs(300);
 /// The longest hint that is obeyed, so that with its jitter it is within [`REFUSED_CAP`].
-const LONGEST_HINT: Duration = Duration::from_secs(REFUSED_CAP.as_secs() - AWAY_CAP.as_secs());
+const LONGEST_HINT: Duration = Duration::from_secs(REFUSED_CAP.as_secs() - LATER_CAP.as_secs());
 /// A socket registered for this long was good. Shorter ones are no reason to forget all failures: an engine that throws
 /// its agents out as soon as they are in, or two machines that are one device, would be stormed.
 pub const GOOD_SOCKET: Duration = Duration::from_secs(5);
@@ -150,7 +152,7 @@ impl Reconnect {
             }
             Ending::Away => self.backoff.jitter(AWAY_CAP, random).max(FLOOR),
             Ending::Later(hint) => {
-                let jitter = self.backoff.jitter(AWAY_CAP, random);
+                let jitter = self.backoff.jitter(LATER_CAP, random);
                 self.backoff.failures = self.backoff.failures.min(AT_AWAY_CAP);
                 hint.max(FLOOR).min(LONGEST_HINT) + jitter
             }
@@ -235,7 +237,7 @@ mod tests {
         assert_eq!(ceilings(&mut reconnect, Ending::Refused, 11), [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]);
         let hint = Ending::Later(Duration::from_secs(7));
         assert_eq!(reconnect.next(hint, |_| 0), Duration::from_secs(7), "never earlier than asked");
-        assert_eq!(reconnect.next(hint, |max| max), Duration::from_secs(7) + AWAY_CAP);
+        assert_eq!(reconnect.next(hint, |max| max), Duration::from_secs(7) + LATER_CAP);
         assert_eq!(ceilings(&mut reconnect, Ending::Refused, 1), [32]);
         let beyond = reconnect.next(Ending::Later(Duration::from_secs(86_400)), |max| max);
         assert_eq!(beyond, REFUSED_CAP, "nobody sends an agent away for a day");
