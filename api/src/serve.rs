@@ -9,6 +9,7 @@ use axum::{Router, body::Body, extract::ConnectInfo};
 use borealis_engine::{
     Error, Kind,
     access::aegis::Vault,
+    audit::chain,
     db::{self, Pool},
     keys::Keys,
 };
@@ -37,6 +38,8 @@ pub const HEAD_TIMEOUT_S: u64 = 30;
 pub const MAX_HEAD_BYTES: usize = 64 * 1024;
 /// How long requests in flight may still take after a shutdown began, in seconds.
 pub const DRAIN_S: u64 = 10;
+/// How often it is looked for audit events to seal.
+const SEAL_EVERY: Duration = Duration::from_secs(1);
 /// How long after a failed look at the secret store the next one follows, in seconds.
 const PREPARE_RETRY_S: u64 = 5;
 
@@ -99,6 +102,7 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
     let watched = db::watch("requests", &app.pool);
     let mut tasks = JoinSet::new();
     tasks.spawn(prepare(app.clone(), shutdown.clone()));
+    tasks.spawn(seal_audit(app.clone(), shutdown.clone()));
     tasks.spawn(accept(public, router, shutdown.clone()));
     tasks.spawn(accept(internal, internal_router, shutdown.clone()));
     tasks.spawn(app.hub.clone().run(app.clone(), shutdown));
@@ -113,6 +117,24 @@ async fn prepare(app: App, shutdown: CancellationToken) {
         tokio::select! {
             () = shutdown.cancelled() => return,
             () = sleep(Duration::from_secs(PREPARE_RETRY_S)) => {}
+        }
+    }
+}
+
+/// Seals what the audit says, a moment after it was written. One process at a time does, and only one that is not locked can.
+async fn seal_audit(app: App, shutdown: CancellationToken) {
+    let mut every = tokio::time::interval(SEAL_EVERY);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while shutdown.run_until_cancelled(every.tick()).await.is_some() {
+        while app.vault.is_open() {
+            match chain::seal(&app.pool, &app.vault).await {
+                Ok(sealed) if i64::try_from(sealed).is_ok_and(|sealed| sealed == chain::BATCH) => {}
+                Ok(_) => break,
+                Err(error) => {
+                    tracing::warn!(%error, "audit events wait to be sealed");
+                    break;
+                }
+            }
         }
     }
 }

@@ -692,6 +692,48 @@ async fn the_own_password_changes_and_other_sessions_end() {
     let _ = login(NEW).await.expect(200);
 }
 
+#[tokio::test]
+async fn the_own_sessions_are_listed_and_ended() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let here = engine.operator(&[]).await;
+    let there = engine.anonymous().with_secret(&here).sign_in(&here.name, PASSWORD, 1).await;
+    let list =
+        async |actor: &Actor| actor.get("/api/auth/sessions").await.ok()["sessions"].as_array().cloned().expect("sessions");
+    let found = list(&here).await;
+    assert_eq!(found.len(), 2, "{found:?}");
+    let current: Vec<_> = found.iter().filter(|session| session["current"] == true).collect();
+    assert_eq!(current.len(), 1);
+    assert_eq!(current[0]["ip"], "127.0.0.1");
+    assert!(found.iter().all(|session| !session.to_string().contains(token(&there))), "{found:?}");
+    let id = |session: &Value| session["id"].as_str().expect("an id").to_owned();
+    let other = found.iter().find(|session| session["current"] == false).map(id).expect("the other one");
+
+    // Of others neither the list nor the end; what is not there looks the same.
+    assert!(list(&admin).await.iter().all(|session| id(session) != other));
+    let foreign = admin.delete(&format!("/api/auth/sessions/{other}")).await.error(404, "session_not_found");
+    let nothing = admin.delete(&format!("/api/auth/sessions/{}", uuid::Uuid::new_v4())).await.error(404, "session_not_found");
+    assert_eq!(foreign.body["message"], nothing.body["message"]);
+    let _ = admin.delete("/api/auth/sessions/none").await.expect(404);
+    let _ = there.get("/api/auth/me").await.ok();
+
+    let _ = there.delete(&format!("/api/auth/sessions/{}", id(current[0]))).await.ok();
+    let _ = here.get("/api/auth/me").await.error(401, "unauthorized");
+    assert_eq!(list(&there).await.len(), 1);
+    assert_eq!(there.delete("/api/auth/sessions").await.ok(), json!({"status": "ok", "ended": 0}), "the own one stays");
+    // The one it is asked with, too: a sign-out.
+    let _ = there.delete(&format!("/api/auth/sessions/{other}")).await.ok();
+    let _ = there.get("/api/auth/me").await.error(401, "unauthorized");
+
+    let elsewhere = engine.operator(&[]).await;
+    let kept = engine.anonymous().with_secret(&elsewhere).sign_in(&elsewhere.name, PASSWORD, 1).await;
+    assert_eq!(kept.delete("/api/auth/sessions").await.ok(), json!({"status": "ok", "ended": 1}));
+    let _ = elsewhere.get("/api/auth/me").await.error(401, "unauthorized");
+    let _ = kept.get("/api/auth/me").await.ok();
+    let ended = admin.get("/api/audit?action=session.end").await.ok();
+    assert_eq!(ended["events"].as_array().map(Vec::len), Some(3), "{ended}");
+}
+
 trait WithSecret {
     fn with_secret(self, other: &Actor) -> Actor;
 }

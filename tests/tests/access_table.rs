@@ -30,6 +30,8 @@ enum Rule {
     Anyone,
     /// It changes the caller's own account: tried with an operator made for it.
     Own,
+    /// It names something of another account: every operator, administrators too, gets this status.
+    Others(u16),
     /// An administrator gets this status.
     Admin(u16),
     /// Everybody gets this status, whoever they are.
@@ -231,7 +233,13 @@ impl World {
                 public(path, json!({}), 400)
             }
 
-            ("GET", "/api/auth/me" | "/api/aegis/status") => with(path, Value::Null, Rule::Anyone),
+            ("DELETE", "/api/auth/sessions") => with(path, Value::Null, Rule::Own),
+            ("DELETE", "/api/auth/sessions/{id}") => {
+                let other = self.engine.operator(&[site]).await;
+                let id = other.get("/api/auth/sessions").await.ok()["sessions"][0]["id"].clone();
+                with(&format!("/api/auth/sessions/{}", id.as_str().expect("an id")), Value::Null, Rule::Others(404))
+            }
+            ("GET", "/api/auth/me" | "/api/auth/sessions" | "/api/aegis/status") => with(path, Value::Null, Rule::Anyone),
             ("POST", "/api/auth/step-up" | "/api/auth/mfa/reset") => with(path, json!({"password": PASSWORD}), Rule::Own),
             ("POST", "/api/auth/password/reset") => {
                 with(path, json!({"current_password": PASSWORD, "new_password": "an entirely new one"}), Rule::Own)
@@ -256,6 +264,7 @@ impl World {
                 let user = self.engine.user("User", &[]).await;
                 admin(&format!("/api/users/{user}/mfa"), json!({"enabled": true, "reset_secret": true}))
             }
+            ("GET", "/api/audit" | "/api/audit/check") => admin(path, Value::Null),
             ("GET", "/api/credentials") => {
                 self.credential(&nothing.to_string()).await;
                 list(path, &nothing.to_string())
@@ -482,7 +491,10 @@ async fn check(world: &World, route: &str, method: &str, class: Class, call: Cal
         (Class::Anonymous, Rule::Public(_) | Rule::Leaving)
             | (Class::Admin, Rule::Admin(_))
             | (Class::Device, Rule::Device)
-            | (Class::Operator, Rule::Thing { .. } | Rule::Named { .. } | Rule::List { .. } | Rule::Anyone | Rule::Own)
+            | (
+                Class::Operator,
+                Rule::Thing { .. } | Rule::Named { .. } | Rule::List { .. } | Rule::Anyone | Rule::Own | Rule::Others(_)
+            )
     );
     if !fits {
         faults.push(format!("{route} is {class:?}, but its line in World::call is for another class"));
@@ -529,6 +541,14 @@ async fn check(world: &World, route: &str, method: &str, class: Class, call: Cal
             let reply = send(&operator, method, &call).await;
             if reply.status != 200 {
                 complain(faults, route, "an operator made for it", "200", &reply);
+            }
+        }
+        Rule::Others(status) => {
+            for actor in operators.into_iter().chain([&world.admin]) {
+                let reply = send(actor, method, &call).await;
+                if reply.status != *status {
+                    complain(faults, route, &actor.name, &status.to_string(), &reply);
+                }
             }
         }
         Rule::Anyone => {

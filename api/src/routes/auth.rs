@@ -14,8 +14,10 @@ use borealis_engine::{
         users,
     },
 };
+use chrono::{DateTime, Utc};
 use utoipa::ToSchema;
 use utoipa_axum::routes;
+use uuid::Uuid;
 
 use crate::{
     access::{
@@ -23,7 +25,7 @@ use crate::{
         client::{self, Caller, Carrier},
         operator,
     },
-    body,
+    body::{self, Path},
     errors::{ApiError, Result},
     state::App,
 };
@@ -37,6 +39,8 @@ pub(super) fn routes(app: &App) -> Routes {
         .operator(routes!(step_up))
         .operator(routes!(password_reset))
         .operator(routes!(mfa_reset))
+        .operator(routes!(own_sessions, end_other_sessions))
+        .operator(routes!(end_session))
 }
 
 /// `{"status":"ok"}`.
@@ -392,4 +396,85 @@ async fn mfa_reset(State(app): State<App>, operator: Operator, Head(parts): Head
         app.hub.drop_session(session).await;
     }
     Ok(Json(MfaReset { status: "ok", username: operator.username, mfa_enabled: enabled, setup_required_on_next_login: enabled }))
+}
+
+/// A session of the own account.
+#[derive(Debug, serde::Serialize, ToSchema)]
+struct OwnSession {
+    /// Names it; opens nothing.
+    id: Uuid,
+    /// Whether it is the one this request came with.
+    current: bool,
+    /// When it was opened.
+    created_at: DateTime<Utc>,
+    /// When it was last used, to a minute.
+    last_seen_at: DateTime<Utc>,
+    /// When it ends, if not sooner for lack of use.
+    expires_at: DateTime<Utc>,
+    /// The address it was opened from.
+    ip: String,
+    /// What the client called itself.
+    user_agent: String,
+}
+
+/// The sessions of the own account.
+#[derive(Debug, serde::Serialize, ToSchema)]
+struct OwnSessions {
+    /// The one used last first.
+    sessions: Vec<OwnSession>,
+}
+
+/// Where the own account is signed in.
+#[utoipa::path(get, path = "/api/auth/sessions", tag = "Authentication", responses(
+    (status = 200, body = OwnSessions),
+    (status = 401, description = "`unauthorized`"),
+))]
+async fn own_sessions(State(app): State<App>, operator: Operator) -> Result<Json<OwnSessions>> {
+    let sessions = app.access().own_sessions(&operator.session).await?.into_iter().map(|session| OwnSession {
+        id: session.id,
+        current: session.id == operator.session.id,
+        created_at: session.created_at,
+        last_seen_at: session.last_seen_at,
+        expires_at: session.expires_at,
+        ip: session.ip,
+        user_agent: session.user_agent,
+    });
+    Ok(Json(OwnSessions { sessions: sessions.collect() }))
+}
+
+/// How many sessions were ended.
+#[derive(Debug, serde::Serialize, ToSchema)]
+struct Ended {
+    /// `ok`.
+    status: &'static str,
+    /// How many.
+    ended: usize,
+}
+
+/// Sign the own account out everywhere else.
+#[utoipa::path(delete, path = "/api/auth/sessions", tag = "Authentication", responses(
+    (status = 200, body = Ended),
+    (status = 401, description = "`unauthorized`"),
+    (status = 403, description = "`bad_origin`"),
+))]
+async fn end_other_sessions(State(app): State<App>, operator: Operator, Head(parts): Head) -> Result<Json<Ended>> {
+    let ended = app.access().end_other_sessions(&Caller::of(&parts).client, &operator.session).await?;
+    for session in &ended {
+        app.hub.drop_session(*session).await;
+    }
+    Ok(Json(Ended { status: "ok", ended: ended.len() }))
+}
+
+/// End one session of the own account.
+#[utoipa::path(delete, path = "/api/auth/sessions/{id}", tag = "Authentication",
+    params(("id" = Uuid, Path, description = "The session's id.")), responses(
+    (status = 200, body = Done),
+    (status = 401, description = "`unauthorized`"),
+    (status = 403, description = "`bad_origin`"),
+    (status = 404, description = "`session_not_found`: no session of the own account"),
+))]
+async fn end_session(State(app): State<App>, operator: Operator, Path(id): Path<Uuid>, Head(parts): Head) -> Result<Json<Done>> {
+    app.access().end_own_session(&Caller::of(&parts).client, &operator.session, id).await?;
+    app.hub.drop_session(id).await;
+    Ok(Done::json())
 }

@@ -6,6 +6,7 @@ pub mod activity;
 pub mod agent;
 pub mod approvals;
 pub mod assemblies;
+pub mod audit;
 pub mod auth;
 pub mod bootstrap;
 pub mod credentials;
@@ -26,6 +27,7 @@ pub fn all(app: &App) -> Routes {
         .merge(agent::routes(app))
         .merge(approvals::routes(app))
         .merge(assemblies::routes(app))
+        .merge(audit::routes(app))
         .merge(auth::routes(app))
         .merge(bootstrap::routes(app))
         .merge(credentials::routes(app))

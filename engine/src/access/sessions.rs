@@ -192,6 +192,49 @@ pub async fn end_all(tx: &mut db::Tx<'_>, user_id: i64, kept: Option<Uuid>) -> R
     .await?)
 }
 
+/// A session as its user sees it.
+#[derive(Debug, Clone)]
+pub struct Listed {
+    /// Its id; opens nothing.
+    pub id: Uuid,
+    /// When the user signed in.
+    pub created_at: DateTime<Utc>,
+    /// When it was last used, to a minute.
+    pub last_seen_at: DateTime<Utc>,
+    /// When it ends, if it does not end sooner for lack of use.
+    pub expires_at: DateTime<Utc>,
+    /// The address it was opened from.
+    pub ip: String,
+    /// What the client called itself then.
+    pub user_agent: String,
+}
+
+/// The live sessions of a user, the one used last first.
+///
+/// # Errors
+/// When the database is away.
+pub async fn list(pool: &db::Pool, user_id: i64, lifetimes: Lifetimes) -> Result<Vec<Listed>> {
+    Ok(sqlx::query_as!(
+        Listed,
+        "SELECT id, created_at, last_seen_at, expires_at, ip, user_agent FROM operator_sessions
+         WHERE user_id = $1 AND expires_at > now() AND last_seen_at > now() - make_interval(secs => $2)
+         ORDER BY last_seen_at DESC, id DESC",
+        user_id,
+        f64::from(lifetimes.idle_s),
+    )
+    .fetch_all(pool)
+    .await?)
+}
+
+/// Ends one session of a user; whether there was one.
+///
+/// # Errors
+/// When the database is away.
+pub async fn end_of(tx: &mut db::Tx<'_>, user_id: i64, session: Uuid) -> Result<bool> {
+    let ended = sqlx::query!("DELETE FROM operator_sessions WHERE id = $1 AND user_id = $2", session, user_id);
+    Ok(ended.execute(&mut **tx).await?.rows_affected() == 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

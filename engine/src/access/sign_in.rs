@@ -514,6 +514,53 @@ impl Access<'_> {
         tx.commit().await?;
         Ok(())
     }
+
+    /// The live sessions of the session's user, the one used last first.
+    ///
+    /// # Errors
+    /// When the database is away.
+    pub async fn own_sessions(&self, session: &Session) -> Result<Vec<sessions::Listed>> {
+        sessions::list(self.pool, session.user_id, self.settings.sessions).await
+    }
+
+    /// Ends one session of the session's user, this one or another.
+    ///
+    /// # Errors
+    /// 404 `session_not_found`; when the database is away.
+    pub async fn end_own_session(&self, client: &Client, session: &Session, ended: uuid::Uuid) -> Result<()> {
+        let mut tx = self.pool.begin().await?;
+        if !sessions::end_of(&mut tx, session.user_id, ended).await? {
+            return Err(Error::new(Kind::NotFound, "session_not_found", "You have no such session."));
+        }
+        record_ended(&mut tx, client, session, &[ended]).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Ends all other sessions of the session's user, and says which.
+    ///
+    /// # Errors
+    /// When the database is away.
+    pub async fn end_other_sessions(&self, client: &Client, session: &Session) -> Result<Vec<uuid::Uuid>> {
+        let mut tx = self.pool.begin().await?;
+        let ended = sessions::end_all(&mut tx, session.user_id, Some(session.id)).await?;
+        if !ended.is_empty() {
+            record_ended(&mut tx, client, session, &ended).await?;
+        }
+        tx.commit().await?;
+        Ok(ended)
+    }
+}
+
+async fn record_ended(tx: &mut db::Tx<'_>, client: &Client, session: &Session, ended: &[uuid::Uuid]) -> Result<()> {
+    let entry = Entry {
+        action: "session.end",
+        object_kind: "user",
+        object_id: session.user_id.to_string(),
+        detail: serde_json::json!({"sessions": ended}),
+        ..Entry::default()
+    };
+    audit::record(tx, &client.acting_as(session.user_id, &session.username), entry).await
 }
 
 /// Uses a step up. The row is locked, and the condition holds even if it were not.

@@ -1,0 +1,151 @@
+//! The chain over the audit: each event is bound to the one before it by a tag under a sub-key of Aegis. Who can write the
+//! database but has no key can change nothing unnoticed, except cut off the end; a kept [`Report::head`] shows that too.
+
+use sqlx::PgConnection;
+
+use crate::{access::aegis::Vault, db, error::Result};
+
+/// What the tags are made for.
+const PURPOSE: &str = "audit-chain";
+/// The most events sealed in one transaction, and read at a time when they are checked.
+pub const BATCH: i64 = 1_000;
+
+/// One link.
+fn text(before: &str, seq: i64, event: &str) -> String {
+    format!("{before}\n{seq}\n{event}")
+}
+
+/// Seals up to a thousand events that wait, and answers how many. None, while another process does it.
+///
+/// # Errors
+/// 423 `aegis_locked`; when the database is away.
+pub async fn seal(pool: &db::Pool, vault: &Vault) -> Result<usize> {
+    if !sqlx::query_scalar!(r#"SELECT EXISTS (SELECT FROM audit_unsealed) AS "some!""#).fetch_one(pool).await? {
+        return Ok(0);
+    }
+    let mut tx = pool.begin().await?;
+    let ours = sqlx::query_scalar!(r#"SELECT pg_try_advisory_xact_lock(hashtext('borealis.audit_chain')) AS "ours!""#)
+        .fetch_one(&mut *tx)
+        .await?;
+    if !ours {
+        return Ok(0);
+    }
+    let last = sqlx::query!("SELECT seq, tag FROM audit_chain ORDER BY seq DESC LIMIT 1").fetch_optional(&mut *tx).await?;
+    let (mut seq, mut before) = last.map_or((0, String::new()), |last| (last.seq, hex::encode(last.tag)));
+    let events = sqlx::query!(
+        r#"WITH due AS (
+               DELETE FROM audit_unsealed u USING (SELECT event_id FROM audit_unsealed ORDER BY event_id LIMIT $1) d
+               WHERE u.event_id = d.event_id RETURNING u.event_id
+           )
+           SELECT e.id, audit_text(e) AS "text!" FROM due JOIN audit_events e ON e.id = due.event_id ORDER BY e.id"#,
+        BATCH,
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    let (mut seqs, mut ids, mut tags) = (Vec::new(), Vec::new(), Vec::new());
+    for event in &events {
+        seq += 1;
+        let tag = vault.tag(PURPOSE, &text(&before, seq, &event.text))?;
+        before = hex::encode(tag);
+        seqs.push(seq);
+        ids.push(event.id);
+        tags.push(tag.to_vec());
+    }
+    sqlx::query!(
+        "INSERT INTO audit_chain (seq, event_id, tag) SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bytea[])",
+        &seqs,
+        &ids,
+        &tags,
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(events.len())
+}
+
+/// Where the chain is broken.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Break {
+    /// The link, or none when it is an event outside of the chain.
+    pub seq: Option<i64>,
+    /// The event.
+    pub event_id: i64,
+    /// What is wrong, for a person.
+    pub why: &'static str,
+}
+
+/// What a check found.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Report {
+    /// Links that were checked.
+    pub checked: i64,
+    /// Events that wait to be sealed.
+    pub waiting: i64,
+    /// The tag of the last link, in hex; empty without any. Kept elsewhere, it shows whether the end was cut off since.
+    pub head: String,
+    /// The first fault; none when all is well.
+    pub broken: Option<Break>,
+}
+
+/// Checks the whole chain, a piece at a time.
+///
+/// # Errors
+/// 423 `aegis_locked`; when the database is away.
+pub async fn check(pool: &db::Pool, vault: &Vault) -> Result<Report> {
+    let mut conn = pool.acquire().await?;
+    let mut report = Report { checked: 0, waiting: 0, head: String::new(), broken: None };
+    loop {
+        let links = sqlx::query!(
+            r#"SELECT c.seq, c.event_id, c.tag, CASE WHEN e.id IS NOT NULL THEN audit_text(e) END AS "text?"
+               FROM audit_chain c LEFT JOIN audit_events e ON e.id = c.event_id
+               WHERE c.seq > $1 ORDER BY c.seq LIMIT $2"#,
+            report.checked,
+            BATCH,
+        )
+        .fetch_all(&mut *conn)
+        .await?;
+        if links.is_empty() {
+            break;
+        }
+        for link in links {
+            let seq = report.checked + 1;
+            let fault = match &link.text {
+                _ if link.seq != seq => Some("links before this one are missing"),
+                None => Some("the event was removed"),
+                Some(event) if !vault.tag_fits(PURPOSE, &text(&report.head, seq, event), &link.tag) => {
+                    Some("the event or its place was changed")
+                }
+                Some(_) => None,
+            };
+            if let Some(why) = fault {
+                report.broken = Some(Break { seq: Some(link.seq), event_id: link.event_id, why });
+                return Ok(report);
+            }
+            report.checked = seq;
+            report.head = hex::encode(&link.tag);
+        }
+    }
+    outside(&mut conn, &mut report).await?;
+    Ok(report)
+}
+
+/// Events that are neither in the chain nor on their way to it.
+async fn outside(conn: &mut PgConnection, report: &mut Report) -> Result<()> {
+    let found = sqlx::query!(
+        r#"SELECT (SELECT count(*) FROM audit_unsealed) AS "waiting!",
+                  (SELECT min(e.id) FROM audit_events e
+                   WHERE NOT EXISTS (SELECT FROM audit_chain c WHERE c.event_id = e.id)
+                     AND NOT EXISTS (SELECT FROM audit_unsealed u WHERE u.event_id = e.id)) AS stray,
+                  (SELECT min(u.event_id) FROM audit_unsealed u
+                   WHERE NOT EXISTS (SELECT FROM audit_events e WHERE e.id = u.event_id)) AS gone"#
+    )
+    .fetch_one(conn)
+    .await?;
+    report.waiting = found.waiting;
+    let fault = |event_id, why| Break { seq: None, event_id, why };
+    report.broken = found
+        .stray
+        .map(|id| fault(id, "the event is not part of the chain"))
+        .or_else(|| found.gone.map(|id| fault(id, "the event was removed")));
+    Ok(())
+}
