@@ -62,6 +62,8 @@ impl RealAgent {
     /// Starts it where it is not running, after it has ended where it was asked to.
     pub async fn start(&mut self, processes: &mut Processes) {
         if let Some(child) = self.child.as_mut().filter(|_| self.ending) {
+            // It may have been asked while it was frozen.
+            child.resume();
             child.wait(END_LIMIT).await;
             self.child = None;
         }
@@ -95,7 +97,7 @@ impl RealAgent {
 
     /// Lets it go on.
     pub fn thaw(&self) {
-        if let Some(child) = self.child.as_ref().filter(|_| !self.ending) {
+        if let Some(child) = &self.child {
             child.resume();
         }
     }
