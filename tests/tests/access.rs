@@ -337,6 +337,50 @@ async fn a_restart_and_a_second_process_come_back_open_with_the_key_file_and_loc
 }
 
 #[tokio::test]
+async fn another_cipher_opens_the_engine_and_nothing_stops_meanwhile() {
+    const NEW: &str = "an entirely new passphrase";
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let second = engine.second().await;
+    let rotate = |current: &'static str, new: &'static str| {
+        admin.post("/api/aegis/rotate", json!({"current_cipher": current, "new_cipher": new}))
+    };
+    let _ = rotate(CIPHER, NEW).await.error(403, "step_up_required");
+    let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
+    for (current, new) in [(CIPHER, "too short"), (CIPHER, CIPHER), (CIPHER, " not trimmed, refused")] {
+        let reply = rotate(current, new).await.error(400, "invalid_request");
+        assert!(reply.body["fields"]["new_cipher"].is_string(), "{}", reply.text);
+    }
+    let _ = rotate("not the passphrase", NEW).await.error(401, "invalid_cipher");
+    let done = rotate(CIPHER, NEW).await.ok();
+    assert_eq!((&done["status"], &done["configured"], &done["locked"]), (&json!("ok"), &json!(true), &json!(false)));
+    let _ = rotate(CIPHER, NEW).await.error(401, "invalid_cipher");
+    // The running processes go on, and what was sealed before still opens.
+    for base in [&engine.node.base, &second.base] {
+        let login = json!({"username": ADMIN, "password": PASSWORD});
+        assert_eq!(Actor::anonymous(base).post("/api/auth/login", login).await.ok()["status"], "mfa_required");
+    }
+    second.stop().await;
+    // The key file stays good.
+    let third = engine.second().await;
+    let _ = admin.at(&third.base).get("/api/auth/me").await.ok();
+    third.stop().await;
+
+    std::fs::remove_file(engine.state_dir().join("secrets/unseal.key")).expect("a key file");
+    let locked = engine.second().await;
+    let unlock = |cipher: &'static str| {
+        let nobody = Actor::anonymous(&locked.base);
+        async move { nobody.post("/api/bootstrap/aegis/unlock", json!({"cipher": cipher})).await }
+    };
+    let _ = unlock(CIPHER).await.error(401, "invalid_cipher");
+    assert_eq!(unlock(NEW).await.ok()["phase"], "login_required");
+    locked.stop().await;
+    let events = admin.get("/api/audit?action=aegis.rotate").await.ok();
+    let outcomes: Vec<_> = events["events"].as_array().expect("events").iter().map(|event| event["outcome"].clone()).collect();
+    assert_eq!(outcomes, ["failure", "success", "failure"]);
+}
+
+#[tokio::test]
 async fn without_a_key_file_nothing_on_disk_opens_the_engine() {
     let engine = TestEngine::with(|settings| settings.unseal_automatically = false).await;
     let _ = engine.admin().await.get("/api/auth/me").await.ok();

@@ -7,7 +7,7 @@ use borealis_api::access::Class;
 use borealis_tests::{
     Actor, Device, Reply, TestEngine,
     actor::{Credential, Enrollment, new_key},
-    engine::PASSWORD,
+    engine::{CIPHER, PASSWORD},
 };
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -245,6 +245,9 @@ impl World {
                 with(path, json!({"current_password": PASSWORD, "new_password": "an entirely new one"}), Rule::Own)
             }
 
+            ("POST", "/api/aegis/rotate") => {
+                admin(path, json!({"current_cipher": CIPHER, "new_cipher": "an entirely new passphrase"}))
+            }
             ("GET", "/api/users") => admin(path, Value::Null),
             ("POST", "/api/users") => {
                 admin(path, json!({"username": format!("new-{}", nothing.simple()), "password": PASSWORD, "role": "User"}))

@@ -214,8 +214,8 @@ async fn mfa_verify(
     Ok(SignInAnswer::new(&app, &caller, signed_in))
 }
 
-/// The headers of a request, for the route that works with and without a session.
-struct Head(Parts);
+/// The headers of a request, where more of them is needed than the session.
+pub(super) struct Head(pub(super) Parts);
 
 impl FromRequestParts<App> for Head {
     type Rejection = ApiError;

@@ -8,11 +8,11 @@ use borealis_engine::{
 use utoipa::ToSchema;
 use utoipa_axum::routes;
 
-use super::auth::{MfaCode, MfaRequired, SignInAnswer};
+use super::auth::{Head, MfaCode, MfaRequired, SignInAnswer};
 use crate::{
     access::{
         Operator, Routes,
-        client::{self, Installer},
+        client::{self, Caller, Installer},
     },
     body,
     errors::Result,
@@ -28,6 +28,7 @@ pub(super) fn routes(app: &App) -> Routes {
         .anonymous(routes!(admin_recover))
         .anonymous(routes!(admin_verify))
         .operator(routes!(aegis_status))
+        .admin(routes!(aegis_rotate))
 }
 
 /// How far the set-up is.
@@ -193,13 +194,62 @@ struct AegisStatus {
     (status = 401, description = "`unauthorized`"),
 ))]
 async fn aegis_status(State(app): State<App>, operator: Operator) -> Result<Json<AegisStatus>> {
-    let updated_at = aegis::updated_at(&app.pool).await?;
-    Ok(Json(AegisStatus {
-        configured: updated_at.is_some(),
-        locked: !app.vault.is_open(),
-        unlock_scope: "engine_global",
-        secret_scope: aegis::PROTECTED.to_vec(),
-        updated_at: updated_at.map(|at| at.timestamp()).unwrap_or(0),
-        user_role: operator.role,
-    }))
+    Ok(Json(AegisStatus::now(&app, operator).await?))
+}
+
+impl AegisStatus {
+    async fn now(app: &App, operator: Operator) -> Result<Self> {
+        let updated_at = aegis::updated_at(&app.pool).await?;
+        Ok(Self {
+            configured: updated_at.is_some(),
+            locked: !app.vault.is_open(),
+            unlock_scope: "engine_global",
+            secret_scope: aegis::PROTECTED.to_vec(),
+            updated_at: updated_at.map(|at| at.timestamp()).unwrap_or(0),
+            user_role: operator.role,
+        })
+    }
+}
+
+/// The present cipher and the next one.
+#[derive(serde::Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Rotation {
+    /// The cipher that opens the secret store now.
+    #[serde(default)]
+    #[schema(value_type = String)]
+    current_cipher: Secret<String>,
+    /// The one that shall: at least 12 characters, no white space around them.
+    #[serde(default)]
+    #[schema(value_type = String)]
+    new_cipher: Secret<String>,
+}
+
+/// The secret store has another cipher.
+#[derive(Debug, serde::Serialize, ToSchema)]
+struct Rotated {
+    /// `ok`.
+    status: &'static str,
+    #[serde(flatten)]
+    aegis: AegisStatus,
+}
+
+/// Change the cipher; needs a step-up. Nothing that is sealed changes, and nobody waits.
+#[utoipa::path(post, path = "/api/aegis/rotate", tag = "Bootstrap", request_body = Rotation, responses(
+    (status = 200, body = Rotated),
+    (status = 400, description = "`invalid_request`: the new cipher is too short, or the present one"),
+    (status = 401, description = "`unauthorized`, `invalid_cipher`"),
+    (status = 403, description = "`forbidden`, `step_up_required`, `bad_origin`"),
+    (status = 409, description = "`not_configured`"),
+    (status = 429, description = "`rate_limited`"),
+))]
+async fn aegis_rotate(
+    State(app): State<App>,
+    operator: Operator,
+    Head(parts): Head,
+    body::Json(body): body::Json<Rotation>,
+) -> Result<Json<Rotated>> {
+    let client = Caller::of(&parts).client;
+    app.access().rotate_aegis(&client, &operator.session, &body.current_cipher, &body.new_cipher).await?;
+    Ok(Json(Rotated { status: "ok", aegis: AegisStatus::now(&app, operator).await? }))
 }

@@ -155,6 +155,19 @@ fn unwrap_key(wrapping: &Key, aad: &str, wrapped: &[u8]) -> Option<Key> {
     Some(Secret::new(<[u8; KEY_BYTES]>::try_from(plain.as_slice()).ok()?))
 }
 
+fn not_configured() -> Error {
+    Error::conflict("not_configured", "The secret store has not been set up.")
+}
+
+/// The data key, if `text` is the cipher it is wrapped by.
+async fn unwrap_with(text: &Secret<String>, kdf: serde_json::Value, wrapped: &[u8]) -> Result<Key> {
+    let kdf: Kdf = serde_json::from_value(kdf).map_err(|_| corrupt())?;
+    let refused = || Error::new(Kind::Unauthenticated, "invalid_cipher", "This is not the cipher.");
+    let cipher = cipher("cipher", text).map_err(|_| refused())?;
+    let wrapping = hashing(move || kdf.derive(cipher.expose())).await??;
+    unwrap_key(&wrapping, PASSPHRASE_AAD, wrapped).ok_or_else(refused)
+}
+
 /// Checks a new cipher and brings it into its one written form (Unicode NFC).
 ///
 /// # Errors
@@ -345,18 +358,39 @@ impl Vault {
         let row = sqlx::query!("SELECT kdf, wrapped_key, unseal_wrapped_key FROM aegis FOR UPDATE")
             .fetch_optional(&mut **tx)
             .await?
-            .ok_or_else(|| Error::conflict("not_configured", "The secret store has not been set up."))?;
-        let kdf: Kdf = serde_json::from_value(row.kdf).map_err(|_| corrupt())?;
-        let refused = || Error::new(Kind::Unauthenticated, "invalid_cipher", "This is not the cipher.");
-        let cipher = cipher("cipher", text).map_err(|_| refused())?;
-        let wrapping = hashing(move || kdf.derive(cipher.expose())).await??;
-        let key = unwrap_key(&wrapping, PASSPHRASE_AAD, &row.wrapped_key).ok_or_else(refused)?;
+            .ok_or_else(not_configured)?;
+        let key = unwrap_with(text, row.kdf, &row.wrapped_key).await?;
         if self.unseal_with_file(row.unseal_wrapped_key.as_deref()).is_none() {
             self.renew_unseal_file(tx, &key).await?;
         }
         let entry = audit::Entry { action: "aegis.unlock", object_kind: "aegis", ..audit::Entry::default() };
         audit::record(tx, actor, entry).await?;
         Ok(Fresh { vault: self.clone(), key })
+    }
+
+    /// Has the data key wrapped by another cipher. What is sealed stays as it is, so no process notices, and the unseal file
+    /// stays good.
+    ///
+    /// # Errors
+    /// 400 `invalid_request` for a new cipher that is weak or the present one; 401 `invalid_cipher`; 409 `not_configured`.
+    pub async fn rotate(&self, tx: &mut db::Tx<'_>, current: &Secret<String>, new: &Secret<String>, actor: &Actor) -> Result<()> {
+        let new = cipher("new_cipher", new)?;
+        let row = sqlx::query!("SELECT kdf, wrapped_key FROM aegis FOR UPDATE")
+            .fetch_optional(&mut **tx)
+            .await?
+            .ok_or_else(not_configured)?;
+        let key = unwrap_with(current, row.kdf, &row.wrapped_key).await?;
+        if cipher("current_cipher", current)?.expose() == new.expose() {
+            return Err(Error::field("invalid_request", "new_cipher", "must differ from the present one."));
+        }
+        let kdf = Kdf::fresh();
+        let (kdf, wrapping) = hashing(move || kdf.derive(new.expose()).map(|key| (kdf, key))).await??;
+        let wrapped = encrypt(wrapping.expose(), PASSPHRASE_AAD, key.expose())?;
+        sqlx::query!("UPDATE aegis SET kdf = $1, wrapped_key = $2, updated_at = now()", serde_json::to_value(&kdf)?, wrapped)
+            .execute(&mut **tx)
+            .await?;
+        let entry = audit::Entry { action: "aegis.rotate", object_kind: "aegis", ..audit::Entry::default() };
+        audit::record(tx, actor, entry).await
     }
 
     fn unseal_with_file(&self, wrapped: Option<&[u8]>) -> Option<Key> {

@@ -15,7 +15,7 @@ use super::{
     challenges::{self, Purpose},
     limits, mfa,
     passwords::{self, Sent},
-    sessions,
+    sessions::{self, Session},
     sign_in::{MFA_SECRET, PASSWORD, Pending, SignedIn, Stage, record_refusal},
     users,
 };
@@ -200,6 +200,41 @@ impl Access<'_> {
                 tx.rollback().await?;
                 if error.code == "invalid_cipher" {
                     record_refusal(*self, &client.anonymous(), "aegis.unlock", None, "wrong cipher").await?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Has the secret store opened by another cipher from now on.
+    ///
+    /// # Errors
+    /// 400 `invalid_request`; 401 `invalid_cipher`; 403 `step_up_required`; 409 `not_configured`; 429 `rate_limited`.
+    pub async fn rotate_aegis(
+        &self,
+        client: &Client,
+        session: &Session,
+        current: &Secret<String>,
+        new: &Secret<String>,
+    ) -> Result<()> {
+        session.require_step_up()?;
+        aegis::cipher("new_cipher", new)?;
+        // Counted apart from wrong ciphers of an unlock, which must stay possible.
+        let limits = [(limits::UNLOCK, format!("rotate:{}", session.user_id)), (limits::ADDRESS, limits::address(client.ip))];
+        let attempt = limits::attempt(self.pool, &limits).await?;
+        let actor = client.acting_as(session.user_id, &session.username);
+        let mut tx = self.pool.begin().await?;
+        match self.vault.rotate(&mut tx, current, new, &actor).await {
+            Ok(()) => {
+                tx.commit().await?;
+                limits::give_back(self.pool, attempt).await
+            }
+            Err(error) => {
+                tx.rollback().await?;
+                if error.code == "invalid_cipher" {
+                    record_refusal(*self, &actor, "aegis.rotate", None, "wrong cipher").await?;
+                } else {
+                    limits::give_back(self.pool, attempt).await?;
                 }
                 Err(error)
             }
