@@ -74,6 +74,9 @@ pub struct Environment {
     /// The name authenticator apps show.
     #[arg(long, env = "BOREALIS_MFA_ISSUER", value_name = "NAME", default_value = "Borealis")]
     pub mfa_issuer: String,
+    /// The name browsers show where a passkey is made.
+    #[arg(long, env = "BOREALIS_PASSKEY_RP_NAME", value_name = "NAME", default_value = "Borealis")]
+    pub passkey_rp_name: String,
     /// What leaves the process besides its log.
     #[command(flatten)]
     pub exports: Exports,
@@ -129,6 +132,7 @@ impl Environment {
             access: access::Settings {
                 sessions: Lifetimes { idle_s: self.session_idle_seconds, absolute_s: self.token_ttl_seconds },
                 mfa_issuer: self.mfa_issuer.clone(),
+                passkey_rp_name: self.passkey_rp_name.clone(),
             },
             exports: self.exports.clone(),
             worker_metrics_listen: self.worker_metrics_listen.0,

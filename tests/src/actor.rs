@@ -98,7 +98,7 @@ pub struct Actor {
     pub password: Option<String>,
 }
 
-fn client() -> &'static reqwest::Client {
+pub(crate) fn client() -> &'static reqwest::Client {
     static CLIENT: LazyLock<reqwest::Client> = LazyLock::new(|| {
         let _ = rustls::crypto::ring::default_provider().install_default();
         // Without a pool: every test has a runtime of its own, and a pooled connection dies with the runtime that made it.

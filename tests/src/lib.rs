@@ -4,6 +4,7 @@
 pub mod actor;
 pub mod agent;
 pub mod bench;
+pub mod browser;
 pub mod chaos;
 pub mod database;
 pub mod demo;
@@ -21,6 +22,7 @@ pub mod totp;
 pub mod wait;
 
 pub use actor::{Actor, Device, Reply};
+pub use browser::Browser;
 pub use database::{TestCluster, TestDatabase};
 pub use engine::TestEngine;
 pub use house::House;

@@ -55,11 +55,19 @@ impl Processes {
     /// # Panics
     /// When it cannot be started, most often because it is not built.
     pub fn start(&mut self, binary: &str, arguments: &[&str]) -> Child {
+        self.start_program(&built(binary), arguments)
+    }
+
+    /// The same with a program of the system.
+    ///
+    /// # Panics
+    /// When it cannot be started, most often because it is not installed.
+    pub fn start_program(&mut self, program: &Path, arguments: &[&str]) -> Child {
         self.count += 1;
-        let name = format!("{binary} #{}", self.count);
-        let log = self.logs.path().join(format!("{:03}-{binary}.log", self.count));
+        let name = format!("{} #{}", program.file_name().unwrap_or_default().display(), self.count);
+        let log = self.logs.path().join(format!("{:03}-{}.log", self.count, name.split(' ').next().unwrap_or_default()));
         let output = File::create(&log).expect("a log file");
-        let mut command = Command::new(built(binary));
+        let mut command = Command::new(program);
         command
             .args(arguments)
             .env_clear()

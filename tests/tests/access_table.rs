@@ -30,7 +30,7 @@ enum Rule {
     Anyone,
     /// It changes the caller's own account: tried with an operator made for it.
     Own,
-    /// It names something of another account: every operator, administrators too, gets this status.
+    /// It names something that only another account may have: every operator, administrators too, gets this status.
     Others(u16),
     /// An administrator gets this status.
     Admin(u16),
@@ -57,7 +57,9 @@ struct World {
 
 impl World {
     async fn new() -> Self {
-        let engine = TestEngine::start().await;
+        // Passkeys need a name.
+        let name = "http://localhost:0".parse().expect("a URL");
+        let engine = TestEngine::with(|settings| settings.public_base_url = name).await;
         let admin = engine.admin().await;
         let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
         let (site, _) = engine.site("Site A").await;
@@ -103,6 +105,18 @@ impl World {
     async fn credential(&self, name: &str) -> i64 {
         let body = json!({"name": name, "site_id": self.site, "password": "a secret"});
         self.admin.post("/api/credentials", body).await.ok()["credential"]["id"].as_i64().expect("an id")
+    }
+
+    /// A passkey of this user.
+    async fn passkey(&self, username: &str) -> i64 {
+        sqlx::query_scalar(
+            "INSERT INTO passkeys (user_id, label, lookup_tag, credential_sealed)
+             SELECT id, 'Key', sha256(username::bytea), '' FROM users WHERE username = $1 RETURNING id",
+        )
+        .bind(username)
+        .fetch_one(self.pool())
+        .await
+        .expect("a passkey")
     }
 
     /// A job on the device of site A, as its operator makes it.
@@ -239,7 +253,21 @@ impl World {
                 let id = other.get("/api/auth/sessions").await.ok()["sessions"][0]["id"].clone();
                 with(&format!("/api/auth/sessions/{}", id.as_str().expect("an id")), Value::Null, Rule::Others(404))
             }
-            ("GET", "/api/auth/me" | "/api/auth/sessions" | "/api/aegis/status") => with(path, Value::Null, Rule::Anyone),
+            ("POST", "/api/auth/passkeys/authenticate/options") => public(path, json!({}), 200),
+            ("POST", "/api/auth/passkeys/authenticate/verify") => public(path, json!({}), 401),
+            ("POST", "/api/auth/passkeys/register/options") => with(path, json!({}), Rule::Own),
+            ("POST", "/api/auth/passkeys/register/verify") => {
+                with(path, json!({"request_id": "none of the caller's", "label": "a\nb"}), Rule::Others(400))
+            }
+            ("PATCH" | "DELETE", "/api/auth/passkeys/{id}") => {
+                let other = self.engine.user("User", &[site]).await;
+                let id = self.passkey(&other).await;
+                let body = if method == "PATCH" { json!({"label": "mine"}) } else { Value::Null };
+                with(&format!("/api/auth/passkeys/{id}"), body, Rule::Others(404))
+            }
+            ("GET", "/api/auth/me" | "/api/auth/sessions" | "/api/auth/passkeys" | "/api/aegis/status") => {
+                with(path, Value::Null, Rule::Anyone)
+            }
             ("POST", "/api/auth/step-up" | "/api/auth/mfa/reset") => with(path, json!({"password": PASSWORD}), Rule::Own),
             ("POST", "/api/auth/password/reset") => {
                 with(path, json!({"current_password": PASSWORD, "new_password": "an entirely new one"}), Rule::Own)

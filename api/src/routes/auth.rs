@@ -8,7 +8,7 @@ use axum::{
 use borealis_engine::{
     Secret,
     access::{
-        bootstrap,
+        bootstrap, passkeys,
         passwords::Sent,
         sign_in::{Outcome, Pending, SignedIn, Stage},
         users,
@@ -153,7 +153,7 @@ enum LoginAnswer {
     MfaRequired(MfaRequired),
 }
 
-async fn require_login_phase(app: &App) -> Result<()> {
+pub(super) async fn require_login_phase(app: &App) -> Result<()> {
     Ok(bootstrap::state(&app.pool, &app.vault).await?.require_login_phase()?)
 }
 
@@ -278,7 +278,7 @@ async fn me(State(app): State<App>, operator: Operator) -> Result<Json<Me>> {
         display_name: user.display_name,
         role: user.role,
         mfa_enabled: !user.mfa_disabled,
-        passkey_count: 0,
+        passkey_count: passkeys::count(&app.pool, operator.user_id).await?,
         auth_source: user.auth_source,
         directory_provider_id: user.directory_provider_id.unwrap_or(0),
         directory_disabled: user.directory_disabled,

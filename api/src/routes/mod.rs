@@ -14,6 +14,7 @@ pub mod devices;
 pub mod docs;
 pub mod enrollment;
 pub mod health;
+pub mod passkeys;
 pub mod runs;
 pub mod scheduled_jobs;
 pub mod sites;
@@ -35,6 +36,7 @@ pub fn all(app: &App) -> Routes {
         .merge(docs::routes(app))
         .merge(enrollment::routes(app))
         .merge(health::routes(app))
+        .merge(passkeys::routes(app))
         .merge(runs::routes(app))
         .merge(scheduled_jobs::routes(app))
         .merge(sites::routes(app))

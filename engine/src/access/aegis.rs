@@ -35,7 +35,7 @@ use crate::{
 };
 
 /// The columns sealed under Aegis: what rotation, reset and the status answer walk.
-pub const PROTECTED: [&str; 7] = [
+pub const PROTECTED: [&str; 8] = [
     "users.password",
     "users.mfa_secret",
     "auth_challenges.state",
@@ -43,6 +43,7 @@ pub const PROTECTED: [&str; 7] = [
     "credentials.private_key",
     "credentials.private_key_passphrase",
     "credentials.become_password",
+    "passkeys.credential",
 ];
 
 /// The fewest characters of a cipher.

@@ -13,7 +13,7 @@ use super::{
     Access, Client, aegis,
     aegis::Vault,
     challenges::{self, Purpose},
-    limits, mfa,
+    limits, mfa, passkeys,
     passwords::{self, Sent},
     sessions::{self, Session},
     sign_in::{MFA_SECRET, PASSWORD, Pending, SignedIn, Stage, record_refusal},
@@ -374,6 +374,7 @@ impl Access<'_> {
                 .await?
                 .ok_or_else(|| Error::new(Kind::NotFound, "admin_not_found", "There is no such administrator."))?;
                 sessions::end_all(&mut tx, user_id, None).await?;
+                passkeys::remove_all(&mut tx, user_id).await?;
                 (user_id, verifier, "bootstrap.recover")
             }
         };

@@ -24,6 +24,10 @@ pub enum Purpose {
     Mfa,
     /// The first administrator's set-up, or an administrator's recovery.
     BootstrapAdmin,
+    /// The registration of a passkey.
+    PasskeyRegister,
+    /// A sign-in with a passkey.
+    PasskeyAuthenticate,
 }
 
 impl Purpose {
@@ -31,6 +35,8 @@ impl Purpose {
         match self {
             Self::Mfa => "mfa",
             Self::BootstrapAdmin => "bootstrap_admin",
+            Self::PasskeyRegister => "passkey_register",
+            Self::PasskeyAuthenticate => "passkey_authenticate",
         }
     }
 }

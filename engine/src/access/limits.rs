@@ -30,6 +30,8 @@ pub const MFA: Limit = Limit { scope: "auth.mfa", max: 5, window_s: 15 * 60 };
 pub const ACCOUNT_HOUR: Limit = Limit { scope: "auth.account_hour", max: 100, window_s: 60 * 60 };
 /// Wrong anything from one address.
 pub const ADDRESS: Limit = Limit { scope: "auth.address", max: 20, window_s: 15 * 60 };
+/// Passkey sign-ins begun from one address.
+pub const CEREMONY: Limit = Limit { scope: "auth.ceremony", max: 300, window_s: 15 * 60 };
 /// Wrong ciphers for the secret store.
 pub const UNLOCK: Limit = Limit { scope: "aegis.unlock", max: 5, window_s: 15 * 60 };
 

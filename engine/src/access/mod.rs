@@ -14,6 +14,7 @@ pub mod challenges;
 pub mod credentials;
 pub mod limits;
 pub mod mfa;
+pub mod passkeys;
 pub mod passwords;
 pub mod sessions;
 pub mod sign_in;
@@ -26,11 +27,17 @@ pub struct Settings {
     pub sessions: sessions::Lifetimes,
     /// The name an authenticator app shows. `BOREALIS_MFA_ISSUER`.
     pub mfa_issuer: String,
+    /// The name browsers show where a passkey is made. `BOREALIS_PASSKEY_RP_NAME`.
+    pub passkey_rp_name: String,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { sessions: sessions::Lifetimes::default(), mfa_issuer: "Borealis".to_owned() }
+        Self {
+            sessions: sessions::Lifetimes::default(),
+            mfa_issuer: "Borealis".to_owned(),
+            passkey_rp_name: "Borealis".to_owned(),
+        }
     }
 }
 

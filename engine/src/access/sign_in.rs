@@ -117,7 +117,14 @@ async fn by_name(pool: &db::Pool, username: &str) -> Result<Option<Account>> {
     .await?)
 }
 
-async fn by_id(pool: &db::Pool, id: i64) -> Result<Option<Account>> {
+impl Account {
+    /// Whether whatever its user knows or has does not sign it in now.
+    pub(super) fn may_not_sign_in(&self) -> bool {
+        self.directory_disabled || self.auth_reset_required
+    }
+}
+
+pub(super) async fn by_id(pool: &db::Pool, id: i64) -> Result<Option<Account>> {
     Ok(sqlx::query_as!(
         Account,
         "SELECT id, username, role, auth_source, password_sealed, mfa_secret_sealed, mfa_disabled, mfa_last_step,
@@ -129,7 +136,7 @@ async fn by_id(pool: &db::Pool, id: i64) -> Result<Option<Account>> {
     .await?)
 }
 
-async fn lock(tx: &mut db::Tx<'_>, id: i64) -> Result<Option<Account>> {
+pub(super) async fn lock(tx: &mut db::Tx<'_>, id: i64) -> Result<Option<Account>> {
     Ok(sqlx::query_as!(
         Account,
         "SELECT id, username, role, auth_source, password_sealed, mfa_secret_sealed, mfa_disabled, mfa_last_step,
@@ -151,7 +158,7 @@ fn wrong_code() -> Error {
     error
 }
 
-fn disabled() -> Error {
+pub(super) fn disabled() -> Error {
     Error::new(Kind::Forbidden, "user_disabled", "This account may not sign in.")
 }
 
@@ -324,7 +331,7 @@ impl Access<'_> {
         let mut tx = self.pool.begin().await?;
         let challenge = challenges::find::<MfaState>(&mut tx, self.vault, Purpose::Mfa, token).await?;
         let account = lock(&mut tx, user_id).await?.ok_or_else(challenges::invalid)?;
-        if account.directory_disabled || account.auth_reset_required {
+        if account.may_not_sign_in() {
             return Err(disabled());
         }
         let (secret, last_step) = match (&challenge.state, &account.mfa_secret_sealed) {

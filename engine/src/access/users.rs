@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::{
     aegis::Vault,
-    challenges,
+    challenges, passkeys,
     passwords::{self, Sent},
     sessions,
     sign_in::{PASSWORD, directory_user, user_not_found},
@@ -377,6 +377,7 @@ pub async fn reset_password(
     .await?;
     let ended = sessions::end_all(&mut tx, user.id, None).await?;
     challenges::end_all(&mut tx, user.id).await?;
+    passkeys::remove_all(&mut tx, user.id).await?;
     record(&mut tx, actor, "user.reset_password", user.id, json!({ "username": user.username })).await?;
     tx.commit().await?;
     Ok(ended)
