@@ -40,6 +40,7 @@ pub fn status(kind: Kind) -> StatusCode {
         Kind::Locked => StatusCode::LOCKED,
         Kind::Limited => StatusCode::TOO_MANY_REQUESTS,
         Kind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        Kind::Upstream => StatusCode::BAD_GATEWAY,
         Kind::Bug => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -7,8 +7,8 @@ use std::{net::SocketAddr, time::Duration};
 
 use axum::{Router, body::Body, extract::ConnectInfo};
 use borealis_engine::{
-    Error, Kind,
-    access::aegis::Vault,
+    Actor, ActorKind, Error, Kind,
+    access::{aegis::Vault, directory::sync},
     audit::chain,
     db::{self, Pool},
     keys::Keys,
@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
 use crate::{
-    access, app, internal, metrics,
+    access, app, internal, metrics, routes,
     sockets::Hub,
     state::{App, Inner, Settings},
 };
@@ -40,6 +40,8 @@ pub const MAX_HEAD_BYTES: usize = 64 * 1024;
 pub const DRAIN_S: u64 = 10;
 /// How often it is looked for audit events to seal.
 const SEAL_EVERY: Duration = Duration::from_secs(1);
+/// How often it is looked for directories to sync.
+const SYNC_LOOK_EVERY: Duration = Duration::from_secs(10);
 /// How long after a failed look at the secret store the next one follows, in seconds.
 const PREPARE_RETRY_S: u64 = 5;
 
@@ -103,6 +105,7 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
     let mut tasks = JoinSet::new();
     tasks.spawn(prepare(app.clone(), shutdown.clone()));
     tasks.spawn(seal_audit(app.clone(), shutdown.clone()));
+    tasks.spawn(sync_directories(app.clone(), shutdown.clone()));
     tasks.spawn(accept(public, router, shutdown.clone()));
     tasks.spawn(accept(internal, internal_router, shutdown.clone()));
     tasks.spawn(app.hub.clone().run(app.clone(), shutdown));
@@ -134,6 +137,31 @@ async fn seal_audit(app: App, shutdown: CancellationToken) {
                     tracing::warn!(%error, "audit events wait to be sealed");
                     break;
                 }
+            }
+        }
+    }
+}
+
+/// Looks the accounts of directories up again when their time has come. A provider is synced by one process at a time.
+async fn sync_directories(app: App, shutdown: CancellationToken) {
+    let mut every = tokio::time::interval(SYNC_LOOK_EVERY);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while shutdown.run_until_cancelled(every.tick()).await.is_some() {
+        while app.vault.is_open() && !shutdown.is_cancelled() {
+            let provider = match sync::due(&app.pool).await {
+                Ok(Some(provider)) => provider,
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::warn!(%error, "directories wait to be synced");
+                    break;
+                }
+            };
+            let system = Actor { kind: ActorKind::System, ..Actor::default() };
+            // A task of its own, because what a broken server answers may make the library panic.
+            match tokio::spawn(routes::directory::sync_and_tell(app.clone(), system, provider, false)).await {
+                Ok(Ok(synced)) => tracing::debug!(provider, message = synced.message(), "a directory was synced"),
+                Ok(Err(error)) => tracing::warn!(provider, %error, "a directory was not synced"),
+                Err(error) => tracing::error!(provider, %error, "a sync of a directory broke off"),
             }
         }
     }

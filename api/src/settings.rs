@@ -8,6 +8,7 @@ use std::{
 use borealis_engine::{
     Error, Result, Secret,
     access::{self, sessions::Lifetimes},
+    egress,
 };
 use borealis_telemetry::{Exports, Optional};
 use clap::{Args, ValueEnum};
@@ -77,6 +78,10 @@ pub struct Environment {
     /// The name browsers show where a passkey is made.
     #[arg(long, env = "BOREALIS_PASSKEY_RP_NAME", value_name = "NAME", default_value = "Borealis")]
     pub passkey_rp_name: String,
+    /// Addresses and networks, with or without a port, that directories and the like may be at beside the usual:
+    /// `10.0.0.5:3890,192.0.2.0/24`.
+    #[arg(long, env = "BOREALIS_EGRESS_ALLOW", value_name = "LIST", default_value = "", hide_default_value = true)]
+    pub egress_allow: egress::Policy,
     /// What leaves the process besides its log.
     #[command(flatten)]
     pub exports: Exports,
@@ -133,11 +138,22 @@ impl Environment {
                 sessions: Lifetimes { idle_s: self.session_idle_seconds, absolute_s: self.token_ttl_seconds },
                 mfa_issuer: self.mfa_issuer.clone(),
                 passkey_rp_name: self.passkey_rp_name.clone(),
+                egress: self.egress(),
             },
             exports: self.exports.clone(),
             worker_metrics_listen: self.worker_metrics_listen.0,
             state_dir,
         })
+    }
+}
+
+impl Environment {
+    /// The policy with the doors of this engine closed.
+    fn egress(&self) -> egress::Policy {
+        let database = self.database_url().and_then(|url| Url::parse(url).ok());
+        let database = database.and_then(|url| Some((url.host_str()?.to_owned(), url.port().unwrap_or(5432))));
+        let own = [self.listen, self.internal_listen].map(|at| (at.ip().to_string(), at.port()));
+        own.into_iter().chain(database).fold(self.egress_allow.clone(), |policy, (host, port)| policy.closed(host, port))
     }
 }
 

@@ -209,6 +209,7 @@ fn roles(settings: &Settings, url: &str) -> Result<[Role; 2]> {
         ("BOREALIS_TOKEN_TTL_SECONDS", settings.access.sessions.absolute_s.to_string().into()),
         ("BOREALIS_MFA_ISSUER", settings.access.mfa_issuer.as_str().into()),
         ("BOREALIS_PASSKEY_RP_NAME", settings.access.passkey_rp_name.as_str().into()),
+        ("BOREALIS_EGRESS_ALLOW", settings.access.egress.to_string().into()),
     ]);
     let mut work = common.to_vec();
     work.push(("BOREALIS_INTERNAL_URL", format!("http://{}", reachable(settings.internal_listen)).into()));

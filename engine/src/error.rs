@@ -33,6 +33,8 @@ pub enum Kind {
     Limited,
     /// Something this needs (Postgres, an agent, the API process) is away; trying again may help.
     Unavailable,
+    /// A server outside (a directory, GitHub) did not answer, or not as it should.
+    Upstream,
     /// A fault of ours. The text stays in the log.
     Bug,
 }

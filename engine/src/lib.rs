@@ -10,6 +10,7 @@ pub mod bus;
 pub mod cluster;
 pub mod db;
 pub mod devices;
+pub mod egress;
 pub mod enrollment;
 pub mod error;
 pub mod idempotency;

@@ -11,6 +11,7 @@ pub mod auth;
 pub mod bootstrap;
 pub mod credentials;
 pub mod devices;
+pub mod directory;
 pub mod docs;
 pub mod enrollment;
 pub mod health;
@@ -33,6 +34,7 @@ pub fn all(app: &App) -> Routes {
         .merge(bootstrap::routes(app))
         .merge(credentials::routes(app))
         .merge(devices::routes(app))
+        .merge(directory::routes(app))
         .merge(docs::routes(app))
         .merge(enrollment::routes(app))
         .merge(health::routes(app))

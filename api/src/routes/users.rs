@@ -80,8 +80,8 @@ impl From<users::User> for User {
             password_change_required: u8::from(user.password_change_required),
             auth_source: user.auth_source,
             directory_provider_id: user.directory_provider_id,
-            directory_provider_name: String::new(),
-            directory_domain: String::new(),
+            directory_provider_name: user.directory_provider_name,
+            directory_domain: user.directory_domain,
             directory_disabled: u8::from(user.directory_disabled),
         }
     }

@@ -35,7 +35,7 @@ use crate::{
 };
 
 /// The columns sealed under Aegis: what rotation, reset and the status answer walk.
-pub const PROTECTED: [&str; 8] = [
+pub const PROTECTED: [&str; 10] = [
     "users.password",
     "users.mfa_secret",
     "auth_challenges.state",
@@ -44,6 +44,8 @@ pub const PROTECTED: [&str; 8] = [
     "credentials.private_key_passphrase",
     "credentials.become_password",
     "passkeys.credential",
+    "directory_providers.bind_password",
+    "directory_providers.kerberos_keytab",
 ];
 
 /// The fewest characters of a cipher.

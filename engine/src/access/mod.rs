@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use crate::{
-    db,
+    db, egress,
     scope::{Actor, ActorKind},
     secret::Secret,
 };
@@ -12,6 +12,7 @@ pub mod aegis;
 pub mod bootstrap;
 pub mod challenges;
 pub mod credentials;
+pub mod directory;
 pub mod limits;
 pub mod mfa;
 pub mod passkeys;
@@ -29,6 +30,8 @@ pub struct Settings {
     pub mfa_issuer: String,
     /// The name browsers show where a passkey is made. `BOREALIS_PASSKEY_RP_NAME`.
     pub passkey_rp_name: String,
+    /// Where directories and the like may be. `BOREALIS_EGRESS_ALLOW`.
+    pub egress: egress::Policy,
 }
 
 impl Default for Settings {
@@ -37,6 +40,7 @@ impl Default for Settings {
             sessions: sessions::Lifetimes::default(),
             mfa_issuer: "Borealis".to_owned(),
             passkey_rp_name: "Borealis".to_owned(),
+            egress: egress::Policy::default(),
         }
     }
 }

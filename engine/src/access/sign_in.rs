@@ -9,6 +9,7 @@ use zeroize::ZeroizeOnDrop;
 use super::{
     Access, Client,
     challenges::{self, Purpose},
+    directory::{ldap::Login, sign_in::Asked},
     limits::{self, Attempt},
     mfa,
     passwords::{self, Digest, Sent},
@@ -102,6 +103,8 @@ pub(super) struct Account {
     mfa_disabled: bool,
     mfa_last_step: i64,
     auth_reset_required: bool,
+    directory_provider_id: Option<i64>,
+    directory_subject: Option<String>,
     directory_disabled: bool,
 }
 
@@ -109,7 +112,7 @@ async fn by_name(pool: &db::Pool, username: &str) -> Result<Option<Account>> {
     Ok(sqlx::query_as!(
         Account,
         "SELECT id, username, role, auth_source, password_sealed, mfa_secret_sealed, mfa_disabled, mfa_last_step,
-                auth_reset_required, directory_disabled
+                auth_reset_required, directory_provider_id, directory_subject, directory_disabled
          FROM users WHERE lower(username) = lower($1)",
         username.trim(),
     )
@@ -128,7 +131,7 @@ pub(super) async fn by_id(pool: &db::Pool, id: i64) -> Result<Option<Account>> {
     Ok(sqlx::query_as!(
         Account,
         "SELECT id, username, role, auth_source, password_sealed, mfa_secret_sealed, mfa_disabled, mfa_last_step,
-                auth_reset_required, directory_disabled
+                auth_reset_required, directory_provider_id, directory_subject, directory_disabled
          FROM users WHERE id = $1",
         id,
     )
@@ -140,7 +143,7 @@ pub(super) async fn lock(tx: &mut db::Tx<'_>, id: i64) -> Result<Option<Account>
     Ok(sqlx::query_as!(
         Account,
         "SELECT id, username, role, auth_source, password_sealed, mfa_secret_sealed, mfa_disabled, mfa_last_step,
-                auth_reset_required, directory_disabled
+                auth_reset_required, directory_provider_id, directory_subject, directory_disabled
          FROM users WHERE id = $1 FOR UPDATE",
         id,
     )
@@ -226,11 +229,24 @@ impl Access<'_> {
         account.password_sealed.as_deref().map(|sealed| self.vault.open(PASSWORD, account.id, sealed)).transpose()
     }
 
+    /// Whether what was sent is the password of this account, here or in its directory.
+    async fn is_password_of(&self, account: &Account, digest: &Digest, sent: &Sent) -> Result<bool> {
+        let (Some(provider), Some(plain)) = (account.directory_provider_id, &sent.plain) else {
+            return passwords::verify(digest, self.verifier(account)?).await;
+        };
+        match self.ask_directories(&account.username, plain, Some(provider)).await? {
+            // The name may be another's by now.
+            Asked::Right(found) => Ok(account.directory_subject.as_deref() == Some(found.1.subject.as_str())),
+            Asked::Refused(_) => Ok(false),
+        }
+    }
+
     /// Signs in with name and password. Unknown names, wrong passwords and accounts that may not sign in get the same
     /// answer after the same work; anything else is said only after a right password.
     ///
     /// # Errors
-    /// 400 `missing credentials`; 401 `invalid username or password`; 423 `auth_reset_required`; 429 `rate_limited`.
+    /// 400 `missing credentials`; 401 `invalid username or password`; 403 `directory_group_not_allowed`,
+    /// `directory_user_disabled`; 409 `directory_username_conflict`; 423 `auth_reset_required`; 429 `rate_limited`.
     pub async fn sign_in(&self, client: &Client, username: &str, sent: &Sent) -> Result<Outcome> {
         if username.trim().is_empty() {
             return Err(Error::field("missing credentials", "username", "is required."));
@@ -244,23 +260,46 @@ impl Access<'_> {
             Err(_) => Digest::of(""),
         };
         let account = by_name(self.pool, username).await?;
-        let attempt = self.attempt(client, limits::ACCOUNT, account.as_ref(), username).await?;
+        let local = account.as_ref().is_some_and(|account| account.auth_source == "local");
+        // A name of a directory counts once, with whatever domain it is typed.
+        let name = if local { username.to_owned() } else { Login::parse(username).account };
+        let attempt = self.attempt(client, limits::ACCOUNT, account.as_ref(), &name).await?;
         let verifier = account.as_ref().map(|account| self.verifier(account)).transpose()?.flatten();
-        let right = passwords::verify(&digest, verifier).await?;
-        let Some(account) = account.as_ref().filter(|account| right && !account.directory_disabled) else {
-            let user_id = account.as_ref().map(|account| account.id);
-            record_refusal(*self, &client.anonymous(), "session.login", user_id, "wrong name or password").await?;
-            return Err(refused());
+        // Both at once: how long it takes tells nobody which of them knows the name.
+        let (right, asked) = tokio::join!(passwords::verify(&digest, verifier), async {
+            match &sent.plain {
+                Some(plain) if !local && !plain.expose().is_empty() && plain.expose().len() <= passwords::MAX_BYTES => {
+                    let only = account.as_ref().and_then(|account| account.directory_provider_id);
+                    self.ask_directories(username, plain, only).await
+                }
+                _ => Ok(Asked::Refused("wrong name or password")),
+            }
+        });
+        let account = match (asked?, account) {
+            (Asked::Right(found), _) => {
+                limits::give_back(self.pool, attempt).await?;
+                let id = self.admit(client, &found.0, &found.1).await?;
+                by_id(self.pool, id).await?.ok_or_else(refused)?
+            }
+            (Asked::Refused(_), Some(account)) if right? && local && !account.directory_disabled => {
+                limits::give_back(self.pool, attempt).await?;
+                account
+            }
+            (Asked::Refused(reason), account) => {
+                let user_id = account.map(|account| account.id);
+                record_refusal(*self, &client.anonymous(), "session.login", user_id, reason).await?;
+                return Err(refused());
+            }
         };
-        limits::give_back(self.pool, attempt).await?;
         if account.auth_reset_required {
             return Err(Error::new(Kind::Locked, "auth_reset_required", "This account must be recovered first."));
         }
         let mut tx = self.pool.begin().await?;
         // What was proven may have changed while the password was being checked.
-        let now =
-            lock(&mut tx, account.id).await?.filter(|now| now.password_sealed == account.password_sealed).ok_or_else(refused)?;
-        if now.mfa_disabled {
+        let now = lock(&mut tx, account.id).await?;
+        let now = now.filter(|now| now.password_sealed == account.password_sealed && !now.directory_disabled);
+        let now = now.ok_or_else(refused)?;
+        if now.mfa_disabled && now.auth_source == "local" {
             let signed_in = self.complete(&mut tx, client, &now, "password").await?;
             tx.commit().await?;
             return Ok(Outcome::SignedIn(signed_in));
@@ -413,7 +452,7 @@ impl Access<'_> {
         } else {
             let digest = sent.presented().map_err(|why| why.into_error("password_or_code_required", "password"))?;
             let attempt = self.attempt(client, limits::ACCOUNT, Some(&account), &account.username).await?;
-            if !passwords::verify(&digest, self.verifier(&account)?).await? {
+            if !self.is_password_of(&account, &digest, sent).await? {
                 record_refusal(*self, &actor, "session.step_up", Some(account.id), "wrong password").await?;
                 return Err(wrong_password());
             }

@@ -119,6 +119,10 @@ pub struct User {
     pub auth_source: String,
     /// The directory it comes from.
     pub directory_provider_id: Option<i64>,
+    /// Its name, or empty.
+    pub directory_provider_name: String,
+    /// The domain it was known by, or empty.
+    pub directory_domain: String,
     /// Whether the directory has disabled it.
     pub directory_disabled: bool,
 }
@@ -130,9 +134,10 @@ pub struct User {
 pub async fn list(pool: &db::Pool) -> Result<Vec<User>> {
     Ok(sqlx::query_as!(
         User,
-        "SELECT id, username, display_name, role, last_login, created_at, updated_at, mfa_disabled, auth_reset_required,
-                password_change_required, auth_source, directory_provider_id, directory_disabled
-         FROM users ORDER BY lower(username)"
+        r#"SELECT u.id, u.username, u.display_name, u.role, u.last_login, u.created_at, u.updated_at, u.mfa_disabled,
+                u.auth_reset_required, u.password_change_required, u.auth_source, u.directory_provider_id,
+                coalesce(p.name, '') AS "directory_provider_name!", u.directory_domain, u.directory_disabled
+         FROM users u LEFT JOIN directory_providers p ON p.id = u.directory_provider_id ORDER BY lower(u.username)"#
     )
     .fetch_all(pool)
     .await?)
@@ -145,9 +150,10 @@ pub async fn list(pool: &db::Pool) -> Result<Vec<User>> {
 pub async fn get(pool: &db::Pool, id: i64) -> Result<User> {
     sqlx::query_as!(
         User,
-        "SELECT id, username, display_name, role, last_login, created_at, updated_at, mfa_disabled, auth_reset_required,
-                password_change_required, auth_source, directory_provider_id, directory_disabled
-         FROM users WHERE id = $1",
+        r#"SELECT u.id, u.username, u.display_name, u.role, u.last_login, u.created_at, u.updated_at, u.mfa_disabled,
+                u.auth_reset_required, u.password_change_required, u.auth_source, u.directory_provider_id,
+                coalesce(p.name, '') AS "directory_provider_name!", u.directory_domain, u.directory_disabled
+         FROM users u LEFT JOIN directory_providers p ON p.id = u.directory_provider_id WHERE u.id = $1"#,
         id,
     )
     .fetch_optional(pool)
@@ -222,6 +228,7 @@ struct Named {
     username: String,
     role: String,
     auth_source: String,
+    directory_disabled: bool,
 }
 
 /// Locks the named user, after every administrator's row: so of two requests that would each take away one of the last
@@ -234,7 +241,7 @@ async fn lock_with_admins(tx: &mut db::Tx<'_>, username: &str) -> Result<Named> 
 async fn lock(tx: &mut db::Tx<'_>, username: &str) -> Result<Named> {
     sqlx::query_as!(
         Named,
-        "SELECT id, username, role, auth_source FROM users WHERE lower(username) = lower($1) FOR UPDATE",
+        "SELECT id, username, role, auth_source, directory_disabled FROM users WHERE lower(username) = lower($1) FOR UPDATE",
         username.trim(),
     )
     .fetch_optional(&mut **tx)
@@ -269,7 +276,8 @@ pub async fn delete(pool: &db::Pool, actor: &Actor, own_id: i64, username: &str)
     if user.id == own_id {
         return Err(Error::invalid("cannot_delete_self", "You cannot delete your own account."));
     }
-    if user.auth_source != "local" {
+    // One that is off can go: else its provider could never be removed.
+    if user.auth_source != "local" && !user.directory_disabled {
         return Err(directory_user());
     }
     if user.role == "Admin" && !admin_left_without(&mut tx, user.id).await? {
@@ -280,6 +288,23 @@ pub async fn delete(pool: &db::Pool, actor: &Actor, own_id: i64, username: &str)
     record(&mut tx, actor, "user.delete", user.id, json!({ "username": user.username, "role": user.role })).await?;
     tx.commit().await?;
     Ok(ended)
+}
+
+/// Switches the account of a directory's user off, which ends its sessions (their ids are returned), or on again.
+pub(super) async fn set_directory_disabled(tx: &mut db::Tx<'_>, id: i64, disabled: bool) -> Result<Vec<Uuid>> {
+    sqlx::query!(
+        "UPDATE users SET directory_disabled = $2, directory_disabled_at = CASE WHEN $2 THEN now() END, updated_at = now()
+         WHERE id = $1",
+        id,
+        disabled,
+    )
+    .execute(&mut **tx)
+    .await?;
+    if !disabled {
+        return Ok(Vec::new());
+    }
+    challenges::end_all(tx, id).await?;
+    sessions::end_all(tx, id, None).await
 }
 
 /// Changes a role; it counts from the user's next request.
@@ -474,7 +499,7 @@ pub async fn selection(pool: &db::Pool, usernames: &[String]) -> Result<Vec<Sele
 /// Replaces the sites of every named user. Returns how many users there were and the sites they have now.
 ///
 /// # Errors
-/// As [`selection`]; 400 `too_many_sites`; 404 `site_not_found`.
+/// As [`selection`]; 400 `too_many_sites`; 404 `site_not_found`; 409 `directory_managed`.
 pub async fn assign(pool: &db::Pool, actor: &Actor, usernames: &[String], site_ids: &[i64]) -> Result<(usize, Vec<i64>)> {
     let sites: Vec<i64> = site_ids.iter().copied().filter(|id| *id > 0).collect::<BTreeSet<_>>().into_iter().collect();
     if sites.len() > BATCH_MAX {
@@ -492,6 +517,17 @@ pub async fn assign(pool: &db::Pool, actor: &Actor, usernames: &[String], site_i
     }
     let users = select(&mut tx, usernames).await?;
     let ids: Vec<i64> = users.iter().map(|user| user.id).collect();
+    let managed = sqlx::query_scalar!(
+        "SELECT u.username FROM users u WHERE u.id = ANY($1)
+         AND EXISTS (SELECT 1 FROM directory_site_mappings m WHERE m.provider_id = u.directory_provider_id) LIMIT 1",
+        &ids,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    if let Some(managed) = managed {
+        let why = format!("The directory decides which sites {managed} sees; change the provider's site mappings.");
+        return Err(Error::conflict("directory_managed", why));
+    }
     sqlx::query!("DELETE FROM user_site_assignments WHERE user_id = ANY($1) AND site_id <> ALL($2)", &ids, &sites)
         .execute(&mut *tx)
         .await?;
