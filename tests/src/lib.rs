@@ -8,6 +8,7 @@ pub mod browser;
 pub mod chaos;
 pub mod database;
 pub mod demo;
+pub mod directory;
 pub mod engine;
 pub mod fleet;
 pub mod house;

@@ -107,6 +107,12 @@ impl World {
         self.admin.post("/api/credentials", body).await.ok()["credential"]["id"].as_i64().expect("an id")
     }
 
+    /// A directory provider that leads nowhere.
+    async fn provider(&self) -> i64 {
+        let body = json!({"name": Uuid::new_v4().to_string(), "server_urls": ["ldaps://nowhere.invalid"]});
+        self.admin.post("/api/directory/providers", body).await.ok()["provider"]["id"].as_i64().expect("an id")
+    }
+
     /// A passkey of this user.
     async fn passkey(&self, username: &str) -> i64 {
         sqlx::query_scalar(
@@ -294,6 +300,36 @@ impl World {
             ("POST", "/api/users/{username}/mfa") => {
                 let user = self.engine.user("User", &[]).await;
                 admin(&format!("/api/users/{user}/mfa"), json!({"enabled": true, "reset_secret": true}))
+            }
+            ("POST", "/api/users/{username}/directory-cache") => {
+                let _ = self.provider().await;
+                let name = format!("cached-{}", nothing.simple());
+                sqlx::query(
+                    "INSERT INTO users (username, role, auth_source, directory_provider_id, directory_subject)
+                     SELECT $1, 'User', 'directory', id, $1 FROM directory_providers LIMIT 1",
+                )
+                .bind(&name)
+                .execute(self.pool())
+                .await
+                .expect("a user");
+                admin(&format!("/api/users/{name}/directory-cache"), json!({}))
+            }
+            ("GET", "/api/directory/providers") => admin(path, Value::Null),
+            ("POST", "/api/directory/providers") => admin(path, json!({"name": format!("Directory {nothing}")})),
+            ("PATCH" | "DELETE", "/api/directory/providers/{id}") => {
+                let body = if method == "PATCH" { json!({"priority": 7}) } else { Value::Null };
+                admin(&format!("/api/directory/providers/{}", self.provider().await), body)
+            }
+            // Nothing listens there: an administrator gets as far as that.
+            ("POST", "/api/directory/providers/certificate") => {
+                with(path, json!({"server_url": "ldaps://nowhere.invalid"}), Rule::Admin(502))
+            }
+            ("POST", "/api/directory/providers/{id}/test" | "/api/directory/providers/{id}/sync") => {
+                with(&path.replace("{id}", &self.provider().await.to_string()), json!({}), Rule::Admin(502))
+            }
+            ("POST", "/api/directory/providers/{id}/lookup-user") => {
+                let at = path.replace("{id}", &self.provider().await.to_string());
+                with(&at, json!({"username": "ada"}), Rule::Admin(502))
             }
             ("GET", "/api/audit" | "/api/audit/check") => admin(path, Value::Null),
             ("GET", "/api/credentials") => {

@@ -291,7 +291,8 @@ impl<'a> Connection<'a> {
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| {
             upstream("directory_lookup_failed", "The directory could not be searched.", source)
         };
-        let limit = i32::try_from(most).unwrap_or(i32::MAX);
+        // One more than is wanted shows that there are more.
+        let limit = i32::try_from(most).unwrap_or(i32::MAX).saturating_add(1);
         let options = SearchOptions::new().sizelimit(limit).timelimit(i32::try_from(ANSWER_LIMIT.as_secs()).unwrap_or(10));
         let search = async {
             let ldap = self.ldap.with_timeout(ANSWER_LIMIT).with_search_options(options);
