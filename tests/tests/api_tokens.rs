@@ -483,9 +483,11 @@ async fn a_stream_of_events_ends_with_it() {
     .await
     .expect("a run");
     let request = program.request(reqwest::Method::GET, &format!("/api/runs/{id}/events"));
-    let mut stream = request.header("accept", "text/event-stream").send().await.expect("an answer");
+    let accept = (reqwest::header::ACCEPT, reqwest::header::HeaderValue::from_static("text/event-stream"));
+    let mut stream = request.headers([accept].into_iter().collect()).send().await.expect("an answer");
     assert_eq!(stream.status(), 200);
-    assert!(tokio::time::timeout(Duration::from_secs(1), stream.chunk()).await.is_err(), "it stays open, with nothing to tell");
+    let early = tokio::time::timeout(Duration::from_secs(1), stream.chunk()).await;
+    assert!(early.is_err(), "it stays open, with nothing to tell: {early:?}");
     let _ = admin.delete(&format!("/api/auth/tokens/{}", made["id"].as_str().expect("an id"))).await.ok();
     let end = tokio::time::timeout(Duration::from_secs(10), stream.text()).await.expect("an end").expect("a stream");
     assert_eq!(end, "");
