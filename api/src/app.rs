@@ -85,8 +85,9 @@ fn describe(document: &mut OpenApi, table: &[Entry]) {
     let bearer =
         |text: &str| SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some(text)).build());
     components.add_security_scheme("session_token", bearer("The token that sign-in returned."));
+    components.add_security_scheme("api_token", bearer("An API token of an operator, with the scope that is named with it."));
     components.add_security_scheme("device_token", bearer("The access token of an enrolled device."));
-    for Entry { method, path, class } in table {
+    for Entry { method, path, class, token_scope } in table {
         let Some(item) = document.paths.paths.get_mut(path) else { continue };
         let operation = match method.as_str() {
             "GET" => item.get.as_mut(),
@@ -112,13 +113,21 @@ fn describe(document: &mut OpenApi, table: &[Entry]) {
             Class::Operator | Class::Admin => &["session", "session_token"],
             Class::Device => &["device_token"],
         };
-        operation.security = Some(schemes.iter().map(|scheme| SecurityRequirement::new(*scheme, Vec::<String>::new())).collect());
-        if *class == Class::Admin {
+        let plain = schemes.iter().map(|scheme| SecurityRequirement::new(*scheme, Vec::<String>::new()));
+        let token = token_scope.iter().map(|scope| SecurityRequirement::new("api_token", [scope.as_str()]));
+        operation.security = Some(plain.chain(token).collect());
+        if matches!(class, Class::Operator | Class::Admin) {
             let text = operation.description.get_or_insert_default();
             if !text.is_empty() {
                 text.push_str("\n\n");
             }
-            text.push_str("Needs the Admin role.");
+            if *class == Class::Admin {
+                text.push_str("Needs the Admin role. ");
+            }
+            match token_scope {
+                Some(scope) => text.push_str(&format!("Scope of an API token: `{}`.", scope.as_str())),
+                None => text.push_str("Not for API tokens."),
+            }
         }
     }
 }

@@ -24,12 +24,15 @@ pub struct Entry<'a> {
     pub detail: serde_json::Value,
 }
 
-/// Writes one row.
+/// Writes one row. What an API token did says so: `api_token` in the detail is its id and name.
 ///
 /// # Errors
 /// When the database refuses; the caller's transaction must then not commit.
 pub async fn record(db: &mut sqlx::PgConnection, actor: &Actor, entry: Entry<'_>) -> Result<()> {
-    let detail = if entry.detail.is_null() { serde_json::json!({}) } else { entry.detail };
+    let mut detail = if entry.detail.is_null() { serde_json::json!({}) } else { entry.detail };
+    if let (Some(token), Some(detail)) = (&actor.token, detail.as_object_mut()) {
+        detail.insert("api_token".to_owned(), serde_json::to_value(token)?);
+    }
     sqlx::query!(
         "WITH event AS (
              INSERT INTO audit_events (actor_kind, actor_id, actor_name, ip, action, object_kind, object_id, site_id, outcome, detail)

@@ -23,5 +23,5 @@ pub mod sites;
 pub mod state_dir;
 
 pub use error::{Error, Kind, Result};
-pub use scope::{Actor, ActorKind, Scope};
+pub use scope::{Actor, ActorKind, ActorToken, Scope};
 pub use secret::Secret;

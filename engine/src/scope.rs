@@ -43,6 +43,17 @@ pub struct Actor {
     pub name: String,
     /// The client's address, as text.
     pub ip: String,
+    /// The API token it was done with, in place of a person at a session.
+    pub token: Option<ActorToken>,
+}
+
+/// An API token, as the audit names it.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct ActorToken {
+    /// Its id.
+    pub id: uuid::Uuid,
+    /// What its owner calls it.
+    pub name: String,
 }
 
 /// The kinds of actor; the same set is a CHECK of `audit_events`.

@@ -4,7 +4,9 @@
 use std::time::Duration;
 
 use borealis_engine::{
-    Result, db, enrollment,
+    Result,
+    access::api_tokens::KEPT_DAYS,
+    db, enrollment,
     jobs::{delivery, occurrence, run},
 };
 use tokio_util::sync::CancellationToken;
@@ -132,6 +134,7 @@ pub async fn sweep(services: &Services, history_days: i32) -> Result<bool> {
     sqlx::query!("DELETE FROM internal_nonces WHERE seen_at < now() - interval '5 minutes'").execute(pool).await?;
     sqlx::query!("DELETE FROM auth_challenges WHERE expires_at < now() - interval '1 hour'").execute(pool).await?;
     sqlx::query!("DELETE FROM operator_sessions WHERE expires_at < now()").execute(pool).await?;
+    sqlx::query!("DELETE FROM api_tokens WHERE expires_at < now() - make_interval(days => $1)", KEPT_DAYS).execute(pool).await?;
     sqlx::query!("DELETE FROM idempotency_keys WHERE created_at < now() - interval '1 day'").execute(pool).await?;
     sqlx::query!("DELETE FROM workers WHERE last_seen_at < now() - interval '1 day'").execute(pool).await?;
     let runs = sqlx::query!(

@@ -63,7 +63,13 @@ pub async fn authenticate_token(app: &App, bearer: &str, context: &str, ip: Stri
         hostname: identity.hostname.clone(),
         status: identity.status.clone(),
         context: context.to_owned(),
-        actor: Actor { kind: ActorKind::Device, id: guid_text(identity.guid), name: identity.hostname.clone(), ip },
+        actor: Actor {
+            kind: ActorKind::Device,
+            id: guid_text(identity.guid),
+            name: identity.hostname.clone(),
+            ip,
+            ..Actor::default()
+        },
         identity,
     })
 }

@@ -1,16 +1,17 @@
 //! Who may call a route. A route enters the router only through one of the methods of [`Routes`], each of which names a
-//! class; so a route without a class does not exist, and [`Routes::table`] is the list the access test walks.
+//! class; so a route without a class does not exist, and [`Routes::table`] is the list the access test walks. What an API token
+//! needs follows from the [`Area`] of a route and its method; a route without an area is closed to API tokens.
 
 use axum::{
     Router,
     extract::{FromRequestParts, Request, State},
-    http::request::Parts,
+    http::{Method, request::Parts},
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
 use borealis_engine::{
     Error, Kind,
-    access::{bootstrap, passwords},
+    access::{api_tokens::TokenScope, bootstrap, passwords},
 };
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 
@@ -30,6 +31,41 @@ pub enum Class {
     Device,
 }
 
+/// What routes are about: with the method it decides which scope an API token needs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Area {
+    /// The own account, sessions, API tokens, the key of the secrets: for people only, as is whatever names no area.
+    #[default]
+    Closed,
+    /// Users, credentials, the audit: API tokens read it, and people change it. Else a token could make itself an account or
+    /// rights that outlive it.
+    ReadOnly,
+    /// Assemblies.
+    Assemblies,
+    /// Devices and their admission.
+    Devices,
+    /// Jobs, runs and quick runs.
+    Jobs,
+    /// Sites, and which devices are in them.
+    Sites,
+}
+
+impl Area {
+    /// The scope an API token needs for a method; none where no token gets in.
+    #[must_use]
+    pub fn token_scope(self, method: &Method) -> Option<TokenScope> {
+        match self {
+            Self::Closed => None,
+            _ if !client::changes(method) => Some(TokenScope::Read),
+            Self::ReadOnly => None,
+            Self::Assemblies => Some(TokenScope::AssembliesWrite),
+            Self::Devices => Some(TokenScope::DevicesWrite),
+            Self::Jobs => Some(TokenScope::JobsWrite),
+            Self::Sites => Some(TokenScope::SitesWrite),
+        }
+    }
+}
+
 /// One line of the access table.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct Entry {
@@ -39,6 +75,8 @@ pub struct Entry {
     pub path: String,
     /// Who may call it.
     pub class: Class,
+    /// The scope with which an operator's API token may call it; none where no token gets in.
+    pub token_scope: Option<TokenScope>,
 }
 
 /// A set of routes, each with its class.
@@ -46,13 +84,20 @@ pub struct Routes {
     router: OpenApiRouter<App>,
     table: Vec<Entry>,
     app: App,
+    area: Area,
 }
 
 impl Routes {
     /// No routes yet.
     #[must_use]
     pub fn new(app: App) -> Self {
-        Self { router: OpenApiRouter::new(), table: Vec::new(), app }
+        Self { router: OpenApiRouter::new(), table: Vec::new(), app, area: Area::default() }
+    }
+
+    /// Says what the routes added from here on are about.
+    #[must_use]
+    pub fn area(self, area: Area) -> Self {
+        Self { area, ..self }
     }
 
     /// Adds routes anybody may call.
@@ -90,17 +135,19 @@ impl Routes {
     fn add(mut self, class: Class, (schemas, paths, methods): UtoipaMethodRouter<App>) -> Self {
         for (path, item) in &paths.paths {
             let operations = [
-                ("GET", item.get.is_some()),
-                ("POST", item.post.is_some()),
-                ("PUT", item.put.is_some()),
-                ("PATCH", item.patch.is_some()),
-                ("DELETE", item.delete.is_some()),
+                (Method::GET, item.get.is_some()),
+                (Method::POST, item.post.is_some()),
+                (Method::PUT, item.put.is_some()),
+                (Method::PATCH, item.patch.is_some()),
+                (Method::DELETE, item.delete.is_some()),
             ];
             for (method, _) in operations.into_iter().filter(|(_, present)| *present) {
-                self.table.push(Entry { method: method.to_owned(), path: path.clone(), class });
+                let is_operators = matches!(class, Class::Operator | Class::Admin);
+                let token_scope = self.area.token_scope(&method).filter(|_| is_operators);
+                self.table.push(Entry { method: method.to_string(), path: path.clone(), class, token_scope });
             }
         }
-        let guard = middleware::from_fn_with_state((self.app.clone(), class), check);
+        let guard = middleware::from_fn_with_state((self.app.clone(), class, self.area), check);
         self.router = self.router.routes((schemas, paths, methods.layer(guard)));
         self
     }
@@ -112,14 +159,15 @@ impl Routes {
     }
 }
 
-async fn check(State((app, class)): State<(App, Class)>, request: Request, next: Next) -> Response {
+async fn check(State((app, class, area)): State<(App, Class, Area)>, request: Request, next: Next) -> Response {
     let (mut parts, body) = request.into_parts();
+    let needed = area.token_scope(&parts.method);
     let admitted = match class {
         Class::Anonymous => Ok(()),
-        Class::Operator => operator::authenticate(&app, &parts).await.map(|operator| {
+        Class::Operator => operator::authenticate(&app, &parts, needed).await.map(|operator| {
             parts.extensions.insert(operator);
         }),
-        Class::Admin => operator::authenticate(&app, &parts).await.and_then(|operator| {
+        Class::Admin => operator::authenticate(&app, &parts, needed).await.and_then(|operator| {
             if operator.is_admin() {
                 parts.extensions.insert(operator);
                 Ok(())

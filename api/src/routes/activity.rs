@@ -12,7 +12,7 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::{
-    access::{Operator, Routes},
+    access::{Area, Operator, Routes},
     body::{self, Params, Path},
     errors::Result,
     state::App,
@@ -22,7 +22,11 @@ use crate::{
 const CHANGED: &str = "device_activity_changed";
 
 pub(super) fn routes(app: &App) -> Routes {
-    Routes::new(app.clone()).operator(routes!(quick_run)).operator(routes!(history, clear)).operator(routes!(one))
+    Routes::new(app.clone())
+        .area(Area::Jobs)
+        .operator(routes!(quick_run))
+        .operator(routes!(history, clear))
+        .operator(routes!(one))
 }
 
 /// A script to be run now.

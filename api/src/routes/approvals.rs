@@ -12,7 +12,7 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::{
-    access::{Operator, Routes},
+    access::{Area, Operator, Routes},
     body::{OptionalJson, Params, Path},
     errors::Result,
     state::App,
@@ -20,6 +20,7 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
+        .area(Area::Devices)
         .admin(routes!(codes, create_code))
         .admin(routes!(delete_code))
         .operator(routes!(list))

@@ -15,7 +15,7 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Operator, Routes},
+    access::{Area, Operator, Routes},
     body::{self, Params, Path},
     errors::{ApiError, Result},
     state::App,
@@ -25,7 +25,10 @@ pub(super) fn routes(app: &App) -> Routes {
     let large = |(schemas, paths, methods): utoipa_axum::router::UtoipaMethodRouter<App>| {
         (schemas, paths, methods.layer(DefaultBodyLimit::max(BODY_MAX)))
     };
-    Routes::new(app.clone()).operator(large(routes!(list, create))).operator(large(routes!(get, update, delete)))
+    Routes::new(app.clone())
+        .area(Area::Assemblies)
+        .operator(large(routes!(list, create)))
+        .operator(large(routes!(get, update, delete)))
 }
 
 /// An assembly. Times are text without an offset, in UTC.

@@ -20,7 +20,7 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Operator, Routes},
+    access::{Area, Operator, Routes},
     body::Params,
     errors::Result,
     state::App,
@@ -38,7 +38,7 @@ const EXPORT_MAX: i64 = 1_000_000;
 static LONG_READS: Semaphore = Semaphore::const_new(2);
 
 pub(super) fn routes(app: &App) -> Routes {
-    Routes::new(app.clone()).admin(routes!(list)).admin(routes!(check))
+    Routes::new(app.clone()).area(Area::ReadOnly).admin(routes!(list)).admin(routes!(check))
 }
 
 /// Which events.

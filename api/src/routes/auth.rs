@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use crate::{
     access::{
-        Operator, Routes,
+        Area, Operator, Routes,
         client::{self, Caller, Carrier},
         operator,
     },
@@ -35,12 +35,13 @@ pub(super) fn routes(app: &App) -> Routes {
         .anonymous(routes!(login))
         .anonymous(routes!(mfa_verify))
         .anonymous(routes!(logout))
-        .operator(routes!(me))
         .operator(routes!(step_up))
         .operator(routes!(password_reset))
         .operator(routes!(mfa_reset))
         .operator(routes!(own_sessions, end_other_sessions))
         .operator(routes!(end_session))
+        .area(Area::ReadOnly)
+        .operator(routes!(me))
 }
 
 /// `{"status":"ok"}`.
@@ -325,7 +326,7 @@ async fn step_up(
 ) -> Result<Json<SteppedUp>> {
     let client = Caller::of(&parts).client;
     let password = Sent { plain: body.password, sha512: body.password_sha512 };
-    app.access().step_up(&client, &operator.session, &password, body.code.as_deref()).await?;
+    app.access().step_up(&client, operator.session()?, &password, body.code.as_deref()).await?;
     Ok(Json(SteppedUp { status: "ok", expires_in: borealis_engine::access::sessions::STEP_UP_S }))
 }
 
@@ -364,7 +365,7 @@ async fn password_reset(
     let client = Caller::of(&parts).client;
     let current = Sent { plain: body.current_password, sha512: body.current_password_sha512 };
     let new = Sent { plain: body.new_password, sha512: body.new_password_sha512 };
-    for session in app.access().change_password(&client, &operator.session, &current, &new).await? {
+    for session in app.access().change_password(&client, operator.session()?, &current, &new).await? {
         app.hub.drop_session(session).await;
     }
     Ok(Done::json())
@@ -391,7 +392,7 @@ struct MfaReset {
     (status = 404, description = "`user not found`"),
 ))]
 async fn mfa_reset(State(app): State<App>, operator: Operator, Head(parts): Head) -> Result<Json<MfaReset>> {
-    let (enabled, ended) = app.access().reset_mfa(&Caller::of(&parts).client, &operator.session).await?;
+    let (enabled, ended) = app.access().reset_mfa(&Caller::of(&parts).client, operator.session()?).await?;
     for session in ended {
         app.hub.drop_session(session).await;
     }
@@ -430,9 +431,10 @@ struct OwnSessions {
     (status = 401, description = "`unauthorized`"),
 ))]
 async fn own_sessions(State(app): State<App>, operator: Operator) -> Result<Json<OwnSessions>> {
-    let sessions = app.access().own_sessions(&operator.session).await?.into_iter().map(|session| OwnSession {
+    let own = operator.session()?;
+    let sessions = app.access().own_sessions(own).await?.into_iter().map(|session| OwnSession {
         id: session.id,
-        current: session.id == operator.session.id,
+        current: session.id == own.id,
         created_at: session.created_at,
         last_seen_at: session.last_seen_at,
         expires_at: session.expires_at,
@@ -458,7 +460,7 @@ struct Ended {
     (status = 403, description = "`bad_origin`"),
 ))]
 async fn end_other_sessions(State(app): State<App>, operator: Operator, Head(parts): Head) -> Result<Json<Ended>> {
-    let ended = app.access().end_other_sessions(&Caller::of(&parts).client, &operator.session).await?;
+    let ended = app.access().end_other_sessions(&Caller::of(&parts).client, operator.session()?).await?;
     for session in &ended {
         app.hub.drop_session(*session).await;
     }
@@ -474,7 +476,7 @@ async fn end_other_sessions(State(app): State<App>, operator: Operator, Head(par
     (status = 404, description = "`session_not_found`: no session of the own account"),
 ))]
 async fn end_session(State(app): State<App>, operator: Operator, Path(id): Path<Uuid>, Head(parts): Head) -> Result<Json<Done>> {
-    app.access().end_own_session(&Caller::of(&parts).client, &operator.session, id).await?;
+    app.access().end_own_session(&Caller::of(&parts).client, operator.session()?, id).await?;
     app.hub.drop_session(id).await;
     Ok(Done::json())
 }

@@ -250,6 +250,6 @@ async fn aegis_rotate(
     body::Json(body): body::Json<Rotation>,
 ) -> Result<Json<Rotated>> {
     let client = Caller::of(&parts).client;
-    app.access().rotate_aegis(&client, &operator.session, &body.current_cipher, &body.new_cipher).await?;
+    app.access().rotate_aegis(&client, operator.session()?, &body.current_cipher, &body.new_cipher).await?;
     Ok(Json(Rotated { status: "ok", aegis: AegisStatus::now(&app, operator).await? }))
 }

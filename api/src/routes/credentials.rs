@@ -12,7 +12,7 @@ use utoipa_axum::routes;
 
 use super::auth::Done;
 use crate::{
-    access::{Operator, Routes},
+    access::{Area, Operator, Routes},
     body::{self, Path},
     errors::Result,
     state::App,
@@ -20,6 +20,7 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
+        .area(Area::ReadOnly)
         .operator(routes!(list))
         .operator(routes!(get))
         .admin(routes!(create))

@@ -12,7 +12,7 @@ use utoipa::IntoParams;
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Operator, Routes},
+    access::{Area, Operator, Routes},
     body::{Params, Path},
     errors::Result,
     state::App,
@@ -20,6 +20,7 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
+        .area(Area::Devices)
         .operator(routes!(devices))
         .operator(routes!(device))
         .operator(routes!(details))

@@ -4,6 +4,7 @@ use crate::{access::Routes, state::App};
 
 pub mod activity;
 pub mod agent;
+pub mod api_tokens;
 pub mod approvals;
 pub mod assemblies;
 pub mod audit;
@@ -27,6 +28,7 @@ pub fn all(app: &App) -> Routes {
     Routes::new(app.clone())
         .merge(activity::routes(app))
         .merge(agent::routes(app))
+        .merge(api_tokens::routes(app))
         .merge(approvals::routes(app))
         .merge(assemblies::routes(app))
         .merge(audit::routes(app))

@@ -92,7 +92,7 @@ async fn register_options(
     operator: Operator,
     body::OptionalJson(body): body::OptionalJson<Labelled>,
 ) -> Result<Json<Ceremony>> {
-    let begun = app.access().begin_passkey(&party(&app)?, &operator.session, body.label.as_deref()).await?;
+    let begun = app.access().begin_passkey(&party(&app)?, operator.session()?, body.label.as_deref()).await?;
     Ok(Json(begun.into()))
 }
 
@@ -125,7 +125,7 @@ async fn register_verify(
     let (party, client) = (party(&app)?, Caller::of(&parts).client);
     let passkey_count = app
         .access()
-        .finish_passkey(&party, &client, &operator.session, &body.request_id, body.credential, body.label.as_deref())
+        .finish_passkey(&party, &client, operator.session()?, &body.request_id, body.credential, body.label.as_deref())
         .await?;
     Ok(Json(Registered { status: "ok", username: operator.username, passkey_count }))
 }

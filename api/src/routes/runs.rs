@@ -20,7 +20,11 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::{
-    access::{Operator, Routes, client, operator},
+    access::{
+        Area, Operator, Routes,
+        client::{self, Carrier},
+        operator,
+    },
     body::{OptionalJson, Params, Path},
     errors::{ApiError, Result},
     state::App,
@@ -35,6 +39,7 @@ const PAGE_DEFAULT: i64 = 50;
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
+        .area(Area::Jobs)
         .operator(routes!(list))
         .operator(routes!(get))
         .operator(routes!(events))
@@ -203,18 +208,26 @@ async fn events(
         let place = STREAMS.try_acquire().map_err(|_| {
             Error::new(Kind::Limited, "too_many_streams", "Too many event streams are open; try again.").retry_after(5)
         })?;
-        let token = client::session_token(&headers).map(|(token, _)| Secret::new(token.to_owned())).unwrap_or_default();
-        let stream = stream(app.clone(), token, place, id, after);
+        let (token, carrier) = client::session_token(&headers).unwrap_or(("", Carrier::Bearer));
+        let watcher = Watcher { token: Secret::new(token.to_owned()), carrier, ip: operator.actor.ip };
+        let stream = stream(app.clone(), watcher, place, id, after);
         return Ok(Sse::new(stream).keep_alive(sse::KeepAlive::new().interval(Duration::from_secs(15))).into_response());
     }
     let events = runs::events(&mut conn, id, after).await?.into_iter().map(Event::from).collect();
     Ok(Json(Events { events }).into_response())
 }
 
+/// Who watches a stream: what their request came with.
+struct Watcher {
+    token: Secret<String>,
+    carrier: Carrier,
+    ip: String,
+}
+
 /// Where a stream stands.
 struct Cursor {
     app: App,
-    token: Secret<String>,
+    watcher: Watcher,
     /// Given back when the stream ends.
     _place: SemaphorePermit<'static>,
     id: Uuid,
@@ -225,12 +238,12 @@ struct Cursor {
 
 fn stream(
     app: App,
-    token: Secret<String>,
+    watcher: Watcher,
     place: SemaphorePermit<'static>,
     id: Uuid,
     after: i32,
 ) -> impl Stream<Item = Result<sse::Event, Infallible>> {
-    let cursor = Cursor { app, token, _place: place, id, after, waiting: std::collections::VecDeque::new(), ended: false };
+    let cursor = Cursor { app, watcher, _place: place, id, after, waiting: std::collections::VecDeque::new(), ended: false };
     futures::stream::unfold(cursor, |mut cursor| async move {
         loop {
             if let Some(event) = cursor.waiting.pop_front() {
@@ -261,10 +274,11 @@ fn stream(
 
 /// Reads what is new, with the operator's rights as they are now.
 async fn news(cursor: &Cursor) -> Result<(bool, Vec<Event>)> {
-    let session = operator::session(&cursor.app, cursor.token.expose()).await?;
-    let session = session.ok_or_else(|| Error::new(Kind::Unauthenticated, "unauthorized", "The session has ended."))?;
+    let Watcher { token, carrier, ip } = &cursor.watcher;
+    let operator = operator::find(&cursor.app, token.expose(), *carrier, ip.clone()).await?;
+    let operator = operator.ok_or_else(|| Error::new(Kind::Unauthenticated, "unauthorized", "The session has ended."))?;
     let mut conn = cursor.app.pool.acquire().await?;
-    let run = runs::get(&mut conn, &session.scope, cursor.id).await?;
+    let run = runs::get(&mut conn, &operator.scope, cursor.id).await?;
     let events = runs::events(&mut conn, cursor.id, cursor.after).await?;
     Ok((run.finished_at.is_some(), events.into_iter().map(Event::from).collect()))
 }

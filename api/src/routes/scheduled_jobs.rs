@@ -25,7 +25,7 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Operator, Routes},
+    access::{Area, Operator, Routes},
     body::{self, OptionalJson, Params, Path},
     errors::{ApiError, Result},
     state::App,
@@ -40,6 +40,7 @@ const DAYS_MAX: i32 = 3_660;
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
+        .area(Area::Jobs)
         .operator(routes!(list, create))
         .operator(routes!(preview))
         .operator(routes!(get, update, delete))

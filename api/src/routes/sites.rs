@@ -11,7 +11,7 @@ use utoipa_axum::routes;
 
 use super::auth::Done;
 use crate::{
-    access::{Operator, Routes},
+    access::{Area, Operator, Routes},
     body::{self, Params, Path},
     errors::Result,
     state::App,
@@ -19,6 +19,7 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
+        .area(Area::Sites)
         .operator(routes!(list))
         .admin(routes!(create))
         .admin(routes!(delete))

@@ -13,7 +13,7 @@ use utoipa_axum::routes;
 
 use super::{auth::Done, sites::Site};
 use crate::{
-    access::{Operator, Routes},
+    access::{Area, Operator, Routes},
     body::{self, Path},
     errors::Result,
     state::App,
@@ -21,6 +21,7 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
+        .area(Area::ReadOnly)
         .admin(routes!(list, create))
         .admin(routes!(delete))
         .admin(routes!(reset_password))

@@ -278,7 +278,8 @@ async fn authenticate(app: &App, parts: &Parts) -> Result<Peer, ApiError> {
     if !origin_fits(&app.settings.public_base_url, &parts.headers, bearer.is_none()) {
         return Err(as_401(Error::new(Kind::Unauthenticated, "bad_origin", "The Origin is not this engine's.").into()));
     }
-    let operator = operator::authenticate(app, parts).await.map_err(as_401)?;
+    let operator = operator::authenticate(app, parts, None).await.map_err(as_401)?;
+    let session = operator.session().map_err(as_401)?.id;
     let view = View {
         admin: operator.is_admin(),
         sites: match &operator.scope {
@@ -286,7 +287,7 @@ async fn authenticate(app: &App, parts: &Parts) -> Result<Peer, ApiError> {
             Scope::Sites(sites) => sites.clone(),
         },
     };
-    Ok(Peer::Person(Arc::new(Person::new(operator.session_id, operator.user_id, view, CancellationToken::new()))))
+    Ok(Peer::Person(Arc::new(Person::new(session, operator.user_id, view, CancellationToken::new()))))
 }
 
 /// Whoever is not known or not welcome is answered 401 at the upgrade (settled: agent tokens); trouble of ours stays 503.

@@ -12,6 +12,7 @@ use zeroize::ZeroizeOnDrop;
 use super::{
     Access, Client, aegis,
     aegis::Vault,
+    api_tokens,
     challenges::{self, Purpose},
     limits, mfa, passkeys,
     passwords::{self, Sent},
@@ -375,6 +376,7 @@ impl Access<'_> {
                 .ok_or_else(|| Error::new(Kind::NotFound, "admin_not_found", "There is no such administrator."))?;
                 sessions::end_all(&mut tx, user_id, None).await?;
                 passkeys::remove_all(&mut tx, user_id).await?;
+                api_tokens::revoke_all(&mut tx, user_id).await?;
                 (user_id, verifier, "bootstrap.recover")
             }
         };

@@ -9,6 +9,7 @@ use crate::{
 };
 
 pub mod aegis;
+pub mod api_tokens;
 pub mod bootstrap;
 pub mod challenges;
 pub mod credentials;
@@ -83,6 +84,7 @@ impl Client {
     /// For the audit: this user, from this address.
     #[must_use]
     pub fn acting_as(&self, user_id: i64, username: &str) -> Actor {
-        Actor { kind: ActorKind::Operator, id: user_id.to_string(), name: username.to_owned(), ip: self.ip_text() }
+        let (id, name, ip) = (user_id.to_string(), username.to_owned(), self.ip_text());
+        Actor { kind: ActorKind::Operator, id, name, ip, ..Actor::default() }
     }
 }

@@ -15,7 +15,9 @@ use crate::{
 /// How long a step-up counts, in seconds.
 pub const STEP_UP_S: i64 = 300;
 /// How old `last_seen_at` may be before a request writes it anew, in seconds.
-const TOUCH_AFTER_S: i64 = 60;
+pub(super) const TOUCH_AFTER_S: i64 = 60;
+/// How long a token of 256 bits is, in characters of base64url.
+pub(super) const TOKEN_CHARS: usize = 43;
 const USER_AGENT_MAX_CHARS: usize = 256;
 
 /// How long sessions live.
@@ -72,7 +74,8 @@ impl Session {
     /// Who acts, for the audit.
     #[must_use]
     pub fn actor(&self, ip: String) -> Actor {
-        Actor { kind: ActorKind::Operator, id: self.user_id.to_string(), name: self.username.clone(), ip }
+        let (id, name) = (self.user_id.to_string(), self.username.clone());
+        Actor { kind: ActorKind::Operator, id, name, ip, ..Actor::default() }
     }
 }
 
@@ -250,7 +253,7 @@ mod tests {
 
     #[test]
     fn tokens_are_256_bits_and_differ() {
-        assert_eq!(new_token().expose().len(), 43);
+        assert_eq!(new_token().expose().len(), TOKEN_CHARS);
         assert_ne!(new_token().expose(), new_token().expose());
     }
 }

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::{
     aegis::Vault,
-    challenges, passkeys,
+    api_tokens, challenges, passkeys,
     passwords::{self, Sent},
     sessions,
     sign_in::{PASSWORD, directory_user, user_not_found},
@@ -141,6 +141,17 @@ pub async fn list(pool: &db::Pool) -> Result<Vec<User>> {
     )
     .fetch_all(pool)
     .await?)
+}
+
+/// The id of the user of this name, any case.
+///
+/// # Errors
+/// 404 `user not found`.
+pub async fn id_of(pool: &db::Pool, username: &str) -> Result<i64> {
+    sqlx::query_scalar!("SELECT id FROM users WHERE lower(username) = lower($1)", username.trim())
+        .fetch_optional(pool)
+        .await?
+        .ok_or_else(user_not_found)
 }
 
 /// One user.
@@ -366,8 +377,8 @@ pub async fn set_mfa(pool: &db::Pool, actor: &Actor, username: &str, enabled: bo
     Ok(ended)
 }
 
-/// Gives a user a password to begin with: the second factor is forgotten, all sessions end (their ids are returned), and
-/// the user must choose a password of their own after signing in.
+/// Gives a user a password to begin with: the second factor is forgotten, all sessions end (their ids are returned) as API
+/// tokens do, and the user must choose a password of their own after signing in.
 ///
 /// # Errors
 /// 400 `invalid password`, `password_too_short`, `cannot_reset_self`; 403 `directory_user_local_action_disabled`;
@@ -403,7 +414,9 @@ pub async fn reset_password(
     let ended = sessions::end_all(&mut tx, user.id, None).await?;
     challenges::end_all(&mut tx, user.id).await?;
     passkeys::remove_all(&mut tx, user.id).await?;
-    record(&mut tx, actor, "user.reset_password", user.id, json!({ "username": user.username })).await?;
+    let tokens = api_tokens::revoke_all(&mut tx, user.id).await?;
+    let detail = json!({ "username": user.username, "api_tokens_revoked": tokens });
+    record(&mut tx, actor, "user.reset_password", user.id, detail).await?;
     tx.commit().await?;
     Ok(ended)
 }

@@ -280,7 +280,13 @@ async fn finalise(tx: &mut db::Tx<'_>, keys: &Keys, approval: &Approval, address
     .execute(&mut **tx)
     .await?;
     let (access_token, refresh_token) = issue(tx, keys, guid, &approval.fingerprint, token_version).await?;
-    let actor = Actor { kind: ActorKind::Device, id: guid_text(guid), name: hostname.clone(), ip: address.to_owned() };
+    let actor = Actor {
+        kind: ActorKind::Device,
+        id: guid_text(guid),
+        name: hostname.clone(),
+        ip: address.to_owned(),
+        ..Actor::default()
+    };
     let entry = audit::Entry {
         action: "device.enroll",
         object_kind: "device",
@@ -522,7 +528,13 @@ pub async fn refresh(pool: &db::Pool, keys: &Keys, renewal: &Renewal, address: &
             sqlx::query!("UPDATE refresh_tokens SET revoked_at = now() WHERE family = $1 AND revoked_at IS NULL", token.family)
                 .execute(&mut *tx)
                 .await?;
-            let actor = Actor { kind: ActorKind::Device, id: guid_text(guid), name: device.hostname, ip: address.to_owned() };
+            let actor = Actor {
+                kind: ActorKind::Device,
+                id: guid_text(guid),
+                name: device.hostname,
+                ip: address.to_owned(),
+                ..Actor::default()
+            };
             let entry = audit::Entry {
                 action: "device.refresh_token_reused",
                 object_kind: "device",
