@@ -29,6 +29,7 @@ use crate::{
     access::{Routes, client},
     body,
     errors::{ApiError, Result},
+    sockets::events::ToOperator,
     state::App,
 };
 
@@ -58,7 +59,7 @@ async fn lenient(app: &App, request: Request) -> Result<Map<String, Value>> {
 
 async fn approvals_changed(app: &App, id: Uuid, site_id: Option<i64>, status: &str, hostname: &str) {
     let payload = json!({"approval_id": id, "site_id": site_id, "status": status, "hostname": hostname});
-    app.hub.to_site(site_id, "device_approvals_changed", payload).await;
+    app.hub.to_site(site_id, ToOperator::DeviceApprovals, payload).await;
 }
 
 /// Ask to be enrolled.
