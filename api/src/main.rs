@@ -106,6 +106,7 @@ async fn openapi() -> Result<()> {
         state_dir: folder.clone(),
         public_base_url: "http://127.0.0.1:0".parse().map_err(Error::bug)?,
         enroll_per_minute: 1,
+        enroll_wrong_codes: 1,
         unseal_automatically: false,
         access: borealis_engine::access::Settings::default(),
         exports: Exports::default(),

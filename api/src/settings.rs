@@ -28,6 +28,8 @@ pub struct Settings {
     pub public_base_url: Url,
     /// Enrollment requests a minute from one address.
     pub enroll_per_minute: u32,
+    /// Wrong enrollment codes from one address in 15 minutes; with more it is refused.
+    pub enroll_wrong_codes: u32,
     /// Whether an unseal key file is written at Aegis setup, so that a restart comes back unlocked.
     pub unseal_automatically: bool,
     /// Sign-in: how long sessions live, the name an authenticator app shows.
@@ -65,6 +67,9 @@ pub struct Environment {
     /// Enrollment requests a minute from one address.
     #[arg(long, env = "BOREALIS_ENROLL_PER_MINUTE", value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub enroll_per_minute: u32,
+    /// Wrong enrollment codes from one address in 15 minutes; with more it is refused.
+    #[arg(long, env = "BOREALIS_ENROLL_WRONG_CODES", value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub enroll_wrong_codes: u32,
     /// How long a session lives without a request, in seconds.
     #[arg(long, env = "BOREALIS_SESSION_IDLE_SECONDS", value_name = "N", default_value_t = Lifetimes::default().idle_s, value_parser = clap::value_parser!(u32).range(60..=31_536_000))]
     pub session_idle_seconds: u32,
@@ -128,6 +133,7 @@ impl Environment {
                 None => own(self.listen)?,
             },
             enroll_per_minute: self.enroll_per_minute,
+            enroll_wrong_codes: self.enroll_wrong_codes,
             unseal_automatically: self.unseal == Unseal::Auto,
             access: access::Settings {
                 sessions: Lifetimes { idle_s: self.session_idle_seconds, absolute_s: self.token_ttl_seconds },
