@@ -4,6 +4,7 @@ pub mod access;
 pub mod app;
 pub mod body;
 pub mod errors;
+pub mod github;
 pub mod internal;
 pub mod metrics;
 pub mod routes;

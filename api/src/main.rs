@@ -3,7 +3,7 @@
 use std::{net::Ipv4Addr, process::ExitCode};
 
 use borealis_api::{
-    app, serve,
+    app, github, serve,
     settings::{Environment, Settings},
     up,
 };
@@ -106,8 +106,10 @@ async fn openapi() -> Result<()> {
         state_dir: folder.clone(),
         public_base_url: "http://127.0.0.1:0".parse().map_err(Error::bug)?,
         enroll_per_minute: 1,
+        enroll_wrong_codes: 1,
         unseal_automatically: false,
         access: borealis_engine::access::Settings::default(),
+        github_api_url: github::DEFAULT_URL.parse().map_err(Error::bug)?,
         exports: Exports::default(),
         worker_metrics_listen: None,
     };

@@ -14,6 +14,8 @@ use borealis_telemetry::{Exports, Optional};
 use clap::{Args, ValueEnum};
 use url::Url;
 
+use crate::github;
+
 /// Settings of the API process.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -29,10 +31,14 @@ pub struct Settings {
     pub public_base_url: Url,
     /// Enrollment requests a minute from one address.
     pub enroll_per_minute: u32,
+    /// Wrong enrollment codes from one address in 15 minutes; with more it is refused.
+    pub enroll_wrong_codes: u32,
     /// Whether an unseal key file is written at Aegis setup, so that a restart comes back unlocked.
     pub unseal_automatically: bool,
     /// Sign-in: how long sessions live, the name an authenticator app shows.
     pub access: access::Settings,
+    /// Where GitHub's interface is.
+    pub github_api_url: Url,
     /// What leaves the process besides its log.
     pub exports: Exports,
     /// Where the worker of `up` does.
@@ -66,6 +72,9 @@ pub struct Environment {
     /// Enrollment requests a minute from one address.
     #[arg(long, env = "BOREALIS_ENROLL_PER_MINUTE", value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub enroll_per_minute: u32,
+    /// Wrong enrollment codes from one address in 15 minutes; with more it is refused.
+    #[arg(long, env = "BOREALIS_ENROLL_WRONG_CODES", value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub enroll_wrong_codes: u32,
     /// How long a session lives without a request, in seconds.
     #[arg(long, env = "BOREALIS_SESSION_IDLE_SECONDS", value_name = "N", default_value_t = Lifetimes::default().idle_s, value_parser = clap::value_parser!(u32).range(60..=31_536_000))]
     pub session_idle_seconds: u32,
@@ -82,6 +91,9 @@ pub struct Environment {
     /// `10.0.0.5:3890,192.0.2.0/24`.
     #[arg(long, env = "BOREALIS_EGRESS_ALLOW", value_name = "LIST", default_value = "", hide_default_value = true)]
     pub egress_allow: egress::Policy,
+    /// GitHub's interface: another one for GitHub Enterprise.
+    #[arg(long, env = "BOREALIS_GITHUB_API_URL", value_name = "URL", default_value = github::DEFAULT_URL)]
+    pub github_api_url: Url,
     /// What leaves the process besides its log.
     #[command(flatten)]
     pub exports: Exports,
@@ -133,6 +145,7 @@ impl Environment {
                 None => own(self.listen)?,
             },
             enroll_per_minute: self.enroll_per_minute,
+            enroll_wrong_codes: self.enroll_wrong_codes,
             unseal_automatically: self.unseal == Unseal::Auto,
             access: access::Settings {
                 sessions: Lifetimes { idle_s: self.session_idle_seconds, absolute_s: self.token_ttl_seconds },
@@ -140,6 +153,7 @@ impl Environment {
                 passkey_rp_name: self.passkey_rp_name.clone(),
                 egress: self.egress(),
             },
+            github_api_url: github_api(self.github_api_url.clone())?,
             exports: self.exports.clone(),
             worker_metrics_listen: self.worker_metrics_listen.0,
             state_dir,
@@ -170,6 +184,18 @@ fn public(mut url: Url) -> Result<Url> {
         return refuse("it must not have a path: the API answers at the root of its host.");
     }
     url.set_path("");
+    Ok(url)
+}
+
+/// Checks that a token may be sent there, and that paths can be appended.
+fn github_api(mut url: Url) -> Result<Url> {
+    let loopback = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
+    if url.host().is_none() || url.scheme() != "https" && !(url.scheme() == "http" && loopback) || !url.username().is_empty() {
+        return Err(Error::field("invalid_setting", "BOREALIS_GITHUB_API_URL", "it must be an https URL."));
+    }
+    if !url.path().ends_with('/') {
+        url.set_path(&format!("{}/", url.path()));
+    }
     Ok(url)
 }
 

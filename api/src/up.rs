@@ -205,10 +205,12 @@ fn roles(settings: &Settings, url: &str) -> Result<[Role; 2]> {
         ("BOREALIS_PUBLIC_BASE_URL", settings.public_base_url.as_str().into()),
         ("BOREALIS_UNSEAL", if settings.unseal_automatically { "auto" } else { "manual" }.into()),
         ("BOREALIS_ENROLL_PER_MINUTE", settings.enroll_per_minute.to_string().into()),
+        ("BOREALIS_ENROLL_WRONG_CODES", settings.enroll_wrong_codes.to_string().into()),
         ("BOREALIS_SESSION_IDLE_SECONDS", settings.access.sessions.idle_s.to_string().into()),
         ("BOREALIS_TOKEN_TTL_SECONDS", settings.access.sessions.absolute_s.to_string().into()),
         ("BOREALIS_MFA_ISSUER", settings.access.mfa_issuer.as_str().into()),
         ("BOREALIS_PASSKEY_RP_NAME", settings.access.passkey_rp_name.as_str().into()),
+        ("BOREALIS_GITHUB_API_URL", settings.github_api_url.as_str().into()),
         ("BOREALIS_EGRESS_ALLOW", settings.access.egress.to_string().into()),
     ]);
     let mut work = common.to_vec();

@@ -203,29 +203,48 @@ impl Policy {
         false
     }
 
+    /// The addresses of `host` that may be connected to, for a client that takes addresses instead of a name.
+    ///
+    /// # Errors
+    /// 403 `egress_refused` when the policy closes every address of it; 502 `unreachable` when it cannot be resolved.
+    pub async fn addresses(&self, purpose: Purpose, host: &str, port: u16) -> Result<Vec<SocketAddr>> {
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let resolved = timeout(CONNECT_LIMIT, lookup_host((host, port))).await;
+        let resolved = resolved.unwrap_or_else(|elapsed| Err(elapsed.into())).map_err(unreachable)?;
+        self.open(purpose, resolved.collect()).await
+    }
+
+    /// Those of the addresses that the policy leaves open.
+    async fn open(&self, purpose: Purpose, addresses: Vec<SocketAddr>) -> Result<Vec<SocketAddr>> {
+        let mut last = unreachable("the name has no address");
+        let mut open = Vec::with_capacity(addresses.len());
+        for address in addresses {
+            if let Err(error) = self.may(purpose, address) {
+                last = error;
+            } else if self.is_own(address).await {
+                last = refused(purpose, "it is a door of the engine itself");
+            } else {
+                open.push(address);
+            }
+        }
+        if open.is_empty() { Err(last) } else { Ok(open) }
+    }
+
     /// Connects to `host`, or to `pinned` in its place.
     ///
     /// # Errors
-    /// 403 `egress_refused` when the policy closes every address of it; 502 `unreachable` when it cannot be resolved or does
-    /// not answer within [`CONNECT_LIMIT`].
+    /// As [`Policy::addresses`]; 502 `unreachable` when none of them answers within [`CONNECT_LIMIT`].
     pub async fn connect(&self, purpose: Purpose, host: &str, port: u16, pinned: Option<IpAddr>) -> Result<TcpStream> {
         let attempt = async {
-            let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-            let addresses: Vec<SocketAddr> = match pinned {
-                Some(ip) => vec![SocketAddr::new(ip, port)],
-                None => lookup_host((host, port)).await.map_err(unreachable)?.collect(),
+            let addresses = match pinned {
+                Some(ip) => self.open(purpose, vec![SocketAddr::new(ip, port)]).await?,
+                None => self.addresses(purpose, host, port).await?,
             };
-            let mut last = unreachable("the name has no address");
+            let mut last = unreachable("no address");
             for address in addresses {
-                if let Err(error) = self.may(purpose, address) {
-                    last = error;
-                } else if self.is_own(address).await {
-                    last = refused(purpose, "it is a door of the engine itself");
-                } else {
-                    match TcpStream::connect(address).await {
-                        Ok(stream) => return Ok(stream),
-                        Err(error) => last = unreachable(error),
-                    }
+                match TcpStream::connect(address).await {
+                    Ok(stream) => return Ok(stream),
+                    Err(error) => last = unreachable(error),
                 }
             }
             Err(last)

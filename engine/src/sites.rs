@@ -192,6 +192,27 @@ pub async fn rename(pool: &db::Pool, actor: &Actor, id: i64, new_name: &str) -> 
     Ok(site)
 }
 
+/// Gives a site another enrollment code; the old one opens nothing from then on. Requests made with it wait on, for a
+/// person to decide.
+///
+/// # Errors
+/// 404 `site not found`; 500 `unable_to_generate_enrollment_code`.
+pub async fn rotate_enrollment_code(pool: &db::Pool, actor: &Actor, id: i64) -> Result<Site> {
+    let mut tx = pool.begin().await?;
+    let taken = || Error::new(Kind::Bug, "unable_to_generate_enrollment_code", "No free enrollment code was found.");
+    let changed = sqlx::query!("UPDATE sites SET enrollment_code = $2 WHERE id = $1", id, new_enrollment_code())
+        .execute(&mut *tx)
+        .await
+        .map_err(|error| Error::from(error).on_constraint("sites_enrollment_code_key", taken))?;
+    if changed.rows_affected() == 0 {
+        return Err(not_found());
+    }
+    record(&mut tx, actor, "site.rotate_enrollment_code", id, json!({})).await?;
+    let site = get(&mut tx, id).await?;
+    tx.commit().await?;
+    Ok(site)
+}
+
 /// Approves the site's enrollments without an operator until then, or with one again.
 ///
 /// # Errors

@@ -3,10 +3,12 @@
 use std::sync::LazyLock;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
+use borealis_engine::internal::{self, Key, Signed};
 use ed25519_dalek::{Signer, SigningKey, pkcs8::EncodePublicKey};
 use reqwest::Method;
 use serde_json::{Value, json};
 use url::Url;
+use uuid::Uuid;
 
 use crate::totp;
 
@@ -81,6 +83,8 @@ pub enum Credential {
     Bearer(String),
     /// With a session cookie, as a browser does.
     Cookie(String),
+    /// As a worker that knows this engine secret: every request is signed.
+    Worker(String),
 }
 
 /// Somebody who talks to the engine.
@@ -131,7 +135,8 @@ impl Actor {
         let url = format!("{}{path}", self.base.as_str().trim_end_matches('/'));
         let request = client().request(method, url).header("Accept", "application/json");
         match &self.credential {
-            Credential::None => request,
+            // A worker signs what is sent, so it does so when it sends.
+            Credential::None | Credential::Worker(_) => request,
             Credential::Bearer(token) => request.bearer_auth(token),
             Credential::Cookie(value) => {
                 request.header("Cookie", format!("borealis_auth={value}")).header("Sec-Fetch-Site", "same-origin")
@@ -139,9 +144,40 @@ impl Actor {
         }
     }
 
+    /// The headers with which it proves who it is, on a request with this method, target and body.
+    #[must_use]
+    pub fn proof(&self, method: &str, target: &str, body: &[u8]) -> Vec<(&'static str, String)> {
+        match &self.credential {
+            Credential::None => Vec::new(),
+            Credential::Bearer(token) => vec![("authorization", format!("Bearer {token}"))],
+            Credential::Cookie(value) => vec![("cookie", format!("borealis_auth={value}"))],
+            Credential::Worker(secret) => {
+                let (timestamp, nonce) = (chrono::Utc::now().timestamp().to_string(), internal::nonce());
+                let worker = Uuid::new_v4().to_string();
+                let signed =
+                    Signed { method, path_and_query: target, timestamp: &timestamp, nonce: &nonce, worker: &worker, body };
+                let signature = Key::derive(secret).sign(&signed);
+                vec![
+                    (internal::SIGNATURE_HEADER, signature),
+                    (internal::TIMESTAMP_HEADER, timestamp),
+                    (internal::NONCE_HEADER, nonce),
+                    (internal::WORKER_HEADER, worker),
+                ]
+            }
+        }
+    }
+
     /// Sends a request made with [`Self::request`].
     pub async fn send(&self, request: reqwest::RequestBuilder) -> Reply {
-        let request = request.build().expect("a request");
+        let mut request = request.build().expect("a request");
+        if matches!(self.credential, Credential::Worker(_)) {
+            let url = request.url();
+            let target = url.query().map_or_else(|| url.path().to_owned(), |query| format!("{}?{query}", url.path()));
+            let body = request.body().and_then(|body| body.as_bytes()).unwrap_or_default();
+            for (name, value) in self.proof(request.method().as_str(), &target, body) {
+                request.headers_mut().insert(name, value.parse().expect("a header value"));
+            }
+        }
         let line = format!("{}: {} {}", self.name, request.method(), request.url().path());
         let response = client().execute(request).await.unwrap_or_else(|error| panic!("{line}: {error:?}"));
         let status = response.status().as_u16();
@@ -311,9 +347,15 @@ impl Enrollment {
         })
     }
 
+    /// The body of a poll, signed with its own key.
+    #[must_use]
+    pub fn own_proof(&self) -> Value {
+        self.proof(&self.key)
+    }
+
     /// Asks for the outcome.
     pub async fn poll(&self) -> Reply {
-        self.actor.post("/api/agent/enroll/poll", self.proof(&self.key)).await
+        self.actor.post("/api/agent/enroll/poll", self.own_proof()).await
     }
 
     /// The device, after approval.

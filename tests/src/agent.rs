@@ -120,6 +120,31 @@ impl Socket {
         }
     }
 
+    /// As [`Self::call`], for who may be left without an answer: none when none comes for `time`, or the connection ends.
+    pub async fn ask(&mut self, name: &str, payload: Value, time: Duration) -> Option<Value> {
+        self.next_ack += 1;
+        let wanted = self.next_ack;
+        self.send(&Frame::Event { id: Some(wanted), name: name.into(), args: vec![payload] }).await;
+        let answer = async {
+            loop {
+                match self.next().await? {
+                    Frame::Ack { id, args } if id == wanted => return args.into_iter().next(),
+                    _ => {}
+                }
+            }
+        };
+        tokio::time::timeout(time, answer).await.ok().flatten()
+    }
+
+    /// The name and first argument of the next event; none when the connection is closed.
+    pub async fn any_event(&mut self) -> Option<(String, Value)> {
+        loop {
+            if let Frame::Event { name, args, .. } = self.next().await? {
+                return Some((name, args.into_iter().next().unwrap_or_default()));
+            }
+        }
+    }
+
     /// The first argument of the next event of that name; other events are left out.
     pub async fn event(&mut self, wanted: &str) -> Value {
         loop {

@@ -86,8 +86,11 @@ pub fn settings(state_dir: PathBuf) -> Settings {
         state_dir,
         public_base_url: Url::parse("http://127.0.0.1:0").expect("a URL"),
         enroll_per_minute: 100_000,
+        enroll_wrong_codes: 20,
         unseal_automatically: true,
         access: Default::default(),
+        // Nothing answers there.
+        github_api_url: Url::parse("http://127.0.0.1:9/").expect("a URL"),
         exports: Default::default(),
         worker_metrics_listen: None,
     }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 fn token(actor: &Actor) -> &str {
     match &actor.credential {
         Credential::Bearer(token) | Credential::Cookie(token) => token,
-        Credential::None => panic!("{} has no session", actor.name),
+        Credential::None | Credential::Worker(_) => panic!("{} has no session", actor.name),
     }
 }
 
@@ -659,6 +659,7 @@ async fn users_are_made_listed_and_removed() {
         ("POST", "/api/sites/assign"),
         ("POST", "/api/sites/rename"),
         ("POST", "/api/sites/1/auto-approval"),
+        ("POST", "/api/sites/1/rotate-enrollment-code"),
     ] {
         let _ = ada.call(method, path, Some(&json!({}))).await.error(403, "forbidden");
     }

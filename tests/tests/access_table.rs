@@ -1,4 +1,5 @@
 //! Who may call what: every route of the access table, tried as everybody. A route without a line in [`World::call`] fails.
+//! `access_table/` does the same for the internal listener and for sockets.
 //!
 //! What belongs to a foreign site answers exactly as what does not exist, and a refused call changes nothing: the owner's
 //! call after it still succeeds.
@@ -11,6 +12,11 @@ use borealis_tests::{
 };
 use serde_json::{Value, json};
 use uuid::Uuid;
+
+#[path = "access_table/internal.rs"]
+mod internal;
+#[path = "access_table/sockets.rs"]
+mod sockets;
 
 /// A request with everything valid in it, and what callers without rights get.
 struct Call {
@@ -49,7 +55,7 @@ struct World {
     operator: Actor,
     /// Of site B, and of no site.
     strangers: Vec<Actor>,
-    /// Nobody, and a password without its second factor, in both forms.
+    /// Nobody, a password without its second factor in both forms, and a worker, who is nobody outside the internal listener.
     unknown: Vec<Actor>,
     device: Device,
     other_device: Device,
@@ -72,14 +78,22 @@ impl World {
         let anonymous = engine.anonymous();
         let body = json!({"username": username, "password": PASSWORD});
         let pending = anonymous.post("/api/auth/login", body).await.ok()["pending_token"].as_str().expect("a token").to_owned();
-        let mut unknown = vec![anonymous.clone(), anonymous.clone(), anonymous];
+        let mut unknown = vec![anonymous; 4];
         unknown[1].name = "operator without second factor".into();
         unknown[1].credential = Credential::Bearer(pending.clone());
         unknown[2].name = "operator without second factor, by cookie".into();
         unknown[2].credential = Credential::Cookie(pending);
+        unknown[3].name = "worker".into();
+        unknown[3].credential = Credential::Worker(engine.app.keys.engine_secret().expose().clone());
         let device = engine.device(site).await;
         let other_device = engine.device(other_site).await;
         Self { engine, site, admin, operator, strangers, unknown, device, other_device }
+    }
+
+    /// Everybody the table knows.
+    fn everybody(&self) -> Vec<&Actor> {
+        let known = [&self.operator, &self.admin, &self.device.actor, &self.other_device.actor];
+        self.unknown.iter().chain(&self.strangers).chain(known).collect()
     }
 
     fn pool(&self) -> &borealis_engine::db::Pool {
@@ -341,6 +355,8 @@ impl World {
                 .expect("a user");
                 admin(&format!("/api/users/{name}/directory-cache"), json!({}))
             }
+            ("GET", "/api/github/token") => admin(path, Value::Null),
+            ("POST", "/api/github/token") => admin(path, json!({"token": ""})),
             ("GET", "/api/directory/providers") => admin(path, Value::Null),
             ("POST", "/api/directory/providers") => admin(path, json!({"name": format!("Directory {nothing}")})),
             ("PATCH" | "DELETE", "/api/directory/providers/{id}") => {
@@ -394,6 +410,10 @@ impl World {
             ("POST", "/api/sites/rename") => {
                 let (id, _) = self.engine.site(&format!("Site {nothing}")).await;
                 admin(path, json!({"id": id, "new_name": format!("Renamed {nothing}")}))
+            }
+            ("POST", "/api/sites/{site_id}/rotate-enrollment-code") => {
+                let (id, _) = self.engine.site(&format!("Site {nothing}")).await;
+                admin(&format!("/api/sites/{id}/rotate-enrollment-code"), Value::Null)
             }
             ("POST", "/api/sites/{site_id}/auto-approval") => {
                 admin(&format!("/api/sites/{site}/auto-approval"), json!({"auto_approve_until": 0}))
@@ -605,7 +625,8 @@ async fn check(world: &World, route: &str, method: &str, class: Class, call: Cal
             }
         }
         Rule::Leaving => {
-            for actor in world.unknown.iter().take(2).chain(devices) {
+            let no_browser = world.unknown.iter().filter(|actor| !matches!(actor.credential, Credential::Cookie(_)));
+            for actor in no_browser.chain(devices) {
                 let reply = send(actor, method, &call).await;
                 if reply.status != 200 {
                     complain(faults, route, &actor.name, "200", &reply);

@@ -19,12 +19,13 @@ const ALL: [&str; 5] = ["read", "assemblies:write", "devices:write", "jobs:write
 
 /// Routes of operators no API token gets into, whatever its scopes. A new route is one of these until it names its area; is it
 /// meant to be, add it here.
-const CLOSED: [&str; 28] = [
+const CLOSED: [&str; 38] = [
     "DELETE /api/auth/passkeys/{id}",
     "DELETE /api/auth/sessions",
     "DELETE /api/auth/sessions/{id}",
     "DELETE /api/auth/tokens/{id}",
     "DELETE /api/credentials/{id}",
+    "DELETE /api/directory/providers/{id}",
     "DELETE /api/users/{username}",
     "DELETE /api/users/{username}/tokens/{id}",
     "GET /api/aegis/status",
@@ -33,6 +34,8 @@ const CLOSED: [&str; 28] = [
     "GET /api/auth/tokens",
     "GET /api/users/{username}/tokens",
     "PATCH /api/auth/passkeys/{id}",
+    "PATCH /api/directory/providers/{id}",
+    "POST /api/aegis/force_reset",
     "POST /api/aegis/rotate",
     "POST /api/auth/mfa/reset",
     "POST /api/auth/passkeys/register/options",
@@ -41,9 +44,16 @@ const CLOSED: [&str; 28] = [
     "POST /api/auth/step-up",
     "POST /api/auth/tokens",
     "POST /api/credentials",
+    "POST /api/directory/providers",
+    "POST /api/directory/providers/certificate",
+    "POST /api/directory/providers/{id}/lookup-user",
+    "POST /api/directory/providers/{id}/sync",
+    "POST /api/directory/providers/{id}/test",
+    "POST /api/github/token",
     "POST /api/user_site_assignments/assign",
     "POST /api/user_site_assignments/selection",
     "POST /api/users",
+    "POST /api/users/{username}/directory-cache",
     "POST /api/users/{username}/mfa",
     "POST /api/users/{username}/reset_password",
     "POST /api/users/{username}/role",

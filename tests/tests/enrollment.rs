@@ -108,6 +108,146 @@ async fn requests_are_counted_per_address_and_per_key() {
 }
 
 #[tokio::test]
+async fn an_address_that_guesses_codes_is_refused_at_every_process() {
+    let engine = TestEngine::with(|settings| settings.enroll_wrong_codes = 5).await;
+    let second = engine.second().await;
+    let (_, code) = engine.site("north").await;
+    let (here, there) = (engine.anonymous(), engine.anonymous().at(&second.base));
+    let body = |code: &str| json!({"hostname": "guesser", "enrollment_code": code, "agent_pubkey": spki(&new_key()), "client_nonce": STANDARD.encode([1; 16])});
+    // Right codes, however many, are no guesses.
+    for _ in 0..8 {
+        let _ = ask(&engine, "web", &code, &new_key()).await;
+    }
+    // Another key each time does not help, nor another process.
+    for n in 0..5 {
+        let guess = body(&format!("{n:04X}-WRONG-WRONG"));
+        let _ = if n % 2 == 0 { &here } else { &there }
+            .post("/api/agent/enroll/request", guess)
+            .await
+            .error(400, "invalid_enrollment_code");
+    }
+    for actor in [&here, &there] {
+        for sent in ["one more guess", &code] {
+            let refused = actor.post("/api/agent/enroll/request", body(sent)).await.error(429, "rate_limited");
+            let wait: u64 = refused.header("retry-after").expect("a time").parse().expect("seconds");
+            assert!((60..=16 * 60).contains(&wait), "{wait}");
+            assert_eq!(refused.body["retry_after"], wait);
+        }
+    }
+    // Administrators see who it was.
+    let rows = approvals(&engine.admin().await, "?status=wrong_code").await;
+    assert_eq!(rows.len(), 5, "the refused are not judged, and so not listed");
+    for row in &rows {
+        assert_eq!((&row["hostname_claimed"], &row["remote_addr"]), (&json!("guesser"), &json!("127.0.0.1")));
+        assert!(row["enrollment_code"].as_str().is_some_and(|mask| mask.ends_with("***ONG")), "{row}");
+        assert!(row["last_seen_at"].as_str().is_some_and(|at| at.ends_with('Z')), "{row}");
+    }
+    sql(&engine, "UPDATE rate_counters SET window_start = window_start - interval '17 minutes'").await;
+    let _ = here.post("/api/agent/enroll/request", body(&code)).await.ok();
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn guesses_at_the_same_time_are_counted_one_by_one() {
+    let engine = TestEngine::with(|settings| settings.enroll_wrong_codes = 5).await;
+    let _ = engine.site("north").await;
+    let nobody = engine.anonymous();
+    let guesses = (0..20).map(|_| {
+        let body = json!({
+            "hostname": "web", "enrollment_code": "a guess", "agent_pubkey": spki(&new_key()), "client_nonce": STANDARD.encode([1; 16]),
+        });
+        let nobody = &nobody;
+        async move { nobody.post("/api/agent/enroll/request", body).await.status }
+    });
+    let statuses = futures::future::join_all(guesses).await;
+    assert_eq!(statuses.iter().filter(|status| **status == 400).count(), 5, "{statuses:?}");
+    assert!(statuses.iter().all(|status| [400, 429].contains(status)), "{statuses:?}");
+}
+
+#[tokio::test]
+async fn polls_refreshes_and_requests_of_a_device_are_counted() {
+    let engine = TestEngine::start().await;
+    let second = engine.second().await;
+    let (site, code) = engine.site("north").await;
+    // A request's polls and a device's refreshes: together at both processes.
+    let waiting = ask(&engine, "web", &code, &new_key()).await;
+    let device = engine.device_named(site, "db").await;
+    let nodes = [engine.anonymous(), engine.anonymous().at(&second.base)];
+    let proof = waiting.own_proof();
+    let renewal = json!({"guid": device.guid, "refresh_token": device.refresh_token});
+    for (path, body, most) in [("/api/agent/enroll/poll", &proof, 60), ("/api/agent/token/refresh", &renewal, 30)] {
+        for n in 0..most {
+            let _ = nodes[n % 2].post(path, body.clone()).await.ok();
+        }
+        for node in &nodes {
+            let refused = node.post(path, body.clone()).await.error(429, "rate_limited");
+            assert!(refused.header("retry-after").is_some(), "{path}");
+        }
+    }
+    // Who holds no token of the device cannot use its tries up, and hears nothing of them.
+    let _ = refresh(&engine, &device.guid, "no token", false).await.error(401, "invalid_refresh_token");
+    let other = engine.device_named(site, "mail").await;
+    let _ = refresh(&engine, &other.guid, &other.refresh_token, false).await.ok();
+
+    let mut refused = None;
+    for _ in 0..400 {
+        let reply = heartbeat(&device).await;
+        if reply.status != 200 {
+            refused = Some(reply.error(429, "rate_limited"));
+            break;
+        }
+    }
+    assert!(refused.expect("a device that does not stop is slowed").header("retry-after").is_some());
+    let _ = heartbeat(&other).await.ok();
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn a_site_has_only_so_many_open_requests() {
+    let engine = TestEngine::start().await;
+    let (_, code) = engine.site("north").await;
+    sql(
+        &engine,
+        "INSERT INTO device_approvals (id, approval_reference, hostname_claimed, fingerprint, public_key, enrollment_code, site_id,
+                client_nonce, server_nonce)
+         SELECT gen_random_uuid(), gen_random_uuid(), 'filler', n::text, '', '', s.id, '', '' FROM sites AS s, generate_series(1, 20000) AS n",
+    )
+    .await;
+    let body = json!({
+        "hostname": "web", "enrollment_code": code, "agent_pubkey": spki(&new_key()), "client_nonce": STANDARD.encode([1; 16]),
+    });
+    let refused = engine.anonymous().post("/api/agent/enroll/request", body).await.error(429, "rate_limited");
+    assert!(refused.header("retry-after").is_some());
+    let (_, south) = engine.site("south").await;
+    let _ = ask(&engine, "web", &south, &new_key()).await;
+}
+
+#[tokio::test]
+async fn a_rotated_code_opens_nothing_and_what_waits_goes_on() {
+    let engine = TestEngine::start().await;
+    let (site, before) = engine.site("north").await;
+    let admin = engine.admin().await;
+    let waiting = ask(&engine, "web", &before, &new_key()).await;
+    let rotated = admin.call("POST", &format!("/api/sites/{site}/rotate-enrollment-code"), None).await.ok();
+    let after = rotated["enrollment_code"].as_str().expect("a code");
+    assert!(after.len() == 39 && after != before && rotated["id"] == site, "{rotated}");
+    let body = json!({
+        "hostname": "db", "enrollment_code": before, "agent_pubkey": spki(&new_key()), "client_nonce": STANDARD.encode([1; 16]),
+    });
+    let _ = engine.anonymous().post("/api/agent/enroll/request", body).await.error(400, "invalid_enrollment_code");
+    let _ = ask(&engine, "db", after, &new_key()).await;
+    let _ = decide(&engine, &admin, &waiting, json!({})).await.ok();
+    let _ = waiting.finish(site).await;
+    for unknown in ["999999", "x"] {
+        let path = format!("/api/sites/{unknown}/rotate-enrollment-code");
+        let _ = admin.call("POST", &path, None).await.error(404, "site not found");
+    }
+    let events = admin.get("/api/audit?action=site.rotate_enrollment_code").await.ok();
+    assert_eq!(events["events"].as_array().map(Vec::len), Some(1), "{events}");
+    assert!(!events.to_string().contains(after) && !events.to_string().contains(&before), "a code is no thing for the audit");
+}
+
+#[tokio::test]
 async fn a_machine_becomes_a_device_and_its_lost_answer_is_given_again() {
     let engine = TestEngine::start().await;
     let (site, code) = engine.site("north").await;
@@ -264,6 +404,10 @@ async fn an_open_door_admits_only_who_harms_nobody() {
     assert_eq!(ask(&engine, "web", &south, &new_key()).await.poll().await.ok()["status"], "approved");
     let back = ask(&engine, "web", &code, &key).await.finish(site).await;
     assert_eq!(back.guid, device.guid);
+    // Whom the door let in is in the audit.
+    let audited =
+        "SELECT count(*) FROM audit_events WHERE action = 'device_approval.approve' AND actor_name = 'site_auto_approval'";
+    assert_eq!(count(&engine, audited).await, 3);
     // Its key in another site would move it there.
     assert_eq!(ask(&engine, "web", &south, &key).await.poll().await.ok()["status"], "pending");
     sql(&engine, "UPDATE device_approvals SET status = 'denied' WHERE status = 'pending'").await;
@@ -283,15 +427,65 @@ async fn an_open_door_admits_only_who_harms_nobody() {
 }
 
 #[tokio::test]
-async fn a_revocation_after_the_approval_is_not_undone_by_it() {
+async fn an_open_door_closes_at_its_end() {
     let engine = TestEngine::start().await;
     let (site, code) = engine.site("north").await;
-    let device = engine.device_named(site, "web").await;
-    let again = ask(&engine, "web", &code, &device.key).await;
-    let _ = decide(&engine, &engine.admin().await, &again, json!({})).await.ok();
-    sql(&engine, "UPDATE devices SET status = 'revoked', token_version = token_version + 1").await;
-    assert_eq!(again.poll().await.ok()["status"], "denied");
-    assert_eq!(count(&engine, "SELECT count(*) FROM devices WHERE status = 'revoked'").await, 1);
+    let admin = engine.admin().await;
+    let door = format!("/api/sites/{site}/auto-approval");
+    let until = json!({"auto_approve_until": Utc::now().timestamp() + 3600});
+    assert_eq!(ask(&engine, "a", &code, &new_key()).await.answer.get("auto_approved"), None);
+    let _ = admin.post(&door, until.clone()).await.ok();
+    let admitted = ask(&engine, "b", &code, &new_key()).await;
+    assert_eq!(admitted.answer["auto_approved"], true);
+    // Its time is over: nobody has to close it. Whom it admitted before still comes in.
+    sql(&engine, "UPDATE sites SET auto_approve_until = now() - interval '1 second'").await;
+    assert_eq!(admin.get("/api/sites").await.ok()["sites"][0]["auto_approval_active"], false);
+    assert_eq!(ask(&engine, "c", &code, &new_key()).await.poll().await.ok()["status"], "pending");
+    let _ = admitted.finish(site).await;
+    let _ = admin.post(&door, until).await.ok();
+    let _ = admin.post(&door, json!({"auto_approve_until": 0})).await.ok();
+    assert_eq!(ask(&engine, "d", &code, &new_key()).await.poll().await.ok()["status"], "pending");
+    let shown = approvals(&admin, "?status=completed").await;
+    assert_eq!((shown.len(), &shown[0]["approved_by_user_id"]), (1, &json!("site_auto_approval")));
+}
+
+#[tokio::test]
+async fn no_door_and_no_former_approval_lifts_a_quarantine_or_a_revocation() {
+    for (status, change) in [
+        ("quarantined", "UPDATE devices SET status = 'quarantined', token_version = token_version + 1"),
+        ("revoked", "UPDATE devices SET status = 'revoked', token_version = token_version + 1"),
+        ("decommissioned", "UPDATE devices SET status = 'decommissioned', token_version = token_version + 1"),
+    ] {
+        let engine = TestEngine::start().await;
+        let (site, code) = engine.site("north").await;
+        let (admin, operator) = (engine.admin().await, engine.operator(&[site]).await);
+        let device = engine.device_named(site, "web").await;
+        let before = ask(&engine, "web", &code, &device.key).await;
+        let _ = decide(&engine, &admin, &before, json!({})).await.ok();
+        sql(&engine, change).await;
+        sql(&engine, "UPDATE sites SET auto_approve_until = now() + interval '1 hour'").await;
+        assert_eq!(before.poll().await.ok(), json!({"status": "denied", "reason": "operator_denied"}), "{status}");
+
+        // Neither with its own key, nor by its name with another.
+        let own = ask(&engine, "web", &code, &device.key).await;
+        assert_eq!(own.poll().await.ok()["status"], "pending", "{status}");
+        let _ = decide(&engine, &operator, &own, json!({"reinstate": true})).await.error(403, "forbidden");
+        let _ = decide(&engine, &admin, &own, json!({})).await.error(409, "reinstate_required");
+        let namesake = ask(&engine, "web", &code, &new_key()).await;
+        assert_eq!(namesake.poll().await.ok()["status"], "pending", "{status}");
+        let overwrite = json!({"conflict_resolution": "overwrite", "reinstate": true});
+        let _ = decide(&engine, &operator, &namesake, overwrite).await.error(403, "forbidden");
+        let _ = decide(&engine, &admin, &namesake, json!({"guid": device.guid})).await.error(409, "reinstate_required");
+        let kept: String = sqlx::query_scalar("SELECT status FROM devices").fetch_one(&engine.database.pool).await.unwrap();
+        assert_eq!(kept, status);
+
+        let _ = decide(&engine, &admin, &own, json!({"reinstate": true})).await.ok();
+        let back = own.finish(site).await;
+        assert_eq!(back.guid, device.guid);
+        let _ = heartbeat(&back).await.ok();
+        let _ = heartbeat(&device).await.error(403, "token_version_mismatch");
+        let _ = refresh(&engine, &device.guid, &device.refresh_token, true).await.error(401, "refresh_token_revoked");
+    }
 }
 
 #[tokio::test]
@@ -560,6 +754,100 @@ async fn a_purged_device_is_refused_everywhere_and_returns_only_by_an_administra
     let _ = heartbeat(&back).await.ok();
     let _ = heartbeat(&device).await.error(403, "token_version_mismatch");
     assert_eq!(count(&engine, "SELECT count(*) FROM device_purge_barriers").await, 0);
+    assert_eq!(count(&engine, "SELECT token_version::bigint FROM devices").await, 2, "no token from before the purge counts");
+}
+
+#[tokio::test]
+async fn a_purge_outlives_open_doors_and_approvals_from_before() {
+    let engine = TestEngine::start().await;
+    let (site, code) = engine.site("north").await;
+    let (admin, device) = (engine.admin().await, engine.device_named(site, "web").await);
+    // Approved by an administrator, and then somebody purges it before the machine comes for its tokens.
+    let approved = ask(&engine, "web", &code, &device.key).await;
+    let _ = decide(&engine, &admin, &approved, json!({})).await.ok();
+    sql(&engine, "INSERT INTO device_purge_barriers (guid, required_token_version) SELECT guid, token_version + 1 FROM devices")
+        .await;
+    sql(&engine, "DELETE FROM devices").await;
+    assert_eq!(approved.poll().await.ok()["status"], "denied");
+    assert_eq!(count(&engine, "SELECT count(*) FROM audit_events WHERE action = 'device_approval.withdraw'").await, 1);
+
+    // The old key at an open door is a new machine: another GUID, and the purged one stays away.
+    let _ = admin
+        .post(&format!("/api/sites/{site}/auto-approval"), json!({"auto_approve_until": Utc::now().timestamp() + 60}))
+        .await
+        .ok();
+    let again = ask(&engine, "web", &code, &device.key).await.finish(site).await;
+    assert_ne!(again.guid, device.guid);
+    let _ = heartbeat(&again).await.ok();
+    let _ = heartbeat(&device).await.error(401, "device_purged");
+    let _ = refresh(&engine, &device.guid, &device.refresh_token, true).await.error(401, "device_purged");
+    let _ = refresh(&engine, &device.guid, &again.refresh_token, true).await.error(401, "device_purged");
+    assert_eq!(count(&engine, "SELECT count(*) FROM device_purge_barriers").await, 1);
+
+    // Nor can the key be bound to the purged GUID beside its new one.
+    let twice = ask(&engine, "web-2", &code, &device.key).await;
+    assert_eq!(twice.finish(site).await.guid, again.guid);
+    let _ = admin.post(&format!("/api/sites/{site}/auto-approval"), json!({"auto_approve_until": 0})).await.ok();
+    let bound = ask(&engine, "web-3", &code, &device.key).await;
+    let _ = decide(&engine, &admin, &bound, json!({"guid": device.guid})).await.error(409, "fingerprint_in_use");
+    let _ = decide(&engine, &admin, &bound, json!({"guid": "not one"})).await.error(400, "invalid_guid");
+}
+
+#[tokio::test]
+async fn requests_are_listed_by_status_and_end_by_themselves() {
+    let engine = TestEngine::start().await;
+    let (site, code) = engine.site("north").await;
+    let (admin, operator) = (engine.admin().await, engine.operator(&[site]).await);
+    let key = new_key();
+    let installed = json!({
+        "hostname": "installed", "enrollment_code": code, "agent_pubkey": spki(&key), "client_nonce": STANDARD.encode([1; 16]),
+        "onboarding_context": {"job_id": 7, "run_id": 0, "target": " 10.0.0.9 "},
+    });
+    let _ = engine.anonymous().post("/api/agent/enroll/request", installed).await.ok();
+    let fetched = ask(&engine, "never-fetched", &code, &new_key()).await;
+    let _ = decide(&engine, &operator, &fetched, json!({})).await.ok();
+    let names =
+        |rows: Vec<Value>| rows.iter().map(|row| row["hostname_claimed"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    for (query, expected) in [
+        ("", vec!["installed", "never-fetched"]),
+        ("?status=all", vec!["installed", "never-fetched"]),
+        ("?status=pending", vec!["installed"]),
+        ("?status=approved", vec!["never-fetched"]),
+        ("?status=expired", vec![]),
+        ("?limit=1", vec!["installed"]),
+    ] {
+        assert_eq!(names(approvals(&operator, query).await), expected, "{query}");
+    }
+    let row = approvals(&operator, "?status=pending").await.remove(0);
+    assert_eq!(
+        (&row["onboarding_job_id"], &row["onboarding_run_id"], &row["onboarding_target"], &row["guid"], &row["site_name"]),
+        (&json!(7), &Value::Null, &json!("10.0.0.9"), &Value::Null, &json!("north"))
+    );
+    let row = approvals(&operator, "?status=approved").await.remove(0);
+    assert_eq!(row["approved_by_username"], operator.name);
+
+    // Seven days for a decision, a day to come for the tokens.
+    let expire = || async { borealis_engine::enrollment::expire_old(&engine.database.pool).await.unwrap() };
+    sql(
+        &engine,
+        "UPDATE device_approvals SET updated_at = now() - interval '6 days', decided_at = decided_at - interval '23 hours'",
+    )
+    .await;
+    assert_eq!(expire().await, 0);
+    sql(
+        &engine,
+        "UPDATE device_approvals SET updated_at = now() - interval '8 days', decided_at = decided_at - interval '2 hours'",
+    )
+    .await;
+    assert_eq!(expire().await, 2);
+    assert_eq!(fetched.poll().await.ok(), json!({"status": "expired"}));
+    assert_eq!(names(approvals(&admin, "?status=expired").await).len(), 2);
+    assert_eq!(count(&engine, "SELECT count(*) FROM audit_events WHERE action = 'device_approval.expire'").await, 2);
+
+    // A key that could not be read any more would be told so, and not let in.
+    let broken = ask(&engine, "broken", &code, &new_key()).await;
+    sql(&engine, "UPDATE device_approvals SET public_key = '\\x00' WHERE status = 'pending'").await;
+    let _ = broken.poll().await.error(400, "agent_pubkey_invalid");
 }
 
 #[tokio::test]

@@ -163,6 +163,18 @@ fn the_api_contains_no_sql() {
 }
 
 #[test]
+fn socket_events_are_named_in_one_place() {
+    let mut handlers = 0;
+    for (path, text) in sources("api/src/sockets") {
+        for (line, code) in code(&text).filter(|(_, code)| code.contains("socket.on(")) {
+            assert!(code.contains("socket.on(event.name(), "), "name it in events.rs: {}:{line}: {code}", path.display());
+            handlers += 1;
+        }
+    }
+    assert!(handlers > 0, "are handlers registered in another way now?");
+}
+
+#[test]
 fn handlers_use_the_extractors_that_answer_in_our_form() {
     for (path, text) in sources("api/src/routes") {
         for (line, code) in code(&text) {

@@ -15,11 +15,9 @@ use crate::{
     access::{Area, Operator, Routes},
     body::{self, Params, Path},
     errors::Result,
+    sockets::events::ToOperator,
     state::App,
 };
-
-/// What operators are told when something about a device's activity changed.
-const CHANGED: &str = "device_activity_changed";
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
@@ -99,7 +97,7 @@ async fn quick_run(
             "activity_id": run.job_id, "hostname": run.target.hostname, "device_guid": run.target.device_guid, "status": run.status,
             "queue_lane": activity::QUICK_RUN_LANE, "activity_kind": activity::QUICK_RUN_KIND, "change": "created", "source": "quick_job",
         });
-        app.hub.to_site(run.target.site_id, CHANGED, change).await;
+        app.hub.to_site(run.target.site_id, ToOperator::DeviceActivity, change).await;
     }
     let devices: Vec<Uuid> = started.iter().map(|run| run.target.device_guid).collect();
     app.hub.deliver(&devices).await;
@@ -224,7 +222,7 @@ async fn clear(State(app): State<App>, operator: Operator, Path(hostname): Path<
     tx.commit().await?;
     let change =
         json!({"hostname": device.hostname, "device_guid": device.device_guid, "change": "cleared", "source": "operator"});
-    app.hub.to_site(device.site_id, CHANGED, change).await;
+    app.hub.to_site(device.site_id, ToOperator::DeviceActivity, change).await;
     Ok(Json(Cleared { status: "ok", cleared }))
 }
 

@@ -13,6 +13,7 @@ use crate::{
     access::{Device, Routes},
     body,
     errors::Result,
+    sockets::events::ToOperator,
     state::App,
 };
 
@@ -76,7 +77,7 @@ async fn status(State(app): State<App>, device: Device, request: Request) -> Res
     let body = object(&app, request).await?;
     let outcome = ingest::status(&app.pool, &device.identity, &device.context, &body).await?;
     if let Some(event) = outcome.event {
-        app.hub.to_site(outcome.noted.site_id, "agent_status_changed", event).await;
+        app.hub.to_site(outcome.noted.site_id, ToOperator::AgentStatus, event).await;
     }
     let noted = outcome.noted;
     let mut answer = json!({"status": "ok", "site_id": noted.site_id, "site_name": noted.site_name});
@@ -101,8 +102,8 @@ async fn details(State(app): State<App>, device: Device, request: Request) -> Re
     let bytes = body::bytes(request, &app).await?;
     let noted = ingest::details(&app.pool, &device.identity, &device.context, &bytes).await?;
     for (changed, event, change) in [
-        (noted.services_changed, "device_services_changed", "updated"),
-        (noted.software_changed, "device_inventory_changed", "software_updated"),
+        (noted.services_changed, ToOperator::DeviceServices, "updated"),
+        (noted.software_changed, ToOperator::DeviceInventory, "software_updated"),
     ] {
         if changed {
             app.hub.to_site(noted.site_id, event, json!({"hostname": device.hostname, "change": change})).await;

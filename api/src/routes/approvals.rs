@@ -15,6 +15,7 @@ use crate::{
     access::{Area, Operator, Routes},
     body::{OptionalJson, Params, Path},
     errors::Result,
+    sockets::events::ToOperator,
     state::App,
 };
 
@@ -101,7 +102,7 @@ struct Approve {
 
 async fn changed(app: &App, decided: &Decided, status: &str) {
     let payload = json!({"approval_id": decided.id, "site_id": decided.site_id, "status": status, "hostname": decided.hostname});
-    app.hub.to_site(decided.site_id, "device_approvals_changed", payload).await;
+    app.hub.to_site(decided.site_id, ToOperator::DeviceApprovals, payload).await;
 }
 
 /// A path's id; what is none names nothing.

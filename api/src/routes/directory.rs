@@ -16,7 +16,7 @@ use utoipa_axum::routes;
 
 use super::auth::Done;
 use crate::{
-    access::{Operator, Routes},
+    access::{Area, Operator, Routes},
     body::{self, Path},
     errors::Result,
     state::App,
@@ -24,6 +24,7 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
+        .area(Area::ReadOnly)
         .admin(routes!(list, create))
         .admin(routes!(update, delete))
         .admin(routes!(certificate))

@@ -9,10 +9,10 @@ use axum::{
 };
 use borealis_engine::{
     Kind,
-    access::limits,
+    access::limits::{self, Limit},
     enrollment::{
         rates,
-        requests::{self, Accepted},
+        requests::{self, Accepted, Source},
         tokens::{self, Issued, Poll, Proof, Renewal},
     },
     keys::{ACCESS_TOKEN_TTL_S, guid_text},
@@ -29,6 +29,7 @@ use crate::{
     access::{Routes, client},
     body,
     errors::{ApiError, Result},
+    sockets::events::ToOperator,
     state::App,
 };
 
@@ -58,7 +59,7 @@ async fn lenient(app: &App, request: Request) -> Result<Map<String, Value>> {
 
 async fn approvals_changed(app: &App, id: Uuid, site_id: Option<i64>, status: &str, hostname: &str) {
     let payload = json!({"approval_id": id, "site_id": site_id, "status": status, "hostname": hostname});
-    app.hub.to_site(site_id, "device_approvals_changed", payload).await;
+    app.hub.to_site(site_id, ToOperator::DeviceApprovals, payload).await;
 }
 
 /// Ask to be enrolled.
@@ -69,12 +70,14 @@ async fn approvals_changed(app: &App, id: Uuid, site_id: Option<i64>, status: &s
 #[utoipa::path(post, path = "/api/agent/enroll/request", tag = "Enrollment", request_body = Value, responses(
     (status = 200, body = Value, description = "`{status: pending, approval_reference, server_nonce, poll_after_ms, signing_key, auto_approved?}`"),
     (status = 400, description = "`hostname_required`, `enrollment_code_required`, `agent_pubkey_required`, `client_nonce_required`, `invalid_hostname`, `invalid_agent_pubkey`, `invalid_client_nonce`, `invalid_enrollment_code`"),
-    (status = 429, description = "`rate_limited`: per address, per key, or a site with too many open requests"),
+    (status = 429, description = "`rate_limited`: per address, per key, an address with too many wrong codes, or a site with too many open requests"),
 ))]
 async fn request(State(app): State<App>, peer: Peer, request: Request) -> Result<Json<EnrollResponse>> {
     rates::hit(&app.pool, "enroll.address", &peer.subject, app.settings.enroll_per_minute).await?;
     let request = requests::Request::parse(&lenient(&app, request).await?)?;
-    let accepted = requests::submit(&app.pool, &request, &peer.ip).await;
+    let wrong_codes = Limit { max: app.settings.enroll_wrong_codes.into(), ..limits::ENROLLMENT_CODE };
+    let source = Source { ip: peer.ip, subject: peer.subject, wrong_codes };
+    let accepted = requests::submit(&app.pool, &request, &source).await;
     let Accepted { approval_id, reference, server_nonce, site_id, hostname, approved, auto_approved } =
         accepted.inspect_err(|error| tracing::info!(code = error.code, ?request, "enrollment refused"))?;
     tracing::info!(?request, site_id, approved, "enrollment requested");

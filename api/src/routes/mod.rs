@@ -15,6 +15,7 @@ pub mod devices;
 pub mod directory;
 pub mod docs;
 pub mod enrollment;
+pub mod github;
 pub mod health;
 pub mod passkeys;
 pub mod runs;
@@ -39,6 +40,7 @@ pub fn all(app: &App) -> Routes {
         .merge(directory::routes(app))
         .merge(docs::routes(app))
         .merge(enrollment::routes(app))
+        .merge(github::routes(app))
         .merge(health::routes(app))
         .merge(passkeys::routes(app))
         .merge(runs::routes(app))

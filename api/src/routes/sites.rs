@@ -26,6 +26,7 @@ pub(super) fn routes(app: &App) -> Routes {
         .operator(routes!(device_map))
         .admin(routes!(assign))
         .admin(routes!(rename))
+        .admin(routes!(rotate_enrollment_code))
         .admin(routes!(auto_approval))
 }
 
@@ -267,6 +268,24 @@ async fn rename(State(app): State<App>, operator: Operator, body::Json(body): bo
     Ok(Json(sites::rename(&app.pool, &operator.actor, id, &body.new_name).await?.into()))
 }
 
+/// A path's site id; what is none names nothing.
+fn path_id(text: String) -> Result<i64> {
+    Ok(site_id(&Value::String(text)).ok_or_else(|| Error::new(Kind::NotFound, "site not found", "There is no such site."))?)
+}
+
+/// Give a site another enrollment code.
+///
+/// The old one opens nothing from then on; requests made with it wait for a decision as before.
+#[utoipa::path(post, path = "/api/sites/{site_id}/rotate-enrollment-code", tag = "Sites",
+    params(("site_id" = i64, Path, description = "The site")), responses(
+    (status = 200, body = Site),
+    (status = 403, description = "`forbidden`"),
+    (status = 404, description = "`site not found`"),
+))]
+async fn rotate_enrollment_code(State(app): State<App>, operator: Operator, Path(id): Path<String>) -> Result<Json<Site>> {
+    Ok(Json(sites::rotate_enrollment_code(&app.pool, &operator.actor, path_id(id)?).await?.into()))
+}
+
 /// Until when enrollments are approved without an operator.
 #[derive(Debug, serde::Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -306,7 +325,7 @@ async fn auto_approval(
     Path(id): Path<String>,
     body::Json(body): body::Json<AutoApproval>,
 ) -> Result<Json<Site>> {
-    let id = site_id(&Value::String(id)).ok_or_else(|| Error::new(Kind::NotFound, "site not found", "There is no such site."))?;
+    let id = path_id(id)?;
     let until = instant(&body.auto_approve_until).ok_or_else(|| {
         Error::field("invalid auto_approve_until", "auto_approve_until", "must be an instant in epoch seconds, null, \"\" or 0.")
     })?;

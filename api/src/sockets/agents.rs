@@ -7,14 +7,13 @@ use borealis_engine::{
     devices::sockets::{self, Hello, Registered, Registration},
     jobs::results::{Kind, Report},
 };
-use borealis_protocol::events::{CONNECT_AGENT, QUICK_JOB_ACCEPTED, QUICK_JOB_PROGRESS, QUICK_JOB_RESULT};
 use chrono::Utc;
 use serde_json::{Value, json};
 use socketioxide::extract::{AckSender, SocketRef, TryData};
 use tokio::sync::{Mutex, mpsc};
 use uuid::Uuid;
 
-use super::{Adapter, Running, registry::Agent, upgrade::Peer};
+use super::{Adapter, Running, events::FromAgent, registry::Agent, upgrade::Peer};
 
 /// Registrations that may wait; one device has few sockets, so more cannot be.
 const QUEUE: usize = 50_000;
@@ -55,22 +54,15 @@ pub fn room(device: Uuid) -> String {
 pub fn entered(running: &Arc<Running>, socket: SocketRef<Adapter>) {
     let Some(Peer::Agent(agent)) = socket.req_parts().extensions.get::<Peer>().cloned() else { return };
     running.registry.enter(&agent, socket.clone());
-    {
-        let (running, agent) = (running.clone(), agent.clone());
-        socket.on(CONNECT_AGENT, move |TryData::<Value>(said), ack: AckSender<Adapter>| {
-            connect(&running, &agent, said.unwrap_or_default(), ack);
-            std::future::ready(())
-        });
-    }
-    for (event, kind) in
-        [(QUICK_JOB_ACCEPTED, Kind::Accepted), (QUICK_JOB_PROGRESS, Kind::Progress), (QUICK_JOB_RESULT, Kind::Result)]
-    {
+    for event in FromAgent::ALL {
         let (running, agent) = (running.clone(), agent.clone());
         // The body of the closure runs in the order of the messages; what it returned would not.
-        socket.on(event, move |TryData::<Value>(said), ack: AckSender<Adapter>| {
-            // Whose report it is, was settled at the upgrade; it need not wait for the registration.
-            if let Some(report) = said.ok().and_then(|said| Report::parse(agent.device, kind, &said)) {
-                running.intake.offer(&agent, report, ack);
+        socket.on(event.name(), move |TryData::<Value>(said), ack: AckSender<Adapter>| {
+            match event {
+                FromAgent::Connect => connect(&running, &agent, said.unwrap_or_default(), ack),
+                FromAgent::Accepted => report(&running, &agent, Kind::Accepted, said.ok(), ack),
+                FromAgent::Progress => report(&running, &agent, Kind::Progress, said.ok(), ack),
+                FromAgent::Result => report(&running, &agent, Kind::Result, said.ok(), ack),
             }
             std::future::ready(())
         });
@@ -82,6 +74,13 @@ pub fn entered(running: &Arc<Running>, socket: SocketRef<Adapter>) {
         let _ = running.lobby.departures.send(socket.id.to_string());
         std::future::ready(())
     });
+}
+
+/// Whose report it is, was settled at the upgrade; it need not wait for the registration.
+fn report(running: &Arc<Running>, agent: &Arc<Agent>, kind: Kind, said: Option<Value>, ack: AckSender<Adapter>) {
+    if let Some(report) = said.and_then(|said| Report::parse(agent.device, kind, &said)) {
+        running.intake.offer(agent, report, ack);
+    }
 }
 
 fn connect(running: &Arc<Running>, agent: &Arc<Agent>, said: Value, ack: AckSender<Adapter>) {
@@ -238,7 +237,7 @@ async fn settle(running: &Arc<Running>, answers: impl Iterator<Item = (Arrival, 
     }
 }
 
-/// The payload of `agent_status_changed` when a socket comes or goes.
+/// What is told of a machine when a socket comes or goes.
 pub fn presence(hostname: &str, device: Uuid, here: bool) -> Value {
     json!({
         "hostname": hostname,

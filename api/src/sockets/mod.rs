@@ -6,6 +6,7 @@
 mod agents;
 mod bus;
 mod deliver;
+pub mod events;
 mod people;
 mod registry;
 mod results_intake;
@@ -38,6 +39,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::state::App;
+use events::ToOperator;
 
 /// How Socket.IO servers of one kind find each other.
 type Adapter = CustomPostgresAdapter<Emitter, bus::Bus>;
@@ -122,7 +124,7 @@ impl Company {
 }
 
 enum Event {
-    Site { site: Option<i64>, name: &'static str, payload: Value },
+    Site { site: Option<i64>, event: ToOperator, payload: Value },
     Drop(String),
     Deliver(Vec<Uuid>),
 }
@@ -152,7 +154,7 @@ impl Hub {
     }
 
     /// Tells the operators who may see `site` (administrators for none) that something changed.
-    pub async fn to_site(&self, site: Option<i64>, event: &'static str, payload: Value) {
+    pub async fn to_site(&self, site: Option<i64>, event: ToOperator, payload: Value) {
         if let Some(running) = self.running() {
             running.tell_site(site, event, payload);
         }
@@ -357,15 +359,15 @@ impl Running {
         }
     }
 
-    fn tell_site(&self, site: Option<i64>, name: &'static str, payload: Value) {
+    fn tell_site(&self, site: Option<i64>, event: ToOperator, payload: Value) {
         if self.company.seen().alone && !self.registry.has_people() {
             return;
         }
-        self.tell(Event::Site { site, name, payload });
+        self.tell(Event::Site { site, event, payload });
     }
 
     fn tell_presence(&self, hostname: &str, device: Uuid, site: Option<i64>, here: bool) {
-        self.tell_site(site, "agent_status_changed", agents::presence(hostname, device, here));
+        self.tell_site(site, ToOperator::AgentStatus, agents::presence(hostname, device, here));
     }
 
     fn tell_drop(&self, payload: String) {
@@ -380,7 +382,8 @@ impl Running {
 
     async fn send_event(&self, event: Event) {
         match event {
-            Event::Site { site, name, payload } => {
+            Event::Site { site, event, payload } => {
+                let name = event.name();
                 let rooms = || {
                     let mut rooms = vec![people::ADMINS.to_owned()];
                     rooms.extend(site.map(people::site_room));

@@ -8,6 +8,7 @@ use socketioxide::extract::{AckSender, SocketRef, TryData};
 
 use super::{
     Adapter, Running,
+    events::{FromOperator, ToOperator},
     registry::{Person, View},
     upgrade::Peer,
 };
@@ -30,26 +31,16 @@ pub fn entered(running: &Arc<Running>, socket: SocketRef<Adapter>) {
     running.registry.enter_person(person.clone(), socket.clone());
 
     let page: Arc<Mutex<Option<String>>> = Arc::default();
-    {
+    for event in FromOperator::ALL {
         let (running, page) = (running.clone(), page.clone());
-        socket.on("operator_presence_sync", move |TryData::<Value>(said), ack: AckSender<Adapter>| {
-            let said = said.unwrap_or_default();
-            let now: String =
-                said.get("current_page").and_then(Value::as_str).unwrap_or_default().chars().take(PAGE_CHARS).collect();
-            let before = page.lock().unwrap_or_else(PoisonError::into_inner).replace(now.clone());
+        socket.on(event.name(), move |TryData::<Value>(said), ack: AckSender<Adapter>| {
+            let now = match event {
+                FromOperator::PresenceSync => Some(current_page(&said.unwrap_or_default())),
+                FromOperator::PresenceClear => None,
+            };
+            let before = std::mem::replace(&mut *page.lock().unwrap_or_else(PoisonError::into_inner), now.clone());
             let _ = ack.send(&json!({"status": "ok"}));
-            if before.as_ref() != Some(&now) {
-                changed(&running);
-            }
-            std::future::ready(())
-        });
-    }
-    {
-        let (running, page) = (running.clone(), page.clone());
-        socket.on("operator_presence_clear", move |ack: AckSender<Adapter>| {
-            let before = page.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let _ = ack.send(&json!({"status": "ok"}));
-            if before.is_some() {
+            if before != now {
                 changed(&running);
             }
             std::future::ready(())
@@ -66,8 +57,12 @@ pub fn entered(running: &Arc<Running>, socket: SocketRef<Adapter>) {
     });
 }
 
+fn current_page(said: &Value) -> String {
+    said.get("current_page").and_then(Value::as_str).unwrap_or_default().chars().take(PAGE_CHARS).collect()
+}
+
 fn changed(running: &Running) {
-    running.tell_site(None, "server_operator_presence_changed", json!({"changed_at": Utc::now().timestamp()}));
+    running.tell_site(None, ToOperator::OperatorPresence, json!({"changed_at": Utc::now().timestamp()}));
 }
 
 /// Puts a socket into the rooms of what its operator may see, and out of all other site rooms.

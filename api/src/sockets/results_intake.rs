@@ -18,7 +18,7 @@ use serde_json::json;
 use socketioxide::extract::AckSender;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::{Adapter, Running, registry::Agent};
+use super::{Adapter, Running, events::ToOperator, registry::Agent};
 use crate::metrics::METERS;
 
 /// KiB of reports that may wait.
@@ -184,7 +184,7 @@ async fn apply(running: &Running, reports: &[Report]) -> Result<Vec<Outcome>> {
     }
     tx.commit().await.map_err(Error::from)?;
     for change in changes {
-        running.tell_site(change.site_id, "device_activity_changed", change.payload());
+        running.tell_site(change.site_id, ToOperator::DeviceActivity, change.payload());
     }
     Ok(outcomes)
 }

@@ -35,7 +35,7 @@ use crate::{
 };
 
 /// The columns sealed under Aegis: what rotation, reset and the status answer walk.
-pub const PROTECTED: [&str; 10] = [
+pub const PROTECTED: [&str; 11] = [
     "users.password",
     "users.mfa_secret",
     "auth_challenges.state",
@@ -46,6 +46,7 @@ pub const PROTECTED: [&str; 10] = [
     "passkeys.credential",
     "directory_providers.bind_password",
     "directory_providers.kerberos_keytab",
+    "github_token.token",
 ];
 
 /// The fewest characters of a cipher.

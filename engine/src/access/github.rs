@@ -32,12 +32,9 @@ pub struct Stored {
 /// # Errors
 /// When the database is away.
 pub async fn stored(pool: &db::Pool) -> Result<Stored> {
-    let row = sqlx::query_as!(
-        Stored,
-        r#"SELECT token_sealed IS NOT NULL AS "has_token!", hint, reset_at FROM github_token"#,
-    )
-    .fetch_optional(pool)
-    .await?;
+    let row = sqlx::query_as!(Stored, r#"SELECT token_sealed IS NOT NULL AS "has_token!", hint, reset_at FROM github_token"#,)
+        .fetch_optional(pool)
+        .await?;
     Ok(row.unwrap_or(Stored { has_token: false, hint: String::new(), reset_at: None }))
 }
 

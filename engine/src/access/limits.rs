@@ -32,6 +32,8 @@ pub const ACCOUNT_HOUR: Limit = Limit { scope: "auth.account_hour", max: 100, wi
 pub const ADDRESS: Limit = Limit { scope: "auth.address", max: 20, window_s: 15 * 60 };
 /// Passkey sign-ins begun from one address.
 pub const CEREMONY: Limit = Limit { scope: "auth.ceremony", max: 300, window_s: 15 * 60 };
+/// Wrong enrollment codes from one address; how many is a setting.
+pub const ENROLLMENT_CODE: Limit = Limit { scope: "auth.enrollment_code", max: 20, window_s: 15 * 60 };
 /// Wrong ciphers for the secret store.
 pub const UNLOCK: Limit = Limit { scope: "aegis.unlock", max: 5, window_s: 15 * 60 };
 
@@ -65,6 +67,41 @@ pub fn account(username: &str) -> String {
     username.trim().to_lowercase().chars().take(SUBJECT_MAX_CHARS).collect()
 }
 
+/// Seconds until this limit has room for its subject; 0 when it has.
+async fn wait_s(db: &mut sqlx::PgConnection, limit: &Limit, subject: &str) -> Result<i64> {
+    // A bucket counts until its last second has left the window.
+    let row = sqlx::query!(
+        r#"SELECT coalesce(sum(hits), 0)::bigint AS "hits!",
+                  extract(epoch FROM min(window_start) + make_interval(secs => $3 + 60) - clock_timestamp())::bigint AS wait_s
+           FROM rate_counters
+           WHERE scope = $1 AND subject = $2 AND hits > 0
+             AND window_start > clock_timestamp() - make_interval(secs => $3 + 60)"#,
+        limit.scope,
+        subject,
+        limit.window_s,
+    )
+    .fetch_one(db)
+    .await?;
+    Ok(if row.hits >= limit.max { row.wait_s.unwrap_or(0).max(1) } else { 0 })
+}
+
+fn full(wait_s: i64) -> Error {
+    Error::new(Kind::Limited, "rate_limited", "Too many attempts; wait before the next.")
+        .retry_after(u64::try_from(wait_s).unwrap_or(1))
+}
+
+/// Refuses when the limit is full, and counts nothing: for what is counted only once it is known to be wrong, where many
+/// that are right may come at once.
+///
+/// # Errors
+/// 429 `rate_limited` with the seconds until there is room again.
+pub async fn check(pool: &db::Pool, limit: &Limit, subject: &str) -> Result<()> {
+    match wait_s(&mut *pool.acquire().await?, limit, subject).await? {
+        0 => Ok(()),
+        wait => Err(full(wait)),
+    }
+}
+
 /// Counts one attempt under every limit, or under none and refuses.
 ///
 /// # Errors
@@ -74,31 +111,15 @@ pub async fn attempt(pool: &db::Pool, limits: &[(Limit, String)]) -> Result<Atte
     let mut taken: Vec<(Limit, String)> = limits.to_vec();
     // One order for all, so that two attempts never wait for each other crosswise.
     taken.sort_by(|(a, a_subject), (b, b_subject)| (a.scope, a_subject).cmp(&(b.scope, b_subject)));
-    let mut wait_s = 0;
+    let mut wait = 0;
     for (limit, subject) in &taken {
         sqlx::query!("SELECT pg_advisory_xact_lock(hashtextextended($1 || '/' || $2, 0))", limit.scope, subject)
             .execute(&mut *tx)
             .await?;
-        // A bucket counts until its last second has left the window.
-        let row = sqlx::query!(
-            r#"SELECT coalesce(sum(hits), 0)::bigint AS "hits!",
-                      extract(epoch FROM min(window_start) + make_interval(secs => $3 + 60) - clock_timestamp())::bigint AS wait_s
-               FROM rate_counters
-               WHERE scope = $1 AND subject = $2 AND hits > 0
-                 AND window_start > clock_timestamp() - make_interval(secs => $3 + 60)"#,
-            limit.scope,
-            subject,
-            limit.window_s,
-        )
-        .fetch_one(&mut *tx)
-        .await?;
-        if row.hits >= limit.max {
-            wait_s = wait_s.max(row.wait_s.unwrap_or(0).max(1));
-        }
+        wait = wait.max(wait_s(&mut tx, limit, subject).await?);
     }
-    if wait_s > 0 {
-        return Err(Error::new(Kind::Limited, "rate_limited", "Too many attempts; wait before the next.")
-            .retry_after(u64::try_from(wait_s).unwrap_or(1)));
+    if wait > 0 {
+        return Err(full(wait));
     }
     for (limit, subject) in &taken {
         sqlx::query!(

@@ -14,6 +14,7 @@ pub mod bootstrap;
 pub mod challenges;
 pub mod credentials;
 pub mod directory;
+pub mod github;
 pub mod limits;
 pub mod mfa;
 pub mod passkeys;

@@ -9,7 +9,7 @@ use crate::{
     audit, db,
     error::{Error, Kind, Result},
     keys::{guid_text, parse_guid},
-    scope::{Actor, Scope},
+    scope::{Actor, ActorKind, Scope},
 };
 
 /// The most rows one list answers.
@@ -18,6 +18,8 @@ pub const MAX_ROWS: i64 = 10_000;
 pub const PENDING_DAYS: i32 = 7;
 /// Approved requests nobody fetched expire after this many hours.
 pub const UNCLAIMED_HOURS: i32 = 24;
+/// The most requests one round of [`expire_old`] ends.
+const EXPIRED_AT_ONCE: i64 = 500;
 /// Decided requests are kept this many days.
 pub const KEPT_DAYS: i32 = 180;
 /// Wrong codes are shown for this many seconds after they were last seen.
@@ -514,22 +516,37 @@ async fn record(
     audit::record(tx, actor, entry).await
 }
 
-/// Ends requests nobody decided or fetched in time, and removes what is only history: decided requests, dead refresh
-/// tokens, old wrong codes. For the housekeeping loop; safe to call from several processes. Answers how many expired.
+/// Notes that a request ended by itself.
+pub(super) async fn record_expired(tx: &mut db::Tx<'_>, id: Uuid, site_id: Option<i64>, why: &str) -> Result<()> {
+    let actor = Actor { kind: ActorKind::System, ..Actor::default() };
+    record(tx, &actor, "device_approval.expire", id, site_id, json!({"reason": why})).await
+}
+
+/// Ends requests nobody decided or fetched in time, 500 at once, and removes what is only history: decided requests, dead
+/// refresh tokens, old wrong codes. For the housekeeping loop; safe to call from several processes. Answers how many expired.
 ///
 /// # Errors
 /// When the database is away.
 pub async fn expire_old(pool: &db::Pool) -> Result<u64> {
+    let mut tx = pool.begin().await?;
     let expired = sqlx::query!(
-        "UPDATE device_approvals SET status = 'expired', updated_at = now()
-         WHERE (status = 'pending' AND updated_at < now() - make_interval(days => $1))
-            OR (status = 'approved' AND coalesce(decided_at, updated_at) < now() - make_interval(hours => $2))",
+        r#"UPDATE device_approvals AS a SET status = 'expired', updated_at = now()
+           FROM (SELECT id, status FROM device_approvals
+                 WHERE (status = 'pending' AND updated_at < now() - make_interval(days => $1))
+                    OR (status = 'approved' AND coalesce(decided_at, updated_at) < now() - make_interval(hours => $2))
+                 ORDER BY id LIMIT $3 FOR UPDATE SKIP LOCKED) AS old
+           WHERE a.id = old.id RETURNING a.id, a.site_id, old.status = 'pending' AS "undecided!""#,
         PENDING_DAYS,
         UNCLAIMED_HOURS,
+        EXPIRED_AT_ONCE,
     )
-    .execute(pool)
-    .await?
-    .rows_affected();
+    .fetch_all(&mut *tx)
+    .await?;
+    for row in &expired {
+        let why = if row.undecided { "nobody decided" } else { "nobody fetched the tokens" };
+        record_expired(&mut tx, row.id, row.site_id, why).await?;
+    }
+    tx.commit().await?;
     sqlx::query!(
         "DELETE FROM device_approvals
          WHERE status IN ('denied', 'expired', 'completed') AND updated_at < now() - make_interval(days => $1)",
@@ -545,7 +562,7 @@ pub async fn expire_old(pool: &db::Pool) -> Result<u64> {
     .execute(pool)
     .await?;
     sqlx::query!("DELETE FROM enrollment_code_failures WHERE last_seen_at < now() - interval '24 hours'").execute(pool).await?;
-    Ok(expired)
+    Ok(expired.len() as u64)
 }
 
 #[cfg(test)]

@@ -3,14 +3,17 @@
 use std::fmt;
 
 use borealis_protocol::keys;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
-use super::rates;
+use super::{approvals, rates};
 use crate::{
-    db,
+    access::limits::{self, Limit},
+    audit, db,
     error::{Error, Kind, Result},
+    keys::guid_text,
+    scope::{Actor, ActorKind},
     sites::normal_enrollment_code,
 };
 
@@ -49,6 +52,17 @@ impl fmt::Debug for Request {
             .field("fingerprint", &self.fingerprint)
             .finish_non_exhaustive()
     }
+}
+
+/// Where a request comes from, and how many wrong codes may.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// The address.
+    pub ip: String,
+    /// The address as the subject of limits.
+    pub subject: String,
+    /// [`limits::ENROLLMENT_CODE`] with the number that is set.
+    pub wrong_codes: Limit,
 }
 
 /// What the machine is told.
@@ -155,8 +169,11 @@ fn open_door(known: &[Known]) -> Option<Option<Uuid>> {
 /// Takes a request: finds the site by its code and opens an approval, or renews the open one of this key.
 ///
 /// # Errors
-/// 400 `invalid_enrollment_code`; 429 `rate_limited` per key, or when a site has [`MAX_OPEN_PER_SITE`] open requests.
-pub async fn submit(pool: &db::Pool, request: &Request, address: &str) -> Result<Accepted> {
+/// 400 `invalid_enrollment_code`; 429 `rate_limited` per key, for an address that came with too many wrong codes, or when a
+/// site has [`MAX_OPEN_PER_SITE`] open requests.
+pub async fn submit(pool: &db::Pool, request: &Request, source: &Source) -> Result<Accepted> {
+    let address = source.ip.as_str();
+    limits::check(pool, &source.wrong_codes, &source.subject).await?;
     rates::hit(pool, "enroll.key", &request.fingerprint, rates::REQUESTS_PER_KEY).await?;
     let code = normal_enrollment_code(&request.code);
     let site = sqlx::query!(
@@ -170,6 +187,8 @@ pub async fn submit(pool: &db::Pool, request: &Request, address: &str) -> Result
     .filter(|site| bool::from(site.code.as_bytes().ct_eq(code.as_bytes())));
     let Some(site) = site else {
         record_wrong_code(pool, request, address).await?;
+        // Stays taken: it was wrong. Of many at once, those over the limit hear that and not whether they were right.
+        let _taken = limits::attempt(pool, &[(source.wrong_codes, source.subject.clone())]).await?;
         return Err(Error::invalid("invalid_enrollment_code", "No site has this enrollment code."));
     };
     for _ in 0..3 {
@@ -222,6 +241,8 @@ async fn open(pool: &db::Pool, request: &Request, address: &str, site_id: i64, d
         sqlx::query!("UPDATE device_approvals SET status = 'expired', updated_at = now() WHERE id = $1", before.id)
             .execute(&mut *tx)
             .await?;
+        let why = "the key asked again under another name or in another site";
+        approvals::record_expired(&mut tx, before.id, before.site_id, why).await?;
     }
     let (id, reference) = match before.filter(|before| before.status == "pending") {
         Some(before) => {
@@ -317,6 +338,16 @@ async fn enter(tx: &mut db::Tx<'_>, request: &Request, approval: Uuid, site_id: 
     )
     .execute(&mut **tx)
     .await?;
+    let actor = Actor { kind: ActorKind::System, name: "site_auto_approval".to_owned(), ..Actor::default() };
+    let entry = audit::Entry {
+        action: "device_approval.approve",
+        object_kind: "device_approval",
+        object_id: approval.to_string(),
+        site_id: Some(site_id),
+        detail: json!({"hostname": request.hostname, "fingerprint": request.fingerprint, "guid": guid.map(guid_text)}),
+        ..audit::Entry::default()
+    };
+    audit::record(tx, &actor, entry).await?;
     Ok(true)
 }
 
@@ -347,7 +378,6 @@ async fn record_wrong_code(pool: &db::Pool, request: &Request, address: &str) ->
 #[cfg(test)]
 mod tests {
     use ed25519_dalek::SigningKey;
-    use serde_json::json;
 
     use super::*;
 

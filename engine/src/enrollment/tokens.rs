@@ -119,7 +119,7 @@ pub async fn poll(pool: &db::Pool, keys: &Keys, proof: &Proof, address: &str) ->
     let row = sqlx::query_as!(
         Approval,
         r#"SELECT id, device_guid, hostname_claimed, fingerprint, public_key, site_id, status, client_nonce, server_nonce,
-                  decided_as_admin, reinstate, coalesce(completed_at > now() - make_interval(secs => $2), false) AS "may_reissue!"
+                  decided_as_admin, decided_at, reinstate, coalesce(completed_at > now() - make_interval(secs => $2), false) AS "may_reissue!"
            FROM device_approvals WHERE approval_reference = $1 FOR UPDATE"#,
         reference,
         REISSUE_S as f64,
@@ -159,6 +159,7 @@ struct Approval {
     client_nonce: Vec<u8>,
     server_nonce: Vec<u8>,
     decided_as_admin: bool,
+    decided_at: Option<DateTime<Utc>>,
     reinstate: bool,
     may_reissue: bool,
 }
@@ -173,16 +174,15 @@ struct Stored {
 }
 
 /// What an approval may still do to the device it would bind, looked at when it is used and not only when it was given:
-/// the device may have been revoked, moved or purged since.
-fn may_bind(approval: &Approval, target: Option<&Stored>, purged: bool) -> bool {
-    match target {
-        Some(device) => {
+/// the device may have been revoked, moved or purged since. A purged GUID needs an administrator who knew of the purge.
+fn may_bind(approval: &Approval, target: Option<&Stored>, purged_at: Option<DateTime<Utc>>) -> bool {
+    let knew = |purged_at| approval.decided_as_admin && approval.decided_at.is_some_and(|decided_at| decided_at > purged_at);
+    purged_at.is_none_or(knew)
+        && target.is_none_or(|device| {
             let same_device = device.fingerprint == approval.fingerprint || approval.device_guid == Some(device.guid);
             let may_live = device.status == "active" || (approval.reinstate && approval.decided_as_admin);
             same_device && may_live && (device.site_id == approval.site_id || approval.decided_as_admin)
-        }
-        None => approval.device_guid.is_none() || approval.decided_as_admin || !purged,
-    }
+        })
 }
 
 async fn finalise(tx: &mut db::Tx<'_>, keys: &Keys, approval: &Approval, address: &str) -> Result<Poll> {
@@ -205,13 +205,13 @@ async fn finalise(tx: &mut db::Tx<'_>, keys: &Keys, approval: &Approval, address
     };
     let guid = target.map(|device| device.guid).or(approval.device_guid).unwrap_or_else(Uuid::new_v4);
     let barrier =
-        sqlx::query_scalar!("SELECT required_token_version FROM device_purge_barriers WHERE guid = $1 FOR UPDATE", guid)
+        sqlx::query!("SELECT required_token_version, purged_at FROM device_purge_barriers WHERE guid = $1 FOR UPDATE", guid)
             .fetch_optional(&mut **tx)
             .await?;
-    if !may_bind(approval, target, barrier.is_some()) {
+    if !may_bind(approval, target, barrier.as_ref().map(|barrier| barrier.purged_at)) {
         return deny(tx, approval).await;
     }
-    let least = barrier.unwrap_or(1).max(1);
+    let least = barrier.map_or(1, |barrier| barrier.required_token_version).max(1);
     let (hostname, token_version, drop_sockets) = match target {
         Some(device) => {
             let new_key = device.fingerprint != approval.fingerprint;
@@ -754,6 +754,7 @@ mod tests {
             client_nonce: vec![],
             server_nonce: vec![],
             decided_as_admin: false,
+            decided_at: Some(at(0)),
             reinstate: false,
             may_reissue: false,
         }
@@ -772,22 +773,25 @@ mod tests {
 
     #[test]
     fn an_approval_binds_only_what_it_may_still_bind() {
-        assert!(may_bind(&approval(), Some(&device()), false));
-        assert!(!may_bind(&Approval { device_guid: None, ..approval() }, Some(&device()), false), "another device's key");
+        assert!(may_bind(&approval(), Some(&device()), None));
+        assert!(!may_bind(&Approval { device_guid: None, ..approval() }, Some(&device()), None), "another device's key");
 
         let revoked = Stored { status: "revoked".into(), ..device() };
-        assert!(!may_bind(&approval(), Some(&revoked), false));
-        assert!(!may_bind(&Approval { reinstate: true, ..approval() }, Some(&revoked), false));
-        assert!(!may_bind(&Approval { decided_as_admin: true, ..approval() }, Some(&revoked), false));
-        assert!(may_bind(&Approval { decided_as_admin: true, reinstate: true, ..approval() }, Some(&revoked), false));
+        assert!(!may_bind(&approval(), Some(&revoked), None));
+        assert!(!may_bind(&Approval { reinstate: true, ..approval() }, Some(&revoked), None));
+        assert!(!may_bind(&Approval { decided_as_admin: true, ..approval() }, Some(&revoked), None));
+        assert!(may_bind(&Approval { decided_as_admin: true, reinstate: true, ..approval() }, Some(&revoked), None));
 
         let elsewhere = Stored { site_id: Some(2), ..device() };
-        assert!(!may_bind(&approval(), Some(&elsewhere), false));
-        assert!(may_bind(&Approval { decided_as_admin: true, ..approval() }, Some(&elsewhere), false));
+        assert!(!may_bind(&approval(), Some(&elsewhere), None));
+        assert!(may_bind(&Approval { decided_as_admin: true, ..approval() }, Some(&elsewhere), None));
 
-        assert!(may_bind(&Approval { device_guid: None, ..approval() }, None, false));
-        assert!(!may_bind(&approval(), None, true), "purged since it was approved");
-        assert!(may_bind(&Approval { decided_as_admin: true, ..approval() }, None, true));
+        assert!(may_bind(&Approval { device_guid: None, ..approval() }, None, None));
+        let admin = Approval { decided_as_admin: true, ..approval() };
+        assert!(!may_bind(&approval(), None, Some(at(-1))), "a purged device is an administrator's to bring back");
+        assert!(may_bind(&admin, None, Some(at(-1))));
+        assert!(!may_bind(&admin, None, Some(at(1))), "purged since it was approved");
+        assert!(!may_bind(&admin, Some(&device()), Some(at(1))));
     }
 
     #[test]

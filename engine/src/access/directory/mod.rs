@@ -10,7 +10,7 @@ use chrono::{DateTime, Utc};
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Access, aegis::Vault, sessions, users::Role};
+use super::{Access, aegis::Vault, api_tokens, sessions, users::Role};
 use crate::{
     audit::{self, Entry},
     db, egress,
@@ -577,7 +577,7 @@ impl Access<'_> {
     /// Changes a provider; the ids of the sessions that ended because of it come with it.
     ///
     /// What changes how people are found or servers reached switches it off until it is tested anew. What changes where the
-    /// bind password would go forgets it, unless it is sent again. Switching it off ends the sessions of its people.
+    /// bind password would go forgets it, unless it is sent again. Switching it off ends the sessions and API tokens of its people.
     ///
     /// # Errors
     /// As [`Access::create_provider`]; 404 `provider_not_found`.
@@ -619,6 +619,7 @@ impl Access<'_> {
         let mut ended = Vec::new();
         if before.enabled && change.enabled == Some(false) {
             for user in cached(&mut tx, id).await? {
+                api_tokens::revoke_all(&mut tx, user).await?;
                 ended.extend(sessions::end_all(&mut tx, user, None).await?);
             }
         }
