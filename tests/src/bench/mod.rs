@@ -9,6 +9,7 @@
 //! * one file per bench: [`durable`], [`dispatch`], [`scheduler`], [`agents`], [`api`], [`recovery`], [`waits`].
 //! * [`peers`]: other systems beside ours.
 
+pub mod access;
 pub mod agents;
 pub mod api;
 pub mod dispatch;

@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use borealis_tests::bench::{Report, agents, api, dispatch, durable, plain, recovery, report, scheduler, statements, waits};
+use borealis_tests::bench::{
+    Report, access, agents, api, dispatch, durable, plain, recovery, report, scheduler, statements, waits,
+};
 use clap::{Parser, Subcommand};
 
 /// Measures the engine on this machine.
@@ -31,6 +33,8 @@ enum Bench {
     Agents(agents::Options),
     /// The pages people look at, with 10,000 devices.
     Api(api::Options),
+    /// Signing in: what it costs, whom it slows down, what it tells.
+    Access(access::Options),
     /// SIGKILL of the only busy worker while another stands by.
     Recovery(recovery::Options),
     /// 100,000 runs that wait.
@@ -52,7 +56,7 @@ enum Bench {
 }
 
 /// What `all` is.
-const ALL: [&str; 7] = ["durable", "recovery", "waits", "scheduler", "dispatch", "agents", "api"];
+const ALL: [&str; 8] = ["durable", "recovery", "waits", "scheduler", "dispatch", "agents", "api", "access"];
 /// Those that take `--peers`.
 const WITH_PEERS: [&str; 2] = ["durable", "agents"];
 
@@ -64,6 +68,7 @@ async fn run(bench: &Bench) -> Option<Report> {
         Bench::Scheduler(options) => scheduler::run(options).await,
         Bench::Agents(options) => agents::run(options).await,
         Bench::Api(options) => api::run(options).await,
+        Bench::Access(options) => access::run(options).await,
         Bench::Recovery(options) => recovery::run(options).await,
         Bench::Waits(options) => waits::run(options).await,
         Bench::All { .. } | Bench::Plain { .. } => return None,
