@@ -45,6 +45,14 @@ pub struct Actor {
     pub ip: String,
 }
 
+impl Actor {
+    /// Somebody at the console of a machine of the engine, under this account of the machine.
+    #[must_use]
+    pub fn console(account: &str) -> Self {
+        Self { kind: ActorKind::System, id: account.to_owned(), name: "console".to_owned(), ip: String::new() }
+    }
+}
+
 /// The kinds of actor; the same set is a CHECK of `audit_events`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum ActorKind {

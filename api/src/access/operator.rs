@@ -85,8 +85,7 @@ pub async fn authenticate(app: &App, parts: &Parts) -> Result<Operator, ApiError
 /// # Errors
 /// When the database is away.
 pub async fn session(app: &App, token: &str) -> Result<Option<Session>, ApiError> {
-    if !app.vault.unseal_from_file(&app.pool).await? {
-        return Ok(None);
-    }
-    Ok(sessions::find(&app.pool, token, app.settings.access.sessions).await?)
+    let Some(session) = sessions::find(&app.pool, token, app.settings.access.sessions).await? else { return Ok(None) };
+    let open = app.vault.holds(session.key_id) || app.vault.follow(&app.pool).await?;
+    Ok(open.then_some(session))
 }

@@ -1,6 +1,6 @@
 //! Operator accounts and the sites they may see. Administrators only.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
 use serde_json::json;
@@ -18,6 +18,7 @@ use crate::{
     db,
     error::{Error, Kind, Result},
     scope::Actor,
+    secret::Secret,
 };
 
 /// The most characters of a username.
@@ -205,7 +206,7 @@ pub async fn create(pool: &db::Pool, vault: &Vault, actor: &Actor, new: &New) ->
     let verifier = passwords::verifier(&digest).await?;
     let mut tx = pool.begin().await?;
     let id = insert(&mut tx, &name, &display_name, role).await?;
-    let sealed = vault.seal(PASSWORD, id, verifier.expose())?;
+    let sealed = vault.seal(&mut tx, PASSWORD, id, verifier.expose()).await?;
     sqlx::query!("UPDATE users SET password_sealed = $2 WHERE id = $1", id, sealed).execute(&mut *tx).await?;
     let detail = json!({ "username": name, "role": role.as_str() });
     record(&mut tx, actor, "user.create", id, detail).await?;
@@ -363,24 +364,118 @@ pub async fn reset_password(
         // Else a stolen session could take the account without knowing its password.
         return Err(Error::invalid("cannot_reset_self", "Change your own password with POST /api/auth/password/reset."));
     }
+    let ended = begin_anew(&mut tx, vault, &user, &verifier).await?;
+    record(&mut tx, actor, "user.reset_password", user.id, json!({ "username": user.username })).await?;
+    tx.commit().await?;
+    Ok(ended)
+}
+
+/// Gives a local user a password that has to be changed, and takes everything else they signed in with.
+async fn begin_anew(tx: &mut db::Tx<'_>, vault: &Vault, user: &Named, verifier: &Secret<String>) -> Result<Vec<Uuid>> {
     if user.auth_source != "local" {
         return Err(directory_user());
     }
+    let sealed = vault.seal(tx, PASSWORD, user.id, verifier.expose()).await?;
     sqlx::query!(
         "UPDATE users SET password_sealed = $2, mfa_secret_sealed = NULL, mfa_disabled = false, mfa_last_step = 0,
                 auth_reset_required = false, password_change_required = true, updated_at = now()
          WHERE id = $1",
         user.id,
-        vault.seal(PASSWORD, user.id, verifier.expose())?,
+        sealed,
     )
-    .execute(&mut *tx)
+    .execute(&mut **tx)
     .await?;
-    let ended = sessions::end_all(&mut tx, user.id, None).await?;
-    challenges::end_all(&mut tx, user.id).await?;
-    passkeys::remove_all(&mut tx, user.id).await?;
-    record(&mut tx, actor, "user.reset_password", user.id, json!({ "username": user.username })).await?;
-    tx.commit().await?;
+    let ended = sessions::end_all(tx, user.id, None).await?;
+    challenges::end_all(tx, user.id).await?;
+    passkeys::remove_all(tx, user.id).await?;
     Ok(ended)
+}
+
+/// Makes a local user an administrator who can sign in, from the console: answers a password to do it with, once. The second factor
+/// is forgotten, and both it and a password of their own are chosen at the sign-in. A `User` is made an administrator only when
+/// `promote` says so.
+///
+/// # Errors
+/// 403 `directory_user_local_action_disabled`; 404 `user not found`; 409 `not_an_admin`; those of [`Vault::fence`].
+pub async fn recover(pool: &db::Pool, vault: &Vault, actor: &Actor, username: &str, promote: bool) -> Result<Secret<String>> {
+    let password = temporary_password();
+    let sent = Sent { plain: Some(password.clone()), sha512: None };
+    let digest = sent.chosen().map_err(|why| why.into_error("invalid password", "password"))?;
+    let verifier = passwords::verifier(&digest).await?;
+    let mut tx = pool.begin().await?;
+    let user = lock(&mut tx, username).await?;
+    if user.role != Role::Admin.as_str() && !promote {
+        return Err(Error::conflict("not_an_admin", format!("{} is no administrator.", user.username)));
+    }
+    let ended = begin_anew(&mut tx, vault, &user, &verifier).await?;
+    sqlx::query!("UPDATE users SET role = 'Admin' WHERE id = $1", user.id).execute(&mut *tx).await?;
+    let detail = json!({ "username": user.username, "role_before": user.role, "sessions": ended });
+    record(&mut tx, actor, "user.recover", user.id, detail).await?;
+    tx.commit().await?;
+    Ok(password)
+}
+
+/// 100 random bits in characters that cannot be taken for one another.
+fn temporary_password() -> Secret<String> {
+    const ALPHABET: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
+    let mut text = String::with_capacity(23);
+    for at in 0..20 {
+        if at > 0 && at % 5 == 0 {
+            text.push('-');
+        }
+        text.push(char::from(ALPHABET[usize::from(rand::random::<u8>() % 32)]));
+    }
+    Secret::new(text)
+}
+
+/// The id of a user.
+///
+/// # Errors
+/// 404 `user not found`.
+pub async fn id_of(pool: &db::Pool, username: &str) -> Result<i64> {
+    sqlx::query_scalar!("SELECT id FROM users WHERE lower(username) = lower($1)", username.trim())
+        .fetch_optional(pool)
+        .await?
+        .ok_or_else(user_not_found)
+}
+
+/// Ends every session of a user, or of everybody; answers how many.
+///
+/// # Errors
+/// When the database is away.
+pub async fn end_sessions(pool: &db::Pool, actor: &Actor, user_id: Option<i64>) -> Result<usize> {
+    let mut tx = pool.begin().await?;
+    let ended = sqlx::query!(
+        "DELETE FROM operator_sessions WHERE $1::bigint IS NULL OR user_id = $1 RETURNING user_id, id",
+        user_id
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    let mut of: BTreeMap<i64, Vec<Uuid>> = BTreeMap::new();
+    for session in &ended {
+        of.entry(session.user_id).or_default().push(session.id);
+    }
+    for (user_id, sessions) in of {
+        record(&mut tx, actor, "session.end", user_id, json!({ "sessions": sessions })).await?;
+    }
+    tx.commit().await?;
+    Ok(ended.len())
+}
+
+/// Has all local users recovered before they sign in again, and takes the state of everybody's second factor; answers how many users
+/// there are. Those of a directory have their password there, so they set up another second factor at their next sign-in. The caller
+/// takes what is sealed.
+///
+/// # Errors
+/// When the database is away.
+pub(super) async fn require_reset(tx: &mut db::Tx<'_>) -> Result<u64> {
+    // In the order of others who lock several.
+    sqlx::query!("SELECT id FROM users ORDER BY id FOR UPDATE").fetch_all(&mut **tx).await?;
+    let users = sqlx::query!(
+        "UPDATE users SET auth_reset_required = (auth_source = 'local'), mfa_disabled = false, mfa_last_step = 0,
+                password_change_required = false, updated_at = now()"
+    );
+    Ok(users.execute(&mut **tx).await?.rows_affected())
 }
 
 /// A user named in a request about site assignments.
