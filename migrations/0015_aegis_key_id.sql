@@ -5,3 +5,6 @@ ALTER TABLE aegis
     -- The last link of the audit chain that was made under an earlier key, and a tag of that under this one.
     ADD COLUMN chain_from bigint NOT NULL DEFAULT 0 CHECK (chain_from >= 0),
     ADD COLUMN chain_from_tag bytea CHECK (length(chain_from_tag) = 32);
+
+-- When a reset took what the user signed in with. Counts only while `auth_reset_required`.
+ALTER TABLE users ADD COLUMN auth_reset_at timestamptz;

@@ -52,10 +52,25 @@ pub struct Store {
     pub unseal: Unseal,
     /// A program with its arguments that prints the key to unlock with (32 bytes in base64), instead of the file in the state folder.
     /// Words and quotes as in a shell, but no shell runs.
-    #[arg(long, global = true, env = "BOREALIS_UNSEAL_COMMAND", value_name = "COMMAND", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "BOREALIS_UNSEAL_COMMAND",
+        value_name = "COMMAND",
+        default_value = "",
+        hide_default_value = true,
+        hide_env_values = true
+    )]
     pub unseal_command: String,
     /// A file with that key, kept by you: mode 0600, yours or root's.
-    #[arg(long, global = true, env = "BOREALIS_UNSEAL_KEY_FILE", value_name = "FILE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "BOREALIS_UNSEAL_KEY_FILE",
+        value_name = "FILE",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub unseal_key_file: String,
     /// How long a session lives without a request, in seconds.
     #[arg(long, global = true, env = "BOREALIS_SESSION_IDLE_SECONDS", value_name = "N", default_value_t = Lifetimes::default().idle_s, value_parser = clap::value_parser!(u32).range(60..=31_536_000))]

@@ -439,10 +439,8 @@ impl Vault {
     /// # Errors
     /// 401 `invalid_cipher`; 409 `not_configured`; 500 `corrupt_secret_store`.
     pub async fn open_with(&self, pool: &db::Pool, text: &Secret<String>) -> Result<()> {
-        let row = sqlx::query!("SELECT key_id, kdf, wrapped_key FROM aegis")
-            .fetch_optional(pool)
-            .await?
-            .ok_or_else(not_configured)?;
+        let row =
+            sqlx::query!("SELECT key_id, kdf, wrapped_key FROM aegis").fetch_optional(pool).await?.ok_or_else(not_configured)?;
         let key = unwrap_with(text, row.kdf, &row.wrapped_key).await?;
         self.keep(Held { id: row.key_id, key });
         Ok(())

@@ -429,8 +429,8 @@ impl Access<'_> {
         credential.backup_eligible = verified.backup_eligible();
         let sealed = self.seal_credential(&mut tx, &tag, &credential).await?;
         sqlx::query!("UPDATE passkeys SET credential_sealed = $2, last_used_at = now() WHERE id = $1", row.id, sealed)
-        .execute(&mut *tx)
-        .await?;
+            .execute(&mut *tx)
+            .await?;
         challenges::used(&mut tx, challenge.id).await?;
         let signed_in = self.complete(&mut tx, client, account, "passkey").await?;
         tx.commit().await?;

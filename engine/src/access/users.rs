@@ -114,6 +114,8 @@ pub struct User {
     pub mfa_disabled: bool,
     /// Whether the account must be recovered before it can sign in.
     pub auth_reset_required: bool,
+    /// Since when, while it must.
+    pub auth_reset_at: Option<DateTime<Utc>>,
     /// Whether the user must choose a password before anything else.
     pub password_change_required: bool,
     /// `local` or `directory`.
@@ -132,7 +134,7 @@ pub async fn list(pool: &db::Pool) -> Result<Vec<User>> {
     Ok(sqlx::query_as!(
         User,
         "SELECT id, username, display_name, role, last_login, created_at, updated_at, mfa_disabled, auth_reset_required,
-                password_change_required, auth_source, directory_provider_id, directory_disabled
+                auth_reset_at, password_change_required, auth_source, directory_provider_id, directory_disabled
          FROM users ORDER BY lower(username)"
     )
     .fetch_all(pool)
@@ -147,7 +149,7 @@ pub async fn get(pool: &db::Pool, id: i64) -> Result<User> {
     sqlx::query_as!(
         User,
         "SELECT id, username, display_name, role, last_login, created_at, updated_at, mfa_disabled, auth_reset_required,
-                password_change_required, auth_source, directory_provider_id, directory_disabled
+                auth_reset_at, password_change_required, auth_source, directory_provider_id, directory_disabled
          FROM users WHERE id = $1",
         id,
     )
@@ -445,12 +447,10 @@ pub async fn id_of(pool: &db::Pool, username: &str) -> Result<i64> {
 /// When the database is away.
 pub async fn end_sessions(pool: &db::Pool, actor: &Actor, user_id: Option<i64>) -> Result<usize> {
     let mut tx = pool.begin().await?;
-    let ended = sqlx::query!(
-        "DELETE FROM operator_sessions WHERE $1::bigint IS NULL OR user_id = $1 RETURNING user_id, id",
-        user_id
-    )
-    .fetch_all(&mut *tx)
-    .await?;
+    let ended =
+        sqlx::query!("DELETE FROM operator_sessions WHERE $1::bigint IS NULL OR user_id = $1 RETURNING user_id, id", user_id)
+            .fetch_all(&mut *tx)
+            .await?;
     let mut of: BTreeMap<i64, Vec<Uuid>> = BTreeMap::new();
     for session in &ended {
         of.entry(session.user_id).or_default().push(session.id);
@@ -472,7 +472,7 @@ pub(super) async fn require_reset(tx: &mut db::Tx<'_>) -> Result<u64> {
     // In the order of others who lock several.
     sqlx::query!("SELECT id FROM users ORDER BY id FOR UPDATE").fetch_all(&mut **tx).await?;
     let users = sqlx::query!(
-        "UPDATE users SET auth_reset_required = (auth_source = 'local'), mfa_disabled = false, mfa_last_step = 0,
+        "UPDATE users SET auth_reset_required = (auth_source = 'local'), auth_reset_at = now(), mfa_disabled = false, mfa_last_step = 0,
                 password_change_required = false, updated_at = now()"
     );
     Ok(users.execute(&mut **tx).await?.rows_affected())

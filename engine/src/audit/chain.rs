@@ -122,9 +122,9 @@ pub async fn check(pool: &db::Pool, vault: &Vault) -> Result<Report> {
     let tagger = vault.tagger(PURPOSE)?;
     let mut conn = pool.acquire().await?;
     let key = sqlx::query!("SELECT key_id, chain_from, chain_from_tag FROM aegis").fetch_optional(&mut *conn).await?;
-    let key = key.filter(|key| key.key_id == tagger.key_id).ok_or_else(|| {
-        Error::new(Kind::Locked, "aegis_locked", "The secret store was reset; unlock it first.")
-    })?;
+    let key = key
+        .filter(|key| key.key_id == tagger.key_id)
+        .ok_or_else(|| Error::new(Kind::Locked, "aegis_locked", "The secret store was reset; unlock it first."))?;
     let mut report = Report { checked: 0, unverifiable: key.chain_from, waiting: 0, head: String::new(), broken: None };
     let well_begun = match &key.chain_from_tag {
         Some(tag) => tagger.fits(&beginning(key.key_id, key.chain_from), tag),

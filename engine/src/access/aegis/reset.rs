@@ -41,6 +41,7 @@ impl Vault {
     /// # Errors
     /// 409 `not_configured`; when the database is away.
     pub async fn reset(&self, pool: &db::Pool, actor: &Actor) -> Result<Taken> {
+        let held = self.key_id();
         let mut tried = 1;
         let taken = loop {
             match self.try_reset(pool, actor).await {
@@ -50,7 +51,10 @@ impl Vault {
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         };
-        self.lock();
+        // Not one that somebody has set up since.
+        if let Some(held) = held {
+            self.forget(held);
+        }
         Ok(taken)
     }
 
@@ -67,7 +71,7 @@ impl Vault {
         for column in PROTECTED {
             empty(&mut tx, column).await?;
         }
-        // Whoever was about to complete a sign-in held the user's row.
+        // Whoever was about to complete a sign-in held the user's row. What else signs people in ends here, too.
         let sessions = sqlx::query_scalar!("DELETE FROM operator_sessions RETURNING id").fetch_all(&mut *tx).await?;
         let taken = Taken { credentials, jobs, users, passkeys, sessions };
         let detail = json!({

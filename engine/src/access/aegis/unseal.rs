@@ -141,7 +141,8 @@ async fn run(words: &[String]) -> Result<Zeroizing<Vec<u8>>, String> {
         .kill_on_drop(true)
         .spawn()
         .map_err(|error| format!("{program} cannot be started: {error}"))?;
-    let group = child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw);
+    // Declared after the child, so that it ends before somebody takes note of the child's end and gives its id away.
+    let mut group = Group(child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw));
     let work = async {
         let mut text = Zeroizing::new(Vec::with_capacity(KEY_MAX_BYTES + 64));
         if let Some(output) = child.stdout.take() {
@@ -152,21 +153,26 @@ async fn run(words: &[String]) -> Result<Zeroizing<Vec<u8>>, String> {
             return Err(format!("it printed more than {KEY_MAX_BYTES} bytes"));
         }
         match child.wait().await {
-            Ok(status) if status.success() => Ok(text),
-            Ok(status) => Err(format!("it ended with {status}")),
+            Ok(status) => {
+                group.0 = None;
+                if status.success() { Ok(text) } else { Err(format!("it ended with {status}")) }
+            }
             Err(error) => Err(format!("it cannot be waited for: {error}")),
         }
     };
     let ended = timeout(COMMAND_LIMIT, work).await;
-    let ended = ended.unwrap_or_else(|_| Err(format!("it did not end within {} s", COMMAND_LIMIT.as_secs())));
-    if ended.is_err()
-        && let Ok(None) = child.try_wait()
-        && let Some(group) = group
-    {
-        let _ = killpg(group, Signal::SIGKILL);
-        let _ = child.wait().await;
+    ended.unwrap_or_else(|_| Err(format!("it did not end within {} s", COMMAND_LIMIT.as_secs())))
+}
+
+/// Ends a process and all it has started, unless it was seen to end.
+struct Group(Option<Pid>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(group) = self.0 {
+            let _ = killpg(group, Signal::SIGKILL);
+        }
     }
-    ended
 }
 
 #[cfg(test)]
