@@ -1,6 +1,7 @@
 //! How Borealis Engine is reached: HTTP routes, sockets, and the OpenAPI document. No SQL lives here.
 
 pub mod access;
+pub mod admin;
 pub mod app;
 pub mod body;
 pub mod errors;

@@ -3,7 +3,7 @@
 use std::{net::Ipv4Addr, process::ExitCode};
 
 use borealis_api::{
-    app, github, serve,
+    admin, app, github, serve,
     settings::{Environment, Settings},
     up,
 };
@@ -34,6 +34,11 @@ enum Verb {
     Up(Environment),
     /// Brings the database to this version.
     Migrate(Environment),
+    /// Looks after accounts and the secret store from the console of the engine's machine, also when nobody can sign in.
+    ///
+    /// Works on DATABASE_URL and the state folder, like the API; without DATABASE_URL on the private Postgres of a running `up`.
+    /// What it changes is audited as done by `console`. Data goes to standard output, everything else to standard error.
+    Admin(admin::Line),
     /// Prints the OpenAPI document.
     Openapi,
 }
@@ -79,8 +84,9 @@ fn run(Line { verb, log, log_format }: Line) -> Result<()> {
                 serve::raise_open_files();
                 serve(&environment).await
             }
-            Verb::Up(environment) => up::up(&environment.settings()?, environment.database_url()).await,
+            Verb::Up(environment) => up::up(&environment.settings()?, environment.store.database_url()).await,
             Verb::Migrate(environment) => borealis_workflows::setup(&pool(&environment, "borealis migrate")?).await,
+            Verb::Admin(line) => admin::run(line).await,
             Verb::Openapi => openapi().await,
         };
         telemetry.close().await;
@@ -107,7 +113,7 @@ async fn openapi() -> Result<()> {
         public_base_url: "http://127.0.0.1:0".parse().map_err(Error::bug)?,
         enroll_per_minute: 1,
         enroll_wrong_codes: 1,
-        unseal_automatically: false,
+        unseal: borealis_engine::access::aegis::Unseal::Manual,
         access: borealis_engine::access::Settings::default(),
         github_api_url: github::DEFAULT_URL.parse().map_err(Error::bug)?,
         exports: Exports::default(),
@@ -126,7 +132,7 @@ async fn openapi() -> Result<()> {
 }
 
 fn pool(environment: &Environment, name: &str) -> Result<db::Pool> {
-    let url = environment.database_url().ok_or_else(|| {
+    let url = environment.store.database_url().ok_or_else(|| {
         Error::field("invalid_setting", "DATABASE_URL", "it is not set; `borealis-api up` starts a private Postgres by itself.")
     })?;
     db::connect(&db::Options { url: url.to_owned(), max_connections: POOL, application_name: name.to_owned() })

@@ -42,6 +42,12 @@ pub const DRAIN_S: u64 = 10;
 const SEAL_EVERY: Duration = Duration::from_secs(1);
 /// How often it is looked for directories to sync.
 const SYNC_LOOK_EVERY: Duration = Duration::from_secs(10);
+/// How often it is looked whether another process has changed the secret store.
+const FOLLOW_EVERY: Duration = Duration::from_secs(1);
+/// How long after a failure the unseal key is asked for again; it doubles up to [`UNSEAL_LONGEST_PAUSE`].
+const UNSEAL_FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// The longest pause before the unseal key is asked for again.
+const UNSEAL_LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// How long after a failed look at the secret store the next one follows, in seconds.
 const PREPARE_RETRY_S: u64 = 5;
 
@@ -91,7 +97,7 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
         pool,
         process_id: uuid::Uuid::now_v7(),
         shutdown: shutdown.clone(),
-        vault: Vault::in_state_dir(&settings.state_dir, settings.unseal_automatically),
+        vault: Vault::new(settings.unseal.clone()),
         settings,
         keys,
         hub: Hub::default(),
@@ -104,6 +110,7 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
     let watched = db::watch("requests", &app.pool);
     let mut tasks = JoinSet::new();
     tasks.spawn(prepare(app.clone(), shutdown.clone()));
+    tasks.spawn(keep_open(app.clone(), shutdown.clone()));
     tasks.spawn(seal_audit(app.clone(), shutdown.clone()));
     tasks.spawn(sync_directories(app.clone(), shutdown.clone()));
     tasks.spawn(accept(public, router, shutdown.clone()));
@@ -120,6 +127,46 @@ async fn prepare(app: App, shutdown: CancellationToken) {
         tokio::select! {
             () = shutdown.cancelled() => return,
             () = sleep(Duration::from_secs(PREPARE_RETRY_S)) => {}
+        }
+    }
+}
+
+/// Follows what other processes do with the secret store, and opens it with a key that somebody else keeps. Requests do not: such
+/// a key may be slow to get, and asking for it is not for everybody who knocks.
+async fn keep_open(app: App, shutdown: CancellationToken) {
+    let vault = &app.vault;
+    let mut every = tokio::time::interval(FOLLOW_EVERY);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // The data key that is known to be wrapped by the key of somebody else's.
+    let mut settled = None;
+    let (mut pause, mut next) = (UNSEAL_FIRST_PAUSE, tokio::time::Instant::now());
+    while shutdown.run_until_cancelled(every.tick()).await.is_some() {
+        let open = match vault.follow(&app.pool).await {
+            Ok(open) => open,
+            Err(error) => {
+                tracing::debug!(%error, "the secret store could not be looked at");
+                continue;
+            }
+        };
+        let done = open && settled.is_some() && settled == vault.key_id();
+        if !vault.unseal().is_foreign() || done || tokio::time::Instant::now() < next {
+            continue;
+        }
+        let Some(ended) = shutdown.run_until_cancelled(vault.settle(&app.pool)).await else { return };
+        match ended {
+            Ok(key_id) => {
+                if key_id.is_some() && !open {
+                    tracing::info!("the secret store was opened with the unseal key");
+                }
+                settled = key_id;
+                pause = UNSEAL_FIRST_PAUSE;
+            }
+            Err(error) => {
+                let state = if open { "is open, but a restart would leave it locked" } else { "stays locked" };
+                tracing::warn!(why = %error.message, state, again_in_s = pause.as_secs(), "no unseal key for the secret store");
+                next = tokio::time::Instant::now() + pause;
+                pause = (pause * 2).min(UNSEAL_LONGEST_PAUSE);
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use borealis_engine::{
     Error, Result, Secret,
-    access::{self, sessions::Lifetimes},
+    access::{self, aegis, sessions::Lifetimes},
     egress,
 };
 use borealis_telemetry::{Exports, Optional};
@@ -33,8 +33,8 @@ pub struct Settings {
     pub enroll_per_minute: u32,
     /// Wrong enrollment codes from one address in 15 minutes; with more it is refused.
     pub enroll_wrong_codes: u32,
-    /// Whether an unseal key file is written at Aegis setup, so that a restart comes back unlocked.
-    pub unseal_automatically: bool,
+    /// How a process opens the secret store by itself.
+    pub unseal: aegis::Unseal,
     /// Sign-in: how long sessions live, the name an authenticator app shows.
     pub access: access::Settings,
     /// Where GitHub's interface is.
@@ -45,39 +45,69 @@ pub struct Settings {
     pub worker_metrics_listen: Option<SocketAddr>,
 }
 
+/// Where everything is kept, and how the secrets in it are opened.
+#[derive(Debug, Clone, Args)]
+pub struct Store {
+    /// The folder of secrets, logs and the private Postgres.
+    #[arg(long, global = true, env = "BOREALIS_STATE_DIR", value_name = "FOLDER", default_value = ".borealis")]
+    pub state_dir: PathBuf,
+    /// An external Postgres. Without it, `up` starts a private one.
+    #[arg(long, global = true, env = "DATABASE_URL", value_name = "URL", value_parser = secret, hide_env_values = true)]
+    pub database_url: Option<Secret<String>>,
+    /// Whether a restarted engine unlocks its secrets by itself, with a key file in the state folder.
+    #[arg(long, global = true, env = "BOREALIS_UNSEAL", value_enum, default_value = "auto")]
+    pub unseal: Unseal,
+    /// A program with its arguments that prints the key to unlock with (32 bytes in base64), instead of the file in the state folder.
+    /// Words and quotes as in a shell, but no shell runs.
+    #[arg(
+        long,
+        global = true,
+        env = "BOREALIS_UNSEAL_COMMAND",
+        value_name = "COMMAND",
+        default_value = "",
+        hide_default_value = true,
+        hide_env_values = true
+    )]
+    pub unseal_command: String,
+    /// A file with that key, kept by you: mode 0600, yours or root's.
+    #[arg(
+        long,
+        global = true,
+        env = "BOREALIS_UNSEAL_KEY_FILE",
+        value_name = "FILE",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub unseal_key_file: String,
+    /// How long a session lives without a request, in seconds.
+    #[arg(long, global = true, env = "BOREALIS_SESSION_IDLE_SECONDS", value_name = "N", default_value_t = Lifetimes::default().idle_s, value_parser = clap::value_parser!(u32).range(60..=31_536_000))]
+    pub session_idle_seconds: u32,
+}
+
 /// The environment, as given.
 #[derive(Debug, Clone, Args)]
 pub struct Environment {
+    /// Where everything is kept.
+    #[command(flatten)]
+    pub store: Store,
     /// Where the API listens, for people and agents.
     #[arg(long, env = "BOREALIS_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
     /// Where the API listens for workers.
     #[arg(long, env = "BOREALIS_INTERNAL_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:8081")]
     pub internal_listen: SocketAddr,
-    /// The folder of secrets, logs and the private Postgres.
-    #[arg(long, env = "BOREALIS_STATE_DIR", value_name = "FOLDER", default_value = ".borealis")]
-    pub state_dir: PathBuf,
     /// The secret that API and workers share [default: <state>/secrets/engine.secret].
     #[arg(long, env = "BOREALIS_ENGINE_SECRET_FILE", value_name = "FILE")]
     pub engine_secret_file: Option<PathBuf>,
-    /// An external Postgres. Without it, `up` starts a private one.
-    #[arg(long, env = "DATABASE_URL", value_name = "URL", value_parser = secret, hide_env_values = true)]
-    pub database_url: Option<Secret<String>>,
     /// The URL under which people and agents reach the API [default: http://<listen>].
     #[arg(long, env = "BOREALIS_PUBLIC_BASE_URL", value_name = "URL")]
     pub public_base_url: Option<Url>,
-    /// Whether a restarted engine unlocks its secrets by itself, with a key file in the state folder.
-    #[arg(long, env = "BOREALIS_UNSEAL", value_enum, default_value = "auto")]
-    pub unseal: Unseal,
     /// Enrollment requests a minute from one address.
     #[arg(long, env = "BOREALIS_ENROLL_PER_MINUTE", value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub enroll_per_minute: u32,
     /// Wrong enrollment codes from one address in 15 minutes; with more it is refused.
     #[arg(long, env = "BOREALIS_ENROLL_WRONG_CODES", value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub enroll_wrong_codes: u32,
-    /// How long a session lives without a request, in seconds.
-    #[arg(long, env = "BOREALIS_SESSION_IDLE_SECONDS", value_name = "N", default_value_t = Lifetimes::default().idle_s, value_parser = clap::value_parser!(u32).range(60..=31_536_000))]
-    pub session_idle_seconds: u32,
     /// How long a session lives at most, in seconds.
     #[arg(long, env = "BOREALIS_TOKEN_TTL_SECONDS", value_name = "N", default_value_t = Lifetimes::default().absolute_s, value_parser = clap::value_parser!(u32).range(60..=31_536_000))]
     pub token_ttl_seconds: u32,
@@ -116,20 +146,53 @@ fn secret(text: &str) -> Result<Secret<String>, std::convert::Infallible> {
     Ok(Secret::new(text.to_owned()))
 }
 
-impl Environment {
+impl Store {
     /// The external Postgres, when one is named; an empty variable names none.
     #[must_use]
     pub fn database_url(&self) -> Option<&str> {
         self.database_url.as_ref().map(|url| url.expose().trim()).filter(|url| !url.is_empty())
     }
 
+    /// The state folder as an absolute path.
+    ///
+    /// # Errors
+    /// `invalid_setting`, naming the variable.
+    pub fn state_dir(&self) -> Result<PathBuf> {
+        std::path::absolute(&self.state_dir)
+            .map_err(|error| Error::field("invalid_setting", "BOREALIS_STATE_DIR", format!("it cannot be used: {error}.")))
+    }
+
+    /// How a process opens the secret store by itself. An empty variable is none.
+    ///
+    /// # Errors
+    /// `invalid_setting`, naming the variable.
+    pub fn unseal(&self) -> Result<aegis::Unseal> {
+        let refuse = |variable, why: &str| Err(Error::field("invalid_setting", variable, why));
+        let (command, file) = (self.unseal_command.trim(), self.unseal_key_file.trim());
+        match (self.unseal, command.is_empty(), file.is_empty()) {
+            (Unseal::Auto, true, true) => Ok(aegis::Unseal::in_state_dir(&self.state_dir()?)),
+            (Unseal::Manual, true, true) => Ok(aegis::Unseal::Manual),
+            (Unseal::Manual, ..) => refuse("BOREALIS_UNSEAL", "it is manual, and there is an unseal command or key file, too."),
+            (_, false, false) => refuse("BOREALIS_UNSEAL_COMMAND", "it is set, and BOREALIS_UNSEAL_KEY_FILE, too."),
+            (_, false, true) => match shlex::split(command) {
+                Some(words) if !words.is_empty() => Ok(aegis::Unseal::Command(words)),
+                _ => refuse("BOREALIS_UNSEAL_COMMAND", "it cannot be split into words: is a quote missing?"),
+            },
+            (_, true, false) => match std::path::absolute(file) {
+                Ok(path) => Ok(aegis::Unseal::KeyFile(path)),
+                Err(error) => refuse("BOREALIS_UNSEAL_KEY_FILE", &format!("it cannot be used: {error}.")),
+            },
+        }
+    }
+}
+
+impl Environment {
     /// The settings these values mean, with paths made absolute.
     ///
     /// # Errors
     /// `invalid_setting`, naming the variable.
     pub fn settings(&self) -> Result<Settings> {
-        let state_dir = std::path::absolute(&self.state_dir)
-            .map_err(|error| Error::field("invalid_setting", "BOREALIS_STATE_DIR", format!("it cannot be used: {error}.")))?;
+        let state_dir = self.store.state_dir()?;
         let engine_secret_file = match &self.engine_secret_file {
             Some(file) => std::path::absolute(file).map_err(|error| {
                 Error::field("invalid_setting", "BOREALIS_ENGINE_SECRET_FILE", format!("it cannot be used: {error}."))
@@ -146,9 +209,9 @@ impl Environment {
             },
             enroll_per_minute: self.enroll_per_minute,
             enroll_wrong_codes: self.enroll_wrong_codes,
-            unseal_automatically: self.unseal == Unseal::Auto,
+            unseal: self.store.unseal()?,
             access: access::Settings {
-                sessions: Lifetimes { idle_s: self.session_idle_seconds, absolute_s: self.token_ttl_seconds },
+                sessions: Lifetimes { idle_s: self.store.session_idle_seconds, absolute_s: self.token_ttl_seconds },
                 mfa_issuer: self.mfa_issuer.clone(),
                 passkey_rp_name: self.passkey_rp_name.clone(),
                 egress: self.egress(),
@@ -164,7 +227,7 @@ impl Environment {
 impl Environment {
     /// The policy with the doors of this engine closed.
     fn egress(&self) -> egress::Policy {
-        let database = self.database_url().and_then(|url| Url::parse(url).ok());
+        let database = self.store.database_url().and_then(|url| Url::parse(url).ok());
         let database = database.and_then(|url| Some((url.host_str()?.to_owned(), url.port().unwrap_or(5432))));
         let own = [self.listen, self.internal_listen].map(|at| (at.ip().to_string(), at.port()));
         own.into_iter().chain(database).fold(self.egress_allow.clone(), |policy, (host, port)| policy.closed(host, port))
@@ -233,10 +296,27 @@ mod tests {
         let settings = read(&["--state-dir", "/srv/b", "--listen", "127.0.0.1:9000"]).unwrap();
         assert_eq!(settings.engine_secret_file, std::path::Path::new("/srv/b/secrets/engine.secret"));
         assert_eq!(settings.public_base_url.as_str(), "http://127.0.0.1:9000/");
-        assert!(settings.unseal_automatically);
+        assert_eq!(settings.unseal, aegis::Unseal::Own("/srv/b/secrets/unseal.key".into()));
         let everywhere = read(&["--listen", "[::]:9000", "--unseal", "manual"]).unwrap();
         assert_eq!(everywhere.public_base_url.as_str(), "http://[::1]:9000/");
-        assert!(!everywhere.unseal_automatically);
+        assert_eq!(everywhere.unseal, aegis::Unseal::Manual);
+    }
+
+    #[test]
+    fn the_unseal_key_has_one_place() {
+        let unseal = |arguments: &[&str]| read(arguments).map(|settings| settings.unseal);
+        let command = unseal(&["--unseal-command", "/bin/get 'a key' --from=\"the vault\" $HOME;x"]).unwrap();
+        let words = ["/bin/get", "a key", "--from=the vault", "$HOME;x"].map(str::to_owned).to_vec();
+        assert_eq!(command, aegis::Unseal::Command(words));
+        assert_eq!(unseal(&["--unseal-key-file", "/run/key"]).unwrap(), aegis::Unseal::KeyFile("/run/key".into()));
+        assert!(matches!(unseal(&["--unseal-key-file", "", "--unseal-command", " "]).unwrap(), aegis::Unseal::Own(_)));
+        for bad in [
+            &["--unseal-key-file", "/run/key", "--unseal-command", "get"][..],
+            &["--unseal", "manual", "--unseal-command", "get"],
+            &["--unseal-command", "get 'a key"],
+        ] {
+            assert_eq!(unseal(bad).unwrap_err().code, "invalid_setting", "{bad:?}");
+        }
     }
 
     #[test]
@@ -251,8 +331,8 @@ mod tests {
     fn the_database_url_is_not_shown() {
         let line = Line::try_parse_from(["test", "--database-url", "postgres://u:hunter2@h/d"]).unwrap();
         assert!(!format!("{:?}", line.environment).contains("hunter2"));
-        assert_eq!(line.environment.database_url(), Some("postgres://u:hunter2@h/d"));
+        assert_eq!(line.environment.store.database_url(), Some("postgres://u:hunter2@h/d"));
         let none = Line::try_parse_from(["test", "--database-url", " "]).unwrap();
-        assert_eq!(none.environment.database_url(), None);
+        assert_eq!(none.environment.store.database_url(), None);
     }
 }

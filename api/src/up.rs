@@ -14,6 +14,7 @@ use std::{
 
 use borealis_engine::{
     Error, Kind, Result,
+    access::aegis::Unseal,
     cluster::{Cluster, DATABASE, Durability, Paths},
     db,
     keys::Keys,
@@ -198,12 +199,20 @@ fn roles(settings: &Settings, url: &str) -> Result<[Role; 2]> {
         ("BOREALIS_STATE_DIR", settings.state_dir.clone().into()),
         ("BOREALIS_ENGINE_SECRET_FILE", settings.engine_secret_file.clone().into()),
     ];
+    let (mut command, mut key_file) = (String::new(), OsString::new());
+    match &settings.unseal {
+        Unseal::Command(words) => command = shlex::try_join(words.iter().map(String::as_str)).map_err(Error::bug)?,
+        Unseal::KeyFile(path) => key_file = path.clone().into(),
+        Unseal::Manual | Unseal::Own(_) => {}
+    }
     let mut api = common.to_vec();
     api.extend([
         ("BOREALIS_LISTEN", settings.listen.to_string().into()),
         ("BOREALIS_INTERNAL_LISTEN", settings.internal_listen.to_string().into()),
         ("BOREALIS_PUBLIC_BASE_URL", settings.public_base_url.as_str().into()),
-        ("BOREALIS_UNSEAL", if settings.unseal_automatically { "auto" } else { "manual" }.into()),
+        ("BOREALIS_UNSEAL", if settings.unseal == Unseal::Manual { "manual" } else { "auto" }.into()),
+        ("BOREALIS_UNSEAL_COMMAND", command.into()),
+        ("BOREALIS_UNSEAL_KEY_FILE", key_file),
         ("BOREALIS_ENROLL_PER_MINUTE", settings.enroll_per_minute.to_string().into()),
         ("BOREALIS_ENROLL_WRONG_CODES", settings.enroll_wrong_codes.to_string().into()),
         ("BOREALIS_SESSION_IDLE_SECONDS", settings.access.sessions.idle_s.to_string().into()),

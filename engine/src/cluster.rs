@@ -169,12 +169,7 @@ impl Cluster {
     /// How to reach a database of this cluster.
     #[must_use]
     pub fn url(&self, database: &str) -> String {
-        // Port and TLS are named so that a PGPORT or PGSSLMODE of the caller's environment changes nothing.
-        format!(
-            "postgres://{SERVICE_USER}@localhost:5432/{}?host={}&sslmode=disable",
-            percent(database),
-            percent(&self.socket.to_string_lossy())
-        )
+        url(&self.socket, database)
     }
 
     /// The server's process id.
@@ -278,6 +273,29 @@ impl Cluster {
             sleep(Duration::from_millis(50)).await;
         }
     }
+}
+
+/// How to reach a database of the cluster that somebody else runs at these places; none while nobody does. Starts nothing.
+///
+/// # Errors
+/// When there is no short way to the socket.
+pub async fn find(paths: &Paths, database: &str) -> Result<Option<String>> {
+    let folder = paths.data.join(socket::FOLDER);
+    if !folder.exists() {
+        return Ok(None);
+    }
+    let folder = socket::reachable(&folder)?;
+    let answers = tokio::net::UnixStream::connect(folder.join(socket::NAME)).await.is_ok();
+    Ok(answers.then(|| url(&folder, database)))
+}
+
+fn url(socket: &Path, database: &str) -> String {
+    // Port and TLS are named so that a PGPORT or PGSSLMODE of the caller's environment changes nothing.
+    format!(
+        "postgres://{SERVICE_USER}@localhost:5432/{}?host={}&sslmode=disable",
+        percent(database),
+        percent(&socket.to_string_lossy())
+    )
 }
 
 /// Creates the engine's database when it is missing.

@@ -56,6 +56,14 @@ pub struct ActorToken {
     pub name: String,
 }
 
+impl Actor {
+    /// Somebody at the console of a machine of the engine, under this account of the machine.
+    #[must_use]
+    pub fn console(account: &str) -> Self {
+        Self { kind: ActorKind::System, id: account.to_owned(), name: "console".to_owned(), ..Self::default() }
+    }
+}
+
 /// The kinds of actor; the same set is a CHECK of `audit_events`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum ActorKind {

@@ -130,6 +130,12 @@ impl TestCluster {
         Binaries::find(self.paths.data()).expect("an installed PostgreSQL").file(name)
     }
 
+    /// The folder the server is below, as below an engine's state folder.
+    #[must_use]
+    pub fn state_dir(&self) -> &std::path::Path {
+        self._folder.path()
+    }
+
     /// The last lines of the server's log.
     #[must_use]
     pub fn last_words(&self, lines: usize) -> String {

@@ -11,7 +11,7 @@ use borealis_api::{
     serve::{Running, serve},
     state::{App, Settings},
 };
-use borealis_engine::db;
+use borealis_engine::{access::aegis::Unseal, db};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
@@ -83,11 +83,11 @@ pub fn settings(state_dir: PathBuf) -> Settings {
         listen: ([127, 0, 0, 1], 0).into(),
         internal_listen: ([127, 0, 0, 1], 0).into(),
         engine_secret_file: state_dir.join("secrets/engine.secret"),
+        unseal: Unseal::in_state_dir(&state_dir),
         state_dir,
         public_base_url: Url::parse("http://127.0.0.1:0").expect("a URL"),
         enroll_per_minute: 100_000,
         enroll_wrong_codes: 20,
-        unseal_automatically: true,
         access: Default::default(),
         // Nothing answers there.
         github_api_url: Url::parse("http://127.0.0.1:9/").expect("a URL"),

@@ -382,7 +382,7 @@ async fn another_cipher_opens_the_engine_and_nothing_stops_meanwhile() {
 
 #[tokio::test]
 async fn without_a_key_file_nothing_on_disk_opens_the_engine() {
-    let engine = TestEngine::with(|settings| settings.unseal_automatically = false).await;
+    let engine = TestEngine::with(|settings| settings.unseal = Default::default()).await;
     let _ = engine.admin().await.get("/api/auth/me").await.ok();
     assert!(!engine.state_dir().join("secrets/unseal.key").exists());
     let second = engine.second().await;

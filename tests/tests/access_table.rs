@@ -323,6 +323,8 @@ impl World {
             ("POST", "/api/aegis/rotate") => {
                 admin(path, json!({"current_cipher": CIPHER, "new_cipher": "an entirely new passphrase"}))
             }
+            // A right one would end the test's engine.
+            ("POST", "/api/aegis/force_reset") => with(path, json!({"confirm": "no"}), Rule::Admin(400)),
             ("GET", "/api/users") => admin(path, Value::Null),
             ("POST", "/api/users") => {
                 admin(path, json!({"username": format!("new-{}", nothing.simple()), "password": PASSWORD, "role": "User"}))

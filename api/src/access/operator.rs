@@ -130,7 +130,7 @@ pub async fn authenticate(app: &App, parts: &Parts, needed: Option<TokenScope>) 
 /// When the database is away.
 pub async fn find(app: &App, token: &str, carrier: Carrier, ip: String) -> Result<Option<Operator>, ApiError> {
     if carrier == Carrier::Bearer && api_tokens::is_one(token) {
-        if !app.vault.unseal_from_file(&app.pool).await? {
+        if !app.vault.is_open() && !app.vault.follow(&app.pool).await? {
             return Ok(None);
         }
         return Ok(api_tokens::find(&app.pool, token, &ip).await?.map(|token| Operator::of_token(token, ip)));
@@ -143,8 +143,7 @@ pub async fn find(app: &App, token: &str, carrier: Carrier, ip: String) -> Resul
 /// # Errors
 /// When the database is away.
 pub async fn session(app: &App, token: &str) -> Result<Option<Session>, ApiError> {
-    if !app.vault.unseal_from_file(&app.pool).await? {
-        return Ok(None);
-    }
-    Ok(sessions::find(&app.pool, token, app.settings.access.sessions).await?)
+    let Some(session) = sessions::find(&app.pool, token, app.settings.access.sessions).await? else { return Ok(None) };
+    let open = app.vault.holds(session.key_id) || app.vault.follow(&app.pool).await?;
+    Ok(open.then_some(session))
 }

@@ -315,6 +315,8 @@ struct Checked {
     ok: bool,
     /// Events that were checked.
     checked: i64,
+    /// Earlier events, sealed under a key that a reset of the secret store took: they are there, and nobody can say more.
+    unverifiable: i64,
     /// Events of the last moments that wait to be sealed.
     waiting: i64,
     /// The tag of the last event, in hex. Kept elsewhere, it shows later whether the end was cut off.
@@ -336,6 +338,7 @@ async fn check(State(app): State<App>, _: Operator) -> Result<Json<Checked>> {
     Ok(Json(Checked {
         ok: report.broken.is_none(),
         checked: report.checked,
+        unverifiable: report.unverifiable,
         waiting: report.waiting,
         head: report.head,
         broken: report.broken,

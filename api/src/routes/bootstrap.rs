@@ -29,6 +29,7 @@ pub(super) fn routes(app: &App) -> Routes {
         .anonymous(routes!(admin_verify))
         .operator(routes!(aegis_status))
         .admin(routes!(aegis_rotate))
+        .admin(routes!(aegis_force_reset))
 }
 
 /// How far the set-up is.
@@ -202,7 +203,7 @@ impl AegisStatus {
         let updated_at = aegis::updated_at(&app.pool).await?;
         Ok(Self {
             configured: updated_at.is_some(),
-            locked: !app.vault.is_open(),
+            locked: updated_at.is_some() && !app.vault.is_open(),
             unlock_scope: "engine_global",
             secret_scope: aegis::PROTECTED.to_vec(),
             updated_at: updated_at.map(|at| at.timestamp()).unwrap_or(0),
@@ -252,4 +253,67 @@ async fn aegis_rotate(
     let client = Caller::of(&parts).client;
     app.access().rotate_aegis(&client, operator.session()?, &body.current_cipher, &body.new_cipher).await?;
     Ok(Json(Rotated { status: "ok", aegis: AegisStatus::now(&app, operator).await? }))
+}
+
+/// What is about to be lost.
+#[derive(serde::Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Confirmation {
+    /// `reset`, so that nobody does it by mistake.
+    #[serde(default)]
+    confirm: String,
+}
+
+/// There is no secret store any more.
+#[derive(Debug, serde::Serialize, ToSchema)]
+struct WasReset {
+    /// `ok`.
+    status: &'static str,
+    /// True.
+    force_reset: bool,
+    /// Credentials that lost secrets, and cannot be used until these are set again.
+    affected_credentials: usize,
+    /// Scheduled jobs that used them and are off now.
+    disabled_jobs: usize,
+    /// Whether a GitHub token was lost.
+    github_token_reset: bool,
+    /// Users, who are all without password and second factor.
+    affected_users: u64,
+    /// Passkeys that were removed.
+    removed_passkeys: u64,
+    #[serde(flatten)]
+    aegis: AegisStatus,
+}
+
+/// End the secret store and everything sealed in it, for when its cipher is lost or in wrong hands; needs a step-up. Everybody is
+/// signed out and nobody can sign in: a new secret store has to be set up, and an administrator recovered.
+#[utoipa::path(post, path = "/api/aegis/force_reset", tag = "Bootstrap", request_body = Confirmation, responses(
+    (status = 200, body = WasReset),
+    (status = 400, description = "`confirmation_required`"),
+    (status = 401, description = "`unauthorized`"),
+    (status = 403, description = "`forbidden`, `step_up_required`, `bad_origin`"),
+    (status = 409, description = "`not_configured`"),
+))]
+async fn aegis_force_reset(
+    State(app): State<App>,
+    operator: Operator,
+    Head(parts): Head,
+    body::Json(body): body::Json<Confirmation>,
+) -> Result<(HeaderMap, Json<WasReset>)> {
+    let client = Caller::of(&parts).client;
+    let taken = app.access().force_reset(&client, operator.session()?, &body.confirm).await?;
+    for session in &taken.sessions {
+        app.hub.drop_session(*session).await;
+    }
+    let was_reset = WasReset {
+        status: "ok",
+        force_reset: true,
+        affected_credentials: taken.credentials.len(),
+        disabled_jobs: taken.jobs.len(),
+        github_token_reset: taken.github_token,
+        affected_users: taken.users,
+        removed_passkeys: taken.passkeys,
+        aegis: AegisStatus::now(&app, operator).await?,
+    };
+    Ok((client::signed_out_cookies(&app), Json(was_reset)))
 }

@@ -77,7 +77,7 @@ impl From<users::User> for User {
             updated_at: user.updated_at.timestamp(),
             mfa_enabled: u8::from(!user.mfa_disabled),
             auth_reset_required: u8::from(user.auth_reset_required),
-            auth_reset_at: 0,
+            auth_reset_at: user.auth_reset_at.filter(|_| user.auth_reset_required).map(|at| at.timestamp()).unwrap_or(0),
             password_change_required: u8::from(user.password_change_required),
             auth_source: user.auth_source,
             directory_provider_id: user.directory_provider_id,

@@ -1,14 +1,17 @@
 //! The Aegis key: everything sealed in the database is sealed under it.
 //!
-//! A random 32-byte data key is made once. It is stored wrapped by a key derived from the operator's passphrase (the
-//! *cipher*), and, when the engine may unseal itself, a second time wrapped by the key in the unseal file. Each column
+//! A random 32-byte data key is made at the set-up. It is stored wrapped by a key derived from the operator's passphrase (the
+//! *cipher*), and, when the engine may unseal itself, a second time wrapped by a key kept elsewhere ([`Unseal`]). Each column
 //! has its own sub-key, and every envelope is bound to its row, so a sealed value moved elsewhere does not open.
+//!
+//! A [reset](Vault::reset) takes the data key away for good, from all processes: each knows its key by an id that is compared with
+//! the database's wherever the key counts, and what is sealed is sealed in a transaction that holds the database's key fast.
 
 use std::{
     fmt::Display,
     io::Write,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
@@ -25,16 +28,24 @@ use sha2::Sha256;
 use subtle::ConstantTimeEq;
 use tokio::sync::Semaphore;
 use unicode_normalization::UnicodeNormalization;
+use uuid::Uuid;
 use zeroize::Zeroizing;
 
 use crate::{
     audit, db,
     error::{Error, Kind, Result},
-    scope::Actor,
+    scope::{Actor, ActorKind},
     secret::Secret,
 };
 
-/// The columns sealed under Aegis: what rotation, reset and the status answer walk.
+mod reset;
+mod unseal;
+
+pub use reset::Taken;
+pub use unseal::{COMMAND_LIMIT, KEY_MAX_BYTES, Unseal};
+
+/// The columns sealed under Aegis, each as `table.column` of what is `column_sealed` in the database: what a reset and the status
+/// answer walk.
 pub const PROTECTED: [&str; 11] = [
     "users.password",
     "users.mfa_secret",
@@ -223,16 +234,11 @@ pub fn write_private(path: &Path, content: &[u8]) -> Result<()> {
     write().map_err(|error| Error::bug(format!("{} could not be written: {error}", path.display())))
 }
 
-fn read_unseal_file(path: &Path) -> Option<Key> {
-    let text = Zeroizing::new(std::fs::read_to_string(path).ok()?);
-    let bytes = Zeroizing::new(STANDARD.decode(text.trim()).ok()?);
-    Some(Secret::new(<[u8; KEY_BYTES]>::try_from(bytes.as_slice()).ok()?))
-}
-
-fn write_unseal_file(path: &Path) -> Result<Key> {
-    let key = Secret::new(rand::random::<[u8; KEY_BYTES]>());
-    write_private(path, Zeroizing::new(STANDARD.encode(key.expose()) + "\n").as_bytes())?;
-    Ok(key)
+/// A data key, and which one it is.
+#[derive(Debug, Clone)]
+struct Held {
+    id: Uuid,
+    key: Key,
 }
 
 /// Holds the unsealed key of this process, or nothing while the engine is locked. Cheap to clone; clones share the key.
@@ -241,52 +247,100 @@ pub struct Vault(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    key: RwLock<Option<Key>>,
-    unseal_file: Option<PathBuf>,
+    held: RwLock<Option<Held>>,
+    unseal: Unseal,
 }
 
 impl Vault {
-    /// A locked vault. With an `unseal_file` (`<state>/secrets/unseal.key`) the engine writes that file at set-up and
-    /// opens itself with it after a restart; without, somebody must type the cipher each time.
+    /// A locked vault that may open itself as `unseal` says.
     #[must_use]
-    pub fn new(unseal_file: Option<PathBuf>) -> Self {
-        Self(Arc::new(Inner { key: RwLock::default(), unseal_file }))
+    pub fn new(unseal: Unseal) -> Self {
+        Self(Arc::new(Inner { held: RwLock::default(), unseal }))
     }
 
-    /// The vault of an engine whose state is in `state_dir`.
+    /// How this process opens the secret store by itself.
     #[must_use]
-    pub fn in_state_dir(state_dir: &Path, unseal_automatically: bool) -> Self {
-        Self::new(unseal_automatically.then(|| state_dir.join("secrets").join("unseal.key")))
+    pub fn unseal(&self) -> &Unseal {
+        &self.0.unseal
     }
 
-    /// Whether the key is in memory.
+    /// Which data key is in memory, if one is.
+    #[must_use]
+    pub fn key_id(&self) -> Option<Uuid> {
+        self.0.held.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(|held| held.id)
+    }
+
+    /// Whether a key is in memory. Another process may have taken it out of the database a moment ago; see [`Vault::holds`].
     #[must_use]
     pub fn is_open(&self) -> bool {
-        self.0.key.read().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.key_id().is_some()
+    }
+
+    /// Whether this very data key, as the database names it, is in memory.
+    #[must_use]
+    pub fn holds(&self, key_id: Uuid) -> bool {
+        self.key_id() == Some(key_id)
     }
 
     /// Forgets the key.
     pub fn lock(&self) {
-        self.0.key.write().unwrap_or_else(PoisonError::into_inner).take();
+        self.0.held.write().unwrap_or_else(PoisonError::into_inner).take();
     }
 
-    fn keep(&self, key: Key) {
-        self.0.key.write().unwrap_or_else(PoisonError::into_inner).replace(key);
+    /// Forgets the key if it is still this one.
+    fn forget(&self, key_id: Uuid) {
+        let mut held = self.0.held.write().unwrap_or_else(PoisonError::into_inner);
+        if held.take_if(|held| held.id == key_id).is_some() {
+            tracing::warn!("the secret store has another key or none now; this process has forgotten its own");
+        }
+    }
+
+    fn keep(&self, held: Held) {
+        self.0.held.write().unwrap_or_else(PoisonError::into_inner).replace(held);
+    }
+
+    fn held(&self) -> Result<Held> {
+        self.0.held.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(locked)
     }
 
     fn sub_key(&self, purpose: &str) -> Result<Key> {
-        let key = self.0.key.read().unwrap_or_else(PoisonError::into_inner);
-        sub_key(key.as_ref().ok_or_else(locked)?, purpose)
+        sub_key(&self.held()?.key, purpose)
     }
 
-    /// Seals `plain` for one column (`users.password`) of one row. The answer is `aegis:v2:` and base64.
+    /// Holds the secret store's data key fast until `tx` ends, so that a reset waits for it, and refuses when it is not the one of
+    /// this process. It never waits itself.
     ///
     /// # Errors
-    /// 423 `aegis_locked`.
-    pub fn seal(&self, column: &'static str, row: impl Display, plain: &str) -> Result<String> {
-        let key = self.sub_key(column)?;
-        let sealed = encrypt(key.expose(), &format!("{column}:{row}"), plain.as_bytes())?;
-        Ok(format!("{ENVELOPE}{}", STANDARD.encode(sealed)))
+    /// 423 `aegis_locked`; 503 `aegis_busy` while a reset is on its way.
+    pub async fn fence(&self, tx: &mut db::Tx<'_>) -> Result<()> {
+        let held = self.held()?;
+        self.fenced(tx, &held).await
+    }
+
+    async fn fenced(&self, tx: &mut db::Tx<'_>, held: &Held) -> Result<()> {
+        let present = sqlx::query_scalar!("SELECT key_id FROM aegis FOR KEY SHARE NOWAIT").fetch_optional(&mut **tx).await;
+        let present = present.map_err(|error| match error.as_database_error().and_then(|error| error.code()) {
+            Some(code) if code == "55P03" => {
+                Error::new(Kind::Unavailable, "aegis_busy", "The secret store is being reset.").retry_after(2)
+            }
+            _ => error.into(),
+        })?;
+        if present == Some(held.id) {
+            return Ok(());
+        }
+        self.forget(held.id);
+        Err(locked())
+    }
+
+    /// Seals `plain` for one column (`users.password`) of one row, which is written in the same `tx`. The answer is `aegis:v2:` and
+    /// base64.
+    ///
+    /// # Errors
+    /// As [`Vault::fence`].
+    pub async fn seal(&self, tx: &mut db::Tx<'_>, column: &'static str, row: impl Display, plain: &str) -> Result<String> {
+        let held = self.held()?;
+        self.fenced(tx, &held).await?;
+        envelope(&held.key, column, row, plain)
     }
 
     /// Opens what [`Vault::seal`] made for the same column and row.
@@ -307,20 +361,26 @@ impl Vault {
     /// # Errors
     /// 423 `aegis_locked`.
     pub fn tag(&self, purpose: &'static str, message: &str) -> Result<[u8; KEY_BYTES]> {
-        use hmac::{KeyInit as _, Mac as _};
-        let key = self.sub_key(purpose)?;
-        let mut mac = hmac::Hmac::<Sha256>::new_from_slice(key.expose()).map_err(Error::bug)?;
-        mac.update(message.as_bytes());
-        Ok(mac.finalize().into_bytes().into())
+        self.tagger(purpose)?.tag(message)
     }
 
     /// Whether `tag` is what [`Vault::tag`] makes; compared in constant time. False while locked.
     #[must_use]
     pub fn tag_fits(&self, purpose: &'static str, message: &str, tag: &[u8]) -> bool {
-        self.tag(purpose, message).is_ok_and(|expected| expected.ct_eq(tag).into())
+        self.tagger(purpose).is_ok_and(|tagger| tagger.fits(message, tag))
     }
 
-    /// Makes the data key, once per engine. The caller commits `tx`, and calls [`Fresh::keep`] when that worked.
+    /// Makes many tags under the key that is in memory now.
+    ///
+    /// # Errors
+    /// 423 `aegis_locked`.
+    pub fn tagger(&self, purpose: &'static str) -> Result<Tagger> {
+        let held = self.held()?;
+        Ok(Tagger { key_id: held.id, key: sub_key(&held.key, purpose)? })
+    }
+
+    /// Makes the data key, once per engine and again after each reset. The caller commits `tx`, and calls [`Fresh::keep`] when that
+    /// worked.
     ///
     /// # Errors
     /// 400 `invalid_request` for a weak cipher; 409 `already_configured`.
@@ -328,48 +388,65 @@ impl Vault {
         let cipher = cipher("cipher", text)?;
         let kdf = Kdf::fresh();
         let (kdf, wrapping) = hashing(move || kdf.derive(cipher.expose()).map(|key| (kdf, key))).await??;
-        let data_key = Secret::new(rand::random::<[u8; KEY_BYTES]>());
-        let wrapped = encrypt(wrapping.expose(), PASSPHRASE_AAD, data_key.expose())?;
+        let key = Secret::new(rand::random::<[u8; KEY_BYTES]>());
+        let wrapped = encrypt(wrapping.expose(), PASSPHRASE_AAD, key.expose())?;
         // The row comes first: of two set-ups at once, the second waits here and is refused before it touches the file.
-        sqlx::query!("INSERT INTO aegis (kdf, wrapped_key) VALUES ($1, $2)", serde_json::to_value(&kdf)?, wrapped)
-            .execute(&mut **tx)
-            .await
-            .map_err(|error| {
-                Error::from(error).on_constraint("aegis_pkey", || {
-                    Error::conflict("already_configured", "The secret store has been set up already.")
-                })
-            })?;
-        self.renew_unseal_file(tx, &data_key).await?;
+        let id = sqlx::query_scalar!(
+            "INSERT INTO aegis (kdf, wrapped_key) VALUES ($1, $2) RETURNING key_id",
+            serde_json::to_value(&kdf)?,
+            wrapped
+        )
+        .fetch_one(&mut **tx)
+        .await
+        .map_err(|error| {
+            Error::from(error).on_constraint("aegis_pkey", || {
+                Error::conflict("already_configured", "The secret store has been set up already.")
+            })
+        })?;
+        audit::chain::begin(tx, &Tagger { key_id: id, key: sub_key(&key, audit::chain::PURPOSE)? }).await?;
+        self.renew_own_file(tx, &key).await?;
         let entry = audit::Entry { action: "aegis.setup", object_kind: "aegis", ..audit::Entry::default() };
         audit::record(tx, actor, entry).await?;
-        Ok(Fresh { vault: self.clone(), key: data_key })
+        Ok(Fresh { vault: self.clone(), held: Held { id, key } })
     }
 
-    async fn renew_unseal_file(&self, tx: &mut db::Tx<'_>, data_key: &Key) -> Result<()> {
-        if let Some(path) = &self.0.unseal_file {
-            let wrapped = encrypt(write_unseal_file(path)?.expose(), UNSEAL_AAD, data_key.expose())?;
+    async fn renew_own_file(&self, tx: &mut db::Tx<'_>, data_key: &Key) -> Result<()> {
+        if let Some(path) = self.0.unseal.own() {
+            let wrapped = encrypt(unseal::write_own(path)?.expose(), UNSEAL_AAD, data_key.expose())?;
             sqlx::query!("UPDATE aegis SET unseal_wrapped_key = $1", wrapped).execute(&mut **tx).await?;
         }
         Ok(())
     }
 
-    /// Opens the vault with the cipher. If the engine may unseal itself and its file is missing or stale, a new one is
-    /// written with the commit of `tx`.
+    /// Opens the vault with the cipher. If the engine may unseal itself with a file of its own, and that is missing or stale, a new
+    /// one is written with the commit of `tx`.
     ///
     /// # Errors
     /// 401 `invalid_cipher`; 409 `not_configured`; 500 `corrupt_secret_store`.
     pub async fn unlock(&self, tx: &mut db::Tx<'_>, text: &Secret<String>, actor: &Actor) -> Result<Fresh> {
-        let row = sqlx::query!("SELECT kdf, wrapped_key, unseal_wrapped_key FROM aegis FOR UPDATE")
+        let row = sqlx::query!("SELECT key_id, kdf, wrapped_key, unseal_wrapped_key FROM aegis FOR NO KEY UPDATE")
             .fetch_optional(&mut **tx)
             .await?
             .ok_or_else(not_configured)?;
         let key = unwrap_with(text, row.kdf, &row.wrapped_key).await?;
-        if self.unseal_with_file(row.unseal_wrapped_key.as_deref()).is_none() {
-            self.renew_unseal_file(tx, &key).await?;
+        if self.own_file_opens(row.unseal_wrapped_key.as_deref()).is_none() {
+            self.renew_own_file(tx, &key).await?;
         }
         let entry = audit::Entry { action: "aegis.unlock", object_kind: "aegis", ..audit::Entry::default() };
         audit::record(tx, actor, entry).await?;
-        Ok(Fresh { vault: self.clone(), key })
+        Ok(Fresh { vault: self.clone(), held: Held { id: row.key_id, key } })
+    }
+
+    /// Opens the vault with the cipher for a moment's work in this process, and leaves everything as it is.
+    ///
+    /// # Errors
+    /// 401 `invalid_cipher`; 409 `not_configured`; 500 `corrupt_secret_store`.
+    pub async fn open_with(&self, pool: &db::Pool, text: &Secret<String>) -> Result<()> {
+        let row =
+            sqlx::query!("SELECT key_id, kdf, wrapped_key FROM aegis").fetch_optional(pool).await?.ok_or_else(not_configured)?;
+        let key = unwrap_with(text, row.kdf, &row.wrapped_key).await?;
+        self.keep(Held { id: row.key_id, key });
+        Ok(())
     }
 
     /// Has the data key wrapped by another cipher. What is sealed stays as it is, so no process notices, and the unseal file
@@ -379,7 +456,7 @@ impl Vault {
     /// 400 `invalid_request` for a new cipher that is weak or the present one; 401 `invalid_cipher`; 409 `not_configured`.
     pub async fn rotate(&self, tx: &mut db::Tx<'_>, current: &Secret<String>, new: &Secret<String>, actor: &Actor) -> Result<()> {
         let new = cipher("new_cipher", new)?;
-        let row = sqlx::query!("SELECT kdf, wrapped_key FROM aegis FOR UPDATE")
+        let row = sqlx::query!("SELECT kdf, wrapped_key FROM aegis FOR NO KEY UPDATE")
             .fetch_optional(&mut **tx)
             .await?
             .ok_or_else(not_configured)?;
@@ -397,26 +474,99 @@ impl Vault {
         audit::record(tx, actor, entry).await
     }
 
-    fn unseal_with_file(&self, wrapped: Option<&[u8]>) -> Option<Key> {
-        unwrap_key(&read_unseal_file(self.0.unseal_file.as_deref()?)?, UNSEAL_AAD, wrapped?)
+    fn own_file_opens(&self, wrapped: Option<&[u8]>) -> Option<Key> {
+        unwrap_key(&self.0.unseal.own_key()?, UNSEAL_AAD, wrapped?)
     }
 
-    /// Opens the vault with the unseal file, if there is one and it fits. Called at process start, and whenever a locked
-    /// process is asked for its phase: so a second API process follows the set-up done in the first.
+    /// Does what the database says: forgets a key that is not the secret store's any more, and opens the vault with the file of ours
+    /// if that fits. Answers whether it is open. Called at process start, every second, and whenever a request finds it locked; so
+    /// a process follows what is done in another.
     ///
     /// # Errors
     /// When the database is away.
-    pub async fn unseal_from_file(&self, pool: &db::Pool) -> Result<bool> {
-        if self.is_open() {
+    pub async fn follow(&self, pool: &db::Pool) -> Result<bool> {
+        let before = self.key_id();
+        let row = sqlx::query!("SELECT key_id, unseal_wrapped_key FROM aegis").fetch_optional(pool).await?;
+        let present = row.as_ref().map(|row| row.key_id);
+        // Only what was there before the question: a set-up in this process may have come between.
+        if let Some(before) = before.filter(|before| present != Some(*before)) {
+            self.forget(before);
+        }
+        let Some(row) = row else { return Ok(false) };
+        if self.holds(row.key_id) {
             return Ok(true);
         }
-        if !self.0.unseal_file.as_deref().is_some_and(Path::exists) {
-            return Ok(false);
-        }
-        let wrapped = sqlx::query_scalar!("SELECT unseal_wrapped_key FROM aegis").fetch_optional(pool).await?.flatten();
-        let Some(key) = self.unseal_with_file(wrapped.as_deref()) else { return Ok(false) };
-        self.keep(key);
+        let Some(key) = self.own_file_opens(row.unseal_wrapped_key.as_deref()) else { return Ok(false) };
+        self.keep(Held { id: row.key_id, key });
         Ok(true)
+    }
+
+    /// Opens the vault with the key of somebody else's ([`Unseal::is_foreign`]). Where the vault is open and that key does not fit,
+    /// the data key is wrapped by it from now on. May take as long as [`COMMAND_LIMIT`]. Answers the data key it fits now; none
+    /// before the set-up.
+    ///
+    /// # Errors
+    /// 503 `unseal_failed` when it cannot be had; 409 `unseal_does_not_fit` while locked; when the database is away.
+    pub async fn settle(&self, pool: &db::Pool) -> Result<Option<Uuid>> {
+        let read = || sqlx::query!("SELECT key_id, unseal_wrapped_key FROM aegis").fetch_optional(pool);
+        if read().await?.is_none() {
+            return Ok(None);
+        }
+        let wrapping = self.0.unseal.foreign_key().await?;
+        // That may have taken long.
+        let Some(row) = read().await? else { return Ok(None) };
+        let wrapped = row.unseal_wrapped_key.as_deref();
+        if let Some(key) = wrapped.and_then(|wrapped| unwrap_key(&wrapping, UNSEAL_AAD, wrapped)) {
+            if !self.holds(row.key_id) {
+                self.keep(Held { id: row.key_id, key });
+            }
+            return Ok(Some(row.key_id));
+        }
+        let held = self.held().ok().filter(|held| held.id == row.key_id).ok_or_else(|| {
+            let why = "The unseal key is not the one of this secret store; open it once with the cipher, and it will be.";
+            Error::conflict("unseal_does_not_fit", why)
+        })?;
+        let mut tx = pool.begin().await?;
+        self.fenced(&mut tx, &held).await?;
+        let wrapped = encrypt(wrapping.expose(), UNSEAL_AAD, held.key.expose())?;
+        sqlx::query!("UPDATE aegis SET unseal_wrapped_key = $1, updated_at = now()", wrapped).execute(&mut *tx).await?;
+        let actor = Actor { kind: ActorKind::System, ..Actor::default() };
+        let entry = audit::Entry { action: "aegis.unseal_key", object_kind: "aegis", ..audit::Entry::default() };
+        audit::record(&mut tx, &actor, entry).await?;
+        tx.commit().await?;
+        Ok(Some(held.id))
+    }
+}
+
+fn envelope(key: &Key, column: &str, row: impl Display, plain: &str) -> Result<String> {
+    let sealed = encrypt(sub_key(key, column)?.expose(), &format!("{column}:{row}"), plain.as_bytes())?;
+    Ok(format!("{ENVELOPE}{}", STANDARD.encode(sealed)))
+}
+
+/// Makes tags of one purpose under one data key.
+#[derive(Debug)]
+pub struct Tagger {
+    /// Which data key.
+    pub key_id: Uuid,
+    key: Key,
+}
+
+impl Tagger {
+    /// The tag of `message`.
+    ///
+    /// # Errors
+    /// None in practice.
+    pub fn tag(&self, message: &str) -> Result<[u8; KEY_BYTES]> {
+        use hmac::{KeyInit as _, Mac as _};
+        let mut mac = hmac::Hmac::<Sha256>::new_from_slice(self.key.expose()).map_err(Error::bug)?;
+        mac.update(message.as_bytes());
+        Ok(mac.finalize().into_bytes().into())
+    }
+
+    /// Whether `tag` is what [`Tagger::tag`] makes; compared in constant time.
+    #[must_use]
+    pub fn fits(&self, message: &str, tag: &[u8]) -> bool {
+        self.tag(message).is_ok_and(|expected| expected.ct_eq(tag).into())
     }
 }
 
@@ -425,13 +575,13 @@ impl Vault {
 #[must_use]
 pub struct Fresh {
     vault: Vault,
-    key: Key,
+    held: Held,
 }
 
 impl Fresh {
     /// Opens the vault.
     pub fn keep(self) {
-        self.vault.keep(self.key);
+        self.vault.keep(self.held);
     }
 }
 
@@ -447,8 +597,12 @@ pub async fn updated_at(pool: &db::Pool) -> Result<Option<DateTime<Utc>>> {
 impl Vault {
     pub(crate) fn open_for_test() -> Self {
         let vault = Self::default();
-        vault.keep(Secret::new(rand::random()));
+        vault.keep(Held { id: Uuid::new_v4(), key: Secret::new(rand::random()) });
         vault
+    }
+
+    fn seal_for_test(&self, column: &'static str, row: i64, plain: &str) -> Result<String> {
+        envelope(&self.held()?.key, column, row, plain)
     }
 }
 
@@ -459,7 +613,7 @@ mod tests {
     #[test]
     fn a_sealed_value_opens_in_its_own_place_only() {
         let vault = Vault::open_for_test();
-        let sealed = vault.seal("users.password", 7, "hunter").unwrap();
+        let sealed = vault.seal_for_test("users.password", 7, "hunter").unwrap();
         assert!(sealed.starts_with("aegis:v2:") && !sealed.contains("hunter"));
         assert_eq!(vault.open("users.password", 7, &sealed).unwrap().expose(), "hunter");
         assert_eq!(vault.open("users.password", 8, &sealed).unwrap_err().code, "corrupt_secret_store");
@@ -470,17 +624,17 @@ mod tests {
         let place = ENVELOPE.len() + 20;
         broken[place] = if broken[place] == b'A' { b'B' } else { b'A' };
         assert!(vault.open("users.password", 7, std::str::from_utf8(&broken).unwrap()).is_err());
-        assert_ne!(sealed, vault.seal("users.password", 7, "hunter").unwrap());
+        assert_ne!(sealed, vault.seal_for_test("users.password", 7, "hunter").unwrap());
         assert!(Vault::open_for_test().open("users.password", 7, &sealed).is_err());
     }
 
     #[test]
     fn a_locked_vault_neither_seals_nor_opens() {
         let vault = Vault::open_for_test();
-        let sealed = vault.seal("users.password", 1, "x").unwrap();
+        let sealed = vault.seal_for_test("users.password", 1, "x").unwrap();
         vault.clone().lock();
         assert!(!vault.is_open());
-        assert_eq!(vault.seal("users.password", 1, "x").unwrap_err().code, "aegis_locked");
+        assert_eq!(vault.seal_for_test("users.password", 1, "x").unwrap_err().code, "aegis_locked");
         assert_eq!(vault.open("users.password", 1, &sealed).unwrap_err().code, "aegis_locked");
         assert!(!vault.tag_fits("device-cookie", "x", &[0; 32]));
     }
@@ -501,17 +655,27 @@ mod tests {
     #[test]
     fn the_unseal_file_is_private_and_opens_what_it_wrapped() {
         let folder = tempfile::tempdir().unwrap();
-        let vault = Vault::in_state_dir(folder.path(), true);
+        let vault = Vault::new(Unseal::in_state_dir(folder.path()));
         let path = folder.path().join("secrets/unseal.key");
         let data_key = Secret::new([7; KEY_BYTES]);
-        let wrapped = encrypt(write_unseal_file(&path).unwrap().expose(), UNSEAL_AAD, data_key.expose()).unwrap();
+        let wrapped = encrypt(unseal::write_own(&path).unwrap().expose(), UNSEAL_AAD, data_key.expose()).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::fs::metadata(path.parent().unwrap()).unwrap().permissions().mode() & 0o777, 0o700);
-        assert_eq!(vault.unseal_with_file(Some(&wrapped)).unwrap().expose(), data_key.expose());
-        assert!(vault.unseal_with_file(None).is_none());
-        write_unseal_file(&path).unwrap();
-        assert!(vault.unseal_with_file(Some(&wrapped)).is_none());
+        assert_eq!(vault.own_file_opens(Some(&wrapped)).unwrap().expose(), data_key.expose());
+        assert!(vault.own_file_opens(None).is_none());
+        unseal::write_own(&path).unwrap();
+        assert!(vault.own_file_opens(Some(&wrapped)).is_none());
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
-        assert!(Vault::in_state_dir(folder.path(), false).unseal_with_file(Some(&wrapped)).is_none());
+        assert!(Vault::new(Unseal::Manual).own_file_opens(Some(&wrapped)).is_none());
+    }
+
+    #[test]
+    fn a_vault_forgets_the_key_it_is_told_to_and_no_other() {
+        let vault = Vault::open_for_test();
+        let id = vault.key_id().unwrap();
+        vault.forget(Uuid::new_v4());
+        assert!(vault.holds(id));
+        vault.forget(id);
+        assert!(!vault.is_open());
     }
 }

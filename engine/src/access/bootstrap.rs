@@ -11,7 +11,7 @@ use zeroize::ZeroizeOnDrop;
 
 use super::{
     Access, Client, aegis,
-    aegis::Vault,
+    aegis::{Taken, Vault},
     api_tokens,
     challenges::{self, Purpose},
     limits, mfa, passkeys,
@@ -95,21 +95,21 @@ impl State {
     }
 }
 
-/// The present state. A locked process opens itself with the unseal file on the way, if it may.
+/// The present state. The process does what the database says on the way: see [`Vault::follow`].
 ///
 /// # Errors
 /// When the database is away.
 pub async fn state(pool: &db::Pool, vault: &Vault) -> Result<State> {
     let row = sqlx::query!(
-        r#"SELECT EXISTS (SELECT 1 FROM aegis) AS "configured!",
+        r#"SELECT (SELECT key_id FROM aegis) AS key_id,
                   EXISTS (SELECT 1 FROM users WHERE role = 'Admin') AS "admins!",
                   EXISTS (SELECT 1 FROM users WHERE role = 'Admin' AND auth_source = 'local'
                           AND NOT auth_reset_required AND password_sealed IS NOT NULL) AS "ready!""#
     )
     .fetch_one(pool)
     .await?;
-    let open = row.configured && vault.unseal_from_file(pool).await?;
-    Ok(State::of(row.configured, open, row.admins, row.ready))
+    let open = row.key_id.is_some_and(|key_id| vault.holds(key_id)) || vault.follow(pool).await?;
+    Ok(State::of(row.key_id.is_some(), open, row.admins, row.ready))
 }
 
 fn setup_token_file(state_dir: &Path) -> PathBuf {
@@ -240,6 +240,19 @@ impl Access<'_> {
                 Err(error)
             }
         }
+    }
+
+    /// Ends the secret store and everything sealed in it; see [`Vault::reset`]. `confirm` must say `reset`.
+    ///
+    /// # Errors
+    /// 400 `confirmation_required`; 403 `step_up_required`; 409 `not_configured`.
+    pub async fn force_reset(&self, client: &Client, session: &Session, confirm: &str) -> Result<Taken> {
+        if confirm != "reset" {
+            let why = "must be \"reset\": everything sealed is lost, and nobody can sign in any more.";
+            return Err(Error::field("confirmation_required", "confirm", why));
+        }
+        session.require_step_up()?;
+        self.vault.reset(self.pool, &client.acting_as(session.user_id, &session.username)).await
     }
 
     /// Begins the set-up of the first administrator, who exists only once a code has been typed.
@@ -380,11 +393,13 @@ impl Access<'_> {
                 (user_id, verifier, "bootstrap.recover")
             }
         };
+        let password = self.vault.seal(&mut tx, PASSWORD, user_id, verifier).await?;
+        let mfa_secret = self.vault.seal(&mut tx, MFA_SECRET, user_id, secret.expose()).await?;
         sqlx::query!(
             "UPDATE users SET password_sealed = $2, mfa_secret_sealed = $3, mfa_last_step = $4, updated_at = now() WHERE id = $1",
             user_id,
-            self.vault.seal(PASSWORD, user_id, verifier)?,
-            self.vault.seal(MFA_SECRET, user_id, secret.expose())?,
+            password,
+            mfa_secret,
             step,
         )
         .execute(&mut *tx)

@@ -57,7 +57,7 @@ const COLUMN: &str = "auth_challenges.state";
 /// Opens a challenge and returns its token.
 ///
 /// # Errors
-/// 423 `aegis_locked`.
+/// Those of [`Vault::fence`].
 pub async fn begin<S: Serialize>(
     tx: &mut db::Tx<'_>,
     vault: &Vault,
@@ -68,7 +68,7 @@ pub async fn begin<S: Serialize>(
     let id = Uuid::now_v7();
     let token = sessions::new_token();
     let plain = Secret::new(serde_json::to_string(state)?);
-    let sealed = vault.seal(COLUMN, id, plain.expose())?;
+    let sealed = vault.seal(tx, COLUMN, id, plain.expose()).await?;
     sqlx::query!(
         "INSERT INTO auth_challenges (id, token_hash, purpose, user_id, state_sealed, expires_at)
          VALUES ($1, $2, $3, $4, $5, now() + make_interval(secs => $6))",

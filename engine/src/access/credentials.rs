@@ -387,9 +387,9 @@ async fn write(
             SecretChange::Clear => None,
             SecretChange::Set(secret) if field == Field::PrivateKey => {
                 let text = Secret::new(private_key(secret.expose()));
-                Some(vault.seal(field.column(), id, text.expose())?)
+                Some(vault.seal(&mut tx, field.column(), id, text.expose()).await?)
             }
-            SecretChange::Set(secret) => Some(vault.seal(field.column(), id, secret.expose())?),
+            SecretChange::Set(secret) => Some(vault.seal(&mut tx, field.column(), id, secret.expose()).await?),
         };
         changed.push(field.name());
         // A statement for each column, so that a column's name never comes from anywhere but here.
@@ -428,6 +428,23 @@ fn refused(error: sqlx::Error) -> Error {
             Error::conflict("credential name already exists", "There is a credential of this name already.")
         })
         .on_constraint("credentials_site_fkey", || Error::field("site not found", "site_id", "names no site."))
+}
+
+/// Marks every credential that has secrets as having lost them, and says which. The caller takes the secrets.
+///
+/// # Errors
+/// When the database is away.
+pub(super) async fn lose_secrets(tx: &mut db::Tx<'_>) -> Result<Vec<i64>> {
+    Ok(sqlx::query_scalar!(
+        "UPDATE credentials SET reset_at = now(), updated_at = now(), lost_secret_fields = ARRAY(
+             SELECT f.name FROM (VALUES ('password', password_sealed), ('private_key', private_key_sealed),
+                 ('private_key_passphrase', private_key_passphrase_sealed), ('become_password', become_password_sealed)) f (name, sealed)
+             WHERE f.sealed IS NOT NULL OR f.name = ANY (lost_secret_fields))
+         WHERE num_nonnulls(password_sealed, private_key_sealed, private_key_passphrase_sealed, become_password_sealed) > 0
+         RETURNING id"
+    )
+    .fetch_all(&mut **tx)
+    .await?)
 }
 
 /// Deletes a credential.

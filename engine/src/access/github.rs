@@ -50,7 +50,7 @@ pub async fn token(pool: &db::Pool, vault: &Vault) -> Result<Option<Secret<Strin
 /// Replaces the token; an empty one removes it.
 ///
 /// # Errors
-/// 400 `invalid_token`; 423 `aegis_locked`.
+/// 400 `invalid_token`; those of [`Vault::fence`].
 pub async fn set(pool: &db::Pool, vault: &Vault, actor: &Actor, token: &Secret<String>) -> Result<()> {
     let text = token.expose().trim();
     if text.len() > MAX_CHARS || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
@@ -61,7 +61,7 @@ pub async fn set(pool: &db::Pool, vault: &Vault, actor: &Actor, token: &Secret<S
     if text.is_empty() {
         sqlx::query!("DELETE FROM github_token").execute(&mut *tx).await?;
     } else {
-        let sealed = vault.seal(TOKEN, 1, text)?;
+        let sealed = vault.seal(&mut tx, TOKEN, 1, text).await?;
         // A short one would be told by its end.
         let hint = if text.len() >= 20 { &text[text.len() - 4..] } else { "" };
         sqlx::query!(
@@ -77,4 +77,11 @@ pub async fn set(pool: &db::Pool, vault: &Vault, actor: &Actor, token: &Secret<S
     audit::record(&mut tx, actor, Entry { action, object_kind: "github_token", detail: json!({}), ..Entry::default() }).await?;
     tx.commit().await?;
     Ok(())
+}
+
+/// Takes the token away, as a reset of the secret store does, and remembers that; answers whether there was one.
+pub(super) async fn lose(tx: &mut db::Tx<'_>) -> Result<bool> {
+    let lost =
+        sqlx::query!("UPDATE github_token SET token_sealed = NULL, hint = '', reset_at = now() WHERE token_sealed IS NOT NULL");
+    Ok(lost.execute(&mut **tx).await?.rows_affected() > 0)
 }

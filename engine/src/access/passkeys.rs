@@ -228,9 +228,9 @@ impl Access<'_> {
     }
 
     /// Sealed for the tag it is found by: the row's id is not known before it is written.
-    fn seal_credential(&self, tag: &[u8; 32], credential: &Credential) -> Result<String> {
+    async fn seal_credential(&self, tx: &mut db::Tx<'_>, tag: &[u8; 32], credential: &Credential) -> Result<String> {
         let plain = Secret::new(serde_json::to_string(credential)?);
-        self.vault.seal(CREDENTIAL, hex::encode(tag), plain.expose())
+        self.vault.seal(tx, CREDENTIAL, hex::encode(tag), plain.expose()).await
     }
 
     fn open_credential(&self, tag: &[u8], sealed: &str) -> Result<Credential> {
@@ -319,12 +319,13 @@ impl Access<'_> {
         let transports = answer.response.transports.iter().flatten().map(ToString::to_string);
         let transports: Vec<String> = transports.collect::<BTreeSet<_>>().into_iter().collect();
         let label = named.or(challenge.state.label).unwrap_or_else(|| DEFAULT_LABEL.to_owned());
+        let sealed = self.seal_credential(&mut tx, &tag, &credential).await?;
         let id = sqlx::query_scalar!(
             "INSERT INTO passkeys (user_id, label, lookup_tag, credential_sealed, transports) VALUES ($1, $2, $3, $4, $5) RETURNING id",
             account.id,
             label,
             &tag,
-            self.seal_credential(&tag, &credential)?,
+            sealed,
             &transports,
         )
         .fetch_one(&mut *tx)
@@ -426,13 +427,10 @@ impl Access<'_> {
         credential.counter = verified.counter();
         credential.backup_state = verified.backup_state();
         credential.backup_eligible = verified.backup_eligible();
-        sqlx::query!(
-            "UPDATE passkeys SET credential_sealed = $2, last_used_at = now() WHERE id = $1",
-            row.id,
-            self.seal_credential(&tag, &credential)?,
-        )
-        .execute(&mut *tx)
-        .await?;
+        let sealed = self.seal_credential(&mut tx, &tag, &credential).await?;
+        sqlx::query!("UPDATE passkeys SET credential_sealed = $2, last_used_at = now() WHERE id = $1", row.id, sealed)
+            .execute(&mut *tx)
+            .await?;
         challenges::used(&mut tx, challenge.id).await?;
         let signed_in = self.complete(&mut tx, client, account, "passkey").await?;
         tx.commit().await?;

@@ -59,6 +59,8 @@ pub struct Session {
     pub password_change_required: bool,
     /// What the user may see.
     pub scope: Scope,
+    /// The data key the secret store has now.
+    pub key_id: Uuid,
     last_seen_at: DateTime<Utc>,
 }
 
@@ -127,12 +129,11 @@ pub async fn create(
 /// When the database is away.
 pub async fn find(pool: &db::Pool, token: &str, lifetimes: Lifetimes) -> Result<Option<Session>> {
     let row = sqlx::query!(
-        r#"SELECT s.id, s.last_seen_at, s.stepped_up_at, s.user_id, u.username, u.role, u.password_change_required,
+        r#"SELECT s.id, s.last_seen_at, s.stepped_up_at, s.user_id, u.username, u.role, u.password_change_required, aegis.key_id,
                   ARRAY(SELECT a.site_id FROM user_site_assignments a WHERE a.user_id = u.id ORDER BY a.site_id) AS "site_ids!"
-           FROM operator_sessions s JOIN users u ON u.id = s.user_id
+           FROM operator_sessions s JOIN users u ON u.id = s.user_id CROSS JOIN aegis
            WHERE s.token_hash = $1 AND s.expires_at > now() AND s.last_seen_at > now() - make_interval(secs => $2)
              AND NOT u.auth_reset_required AND NOT (u.auth_source = 'directory' AND u.directory_disabled)
-             AND EXISTS (SELECT 1 FROM aegis)
              AND EXISTS (SELECT 1 FROM users r WHERE r.role = 'Admin' AND r.auth_source = 'local'
                          AND NOT r.auth_reset_required AND r.password_sealed IS NOT NULL)"#,
         &Sha256::digest(token)[..],
@@ -149,6 +150,7 @@ pub async fn find(pool: &db::Pool, token: &str, lifetimes: Lifetimes) -> Result<
         role: row.role,
         stepped_up_at: row.stepped_up_at,
         password_change_required: row.password_change_required,
+        key_id: row.key_id,
         last_seen_at: row.last_seen_at,
     };
     if (Utc::now() - session.last_seen_at).num_seconds() >= TOUCH_AFTER_S {
@@ -227,6 +229,44 @@ pub async fn list(pool: &db::Pool, user_id: i64, lifetimes: Lifetimes) -> Result
     )
     .fetch_all(pool)
     .await?)
+}
+
+/// A live session, and whose it is.
+#[derive(Debug, Clone)]
+pub struct Owned {
+    /// The user's name.
+    pub username: String,
+    /// The session.
+    pub session: Listed,
+}
+
+/// The live sessions of everybody or of one user, by user, the one used last first.
+///
+/// # Errors
+/// When the database is away.
+pub async fn list_all(pool: &db::Pool, user_id: Option<i64>, idle_s: u32) -> Result<Vec<Owned>> {
+    let rows = sqlx::query!(
+        "SELECT u.username, s.id, s.created_at, s.last_seen_at, s.expires_at, s.ip, s.user_agent
+         FROM operator_sessions s JOIN users u ON u.id = s.user_id
+         WHERE ($1::bigint IS NULL OR s.user_id = $1) AND s.expires_at > now() AND s.last_seen_at > now() - make_interval(secs => $2)
+         ORDER BY lower(u.username), s.last_seen_at DESC, s.id DESC",
+        user_id,
+        f64::from(idle_s),
+    )
+    .fetch_all(pool)
+    .await?;
+    let owned = rows.into_iter().map(|row| Owned {
+        username: row.username,
+        session: Listed {
+            id: row.id,
+            created_at: row.created_at,
+            last_seen_at: row.last_seen_at,
+            expires_at: row.expires_at,
+            ip: row.ip,
+            user_agent: row.user_agent,
+        },
+    });
+    Ok(owned.collect())
 }
 
 /// Ends one session of a user; whether there was one.

@@ -403,7 +403,7 @@ impl Access<'_> {
         challenges::used(&mut tx, challenge.id).await?;
         match challenge.state {
             MfaState::Setup { .. } => {
-                let sealed = self.vault.seal(MFA_SECRET, user_id, secret.expose())?;
+                let sealed = self.vault.seal(&mut tx, MFA_SECRET, user_id, secret.expose()).await?;
                 sqlx::query!(
                     "UPDATE users SET mfa_secret_sealed = $2, mfa_last_step = $3, mfa_disabled = false, updated_at = now()
                      WHERE id = $1",
@@ -500,8 +500,8 @@ impl Access<'_> {
             ));
         }
         let verifier = passwords::verifier(&new).await?;
-        let sealed = self.vault.seal(PASSWORD, account.id, verifier.expose())?;
         let mut tx = self.pool.begin().await?;
+        let sealed = self.vault.seal(&mut tx, PASSWORD, account.id, verifier.expose()).await?;
         let changed = sqlx::query!(
             "UPDATE users SET password_sealed = $2, password_change_required = false, updated_at = now()
              WHERE id = $1 AND password_sealed = $3",

@@ -1,6 +1,6 @@
 //! Operator accounts and the sites they may see. Administrators only.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
 use serde_json::json;
@@ -18,6 +18,7 @@ use crate::{
     db,
     error::{Error, Kind, Result},
     scope::Actor,
+    secret::Secret,
 };
 
 /// The most characters of a username.
@@ -113,6 +114,8 @@ pub struct User {
     pub mfa_disabled: bool,
     /// Whether the account must be recovered before it can sign in.
     pub auth_reset_required: bool,
+    /// Since when, while it must.
+    pub auth_reset_at: Option<DateTime<Utc>>,
     /// Whether the user must choose a password before anything else.
     pub password_change_required: bool,
     /// `local` or `directory`.
@@ -135,7 +138,7 @@ pub async fn list(pool: &db::Pool) -> Result<Vec<User>> {
     Ok(sqlx::query_as!(
         User,
         r#"SELECT u.id, u.username, u.display_name, u.role, u.last_login, u.created_at, u.updated_at, u.mfa_disabled,
-                u.auth_reset_required, u.password_change_required, u.auth_source, u.directory_provider_id,
+                u.auth_reset_required, u.auth_reset_at, u.password_change_required, u.auth_source, u.directory_provider_id,
                 coalesce(p.name, '') AS "directory_provider_name!", u.directory_domain, u.directory_disabled
          FROM users u LEFT JOIN directory_providers p ON p.id = u.directory_provider_id ORDER BY lower(u.username)"#
     )
@@ -162,7 +165,7 @@ pub async fn get(pool: &db::Pool, id: i64) -> Result<User> {
     sqlx::query_as!(
         User,
         r#"SELECT u.id, u.username, u.display_name, u.role, u.last_login, u.created_at, u.updated_at, u.mfa_disabled,
-                u.auth_reset_required, u.password_change_required, u.auth_source, u.directory_provider_id,
+                u.auth_reset_required, u.auth_reset_at, u.password_change_required, u.auth_source, u.directory_provider_id,
                 coalesce(p.name, '') AS "directory_provider_name!", u.directory_domain, u.directory_disabled
          FROM users u LEFT JOIN directory_providers p ON p.id = u.directory_provider_id WHERE u.id = $1"#,
         id,
@@ -222,7 +225,7 @@ pub async fn create(pool: &db::Pool, vault: &Vault, actor: &Actor, new: &New) ->
     let verifier = passwords::verifier(&digest).await?;
     let mut tx = pool.begin().await?;
     let id = insert(&mut tx, &name, &display_name, role).await?;
-    let sealed = vault.seal(PASSWORD, id, verifier.expose())?;
+    let sealed = vault.seal(&mut tx, PASSWORD, id, verifier.expose()).await?;
     sqlx::query!("UPDATE users SET password_sealed = $2 WHERE id = $1", id, sealed).execute(&mut *tx).await?;
     let detail = json!({ "username": name, "role": role.as_str() });
     record(&mut tx, actor, "user.create", id, detail).await?;
@@ -399,26 +402,106 @@ pub async fn reset_password(
         // Else a stolen session could take the account without knowing its password.
         return Err(Error::invalid("cannot_reset_self", "Change your own password with POST /api/auth/password/reset."));
     }
+    let ended = begin_anew(&mut tx, vault, &user, &verifier).await?;
+    record(&mut tx, actor, "user.reset_password", user.id, json!({ "username": user.username })).await?;
+    tx.commit().await?;
+    Ok(ended)
+}
+
+/// Gives a local user a password that has to be changed, and takes everything else they signed in with.
+async fn begin_anew(tx: &mut db::Tx<'_>, vault: &Vault, user: &Named, verifier: &Secret<String>) -> Result<Vec<Uuid>> {
     if user.auth_source != "local" {
         return Err(directory_user());
     }
+    let sealed = vault.seal(tx, PASSWORD, user.id, verifier.expose()).await?;
     sqlx::query!(
         "UPDATE users SET password_sealed = $2, mfa_secret_sealed = NULL, mfa_disabled = false, mfa_last_step = 0,
                 auth_reset_required = false, password_change_required = true, updated_at = now()
          WHERE id = $1",
         user.id,
-        vault.seal(PASSWORD, user.id, verifier.expose())?,
+        sealed,
     )
-    .execute(&mut *tx)
+    .execute(&mut **tx)
     .await?;
-    let ended = sessions::end_all(&mut tx, user.id, None).await?;
-    challenges::end_all(&mut tx, user.id).await?;
-    passkeys::remove_all(&mut tx, user.id).await?;
-    let tokens = api_tokens::revoke_all(&mut tx, user.id).await?;
-    let detail = json!({ "username": user.username, "api_tokens_revoked": tokens });
-    record(&mut tx, actor, "user.reset_password", user.id, detail).await?;
-    tx.commit().await?;
+    let ended = sessions::end_all(tx, user.id, None).await?;
+    challenges::end_all(tx, user.id).await?;
+    passkeys::remove_all(tx, user.id).await?;
+    api_tokens::revoke_all(tx, user.id).await?;
     Ok(ended)
+}
+
+/// Makes a local user an administrator who can sign in, from the console: answers a password to do it with, once. The second factor
+/// is forgotten, and both it and a password of their own are chosen at the sign-in. A `User` is made an administrator only when
+/// `promote` says so.
+///
+/// # Errors
+/// 403 `directory_user_local_action_disabled`; 404 `user not found`; 409 `not_an_admin`; those of [`Vault::fence`].
+pub async fn recover(pool: &db::Pool, vault: &Vault, actor: &Actor, username: &str, promote: bool) -> Result<Secret<String>> {
+    let password = temporary_password();
+    let sent = Sent { plain: Some(password.clone()), sha512: None };
+    let digest = sent.chosen().map_err(|why| why.into_error("invalid password", "password"))?;
+    let verifier = passwords::verifier(&digest).await?;
+    let mut tx = pool.begin().await?;
+    let user = lock(&mut tx, username).await?;
+    if user.role != Role::Admin.as_str() && !promote {
+        return Err(Error::conflict("not_an_admin", format!("{} is no administrator.", user.username)));
+    }
+    let ended = begin_anew(&mut tx, vault, &user, &verifier).await?;
+    sqlx::query!("UPDATE users SET role = 'Admin' WHERE id = $1", user.id).execute(&mut *tx).await?;
+    let detail = json!({ "username": user.username, "role_before": user.role, "sessions": ended });
+    record(&mut tx, actor, "user.recover", user.id, detail).await?;
+    tx.commit().await?;
+    Ok(password)
+}
+
+/// 100 random bits in characters that cannot be taken for one another.
+fn temporary_password() -> Secret<String> {
+    const ALPHABET: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
+    let mut text = String::with_capacity(23);
+    for at in 0..20 {
+        if at > 0 && at % 5 == 0 {
+            text.push('-');
+        }
+        text.push(char::from(ALPHABET[usize::from(rand::random::<u8>() % 32)]));
+    }
+    Secret::new(text)
+}
+
+/// Ends every session of a user, or of everybody; answers how many.
+///
+/// # Errors
+/// When the database is away.
+pub async fn end_sessions(pool: &db::Pool, actor: &Actor, user_id: Option<i64>) -> Result<usize> {
+    let mut tx = pool.begin().await?;
+    let ended =
+        sqlx::query!("DELETE FROM operator_sessions WHERE $1::bigint IS NULL OR user_id = $1 RETURNING user_id, id", user_id)
+            .fetch_all(&mut *tx)
+            .await?;
+    let mut of: BTreeMap<i64, Vec<Uuid>> = BTreeMap::new();
+    for session in &ended {
+        of.entry(session.user_id).or_default().push(session.id);
+    }
+    for (user_id, sessions) in of {
+        record(&mut tx, actor, "session.end", user_id, json!({ "sessions": sessions })).await?;
+    }
+    tx.commit().await?;
+    Ok(ended.len())
+}
+
+/// Has all local users recovered before they sign in again, and takes the state of everybody's second factor; answers how many users
+/// there are. Those of a directory have their password there, so they set up another second factor at their next sign-in. The caller
+/// takes what is sealed.
+///
+/// # Errors
+/// When the database is away.
+pub(super) async fn require_reset(tx: &mut db::Tx<'_>) -> Result<u64> {
+    // In the order of others who lock several.
+    sqlx::query!("SELECT id FROM users ORDER BY id FOR UPDATE").fetch_all(&mut **tx).await?;
+    let users = sqlx::query!(
+        "UPDATE users SET auth_reset_required = (auth_source = 'local'), auth_reset_at = now(), mfa_disabled = false, mfa_last_step = 0,
+                password_change_required = false, updated_at = now()"
+    );
+    Ok(users.execute(&mut **tx).await?.rows_affected())
 }
 
 /// A user named in a request about site assignments.

@@ -1,12 +1,20 @@
 //! The chain over the audit: each event is bound to the one before it by a tag under a sub-key of Aegis. Who can write the
 //! database but has no key can change nothing unnoticed, except cut off the end; a kept [`Report::head`] shows that too.
+//!
+//! A reset of Aegis takes the key. The chain goes on under the next one, which also says where its links begin; those before
+//! cannot be checked any more.
 
 use sqlx::PgConnection;
+use uuid::Uuid;
 
-use crate::{access::aegis::Vault, db, error::Result};
+use crate::{
+    access::aegis::{Tagger, Vault},
+    db,
+    error::{Error, Kind, Result},
+};
 
 /// What the tags are made for.
-const PURPOSE: &str = "audit-chain";
+pub(crate) const PURPOSE: &str = "audit-chain";
 /// The most events sealed in one transaction, and read at a time when they are checked.
 pub const BATCH: i64 = 1_000;
 
@@ -15,10 +23,25 @@ fn text(before: &str, seq: i64, event: &str) -> String {
     format!("{before}\n{seq}\n{event}")
 }
 
+fn beginning(key_id: Uuid, from: i64) -> String {
+    format!("begin\n{key_id}\n{from}")
+}
+
+/// Says, under a new data key, where its part of the chain begins.
+///
+/// # Errors
+/// When the database is away.
+pub(crate) async fn begin(tx: &mut db::Tx<'_>, tagger: &Tagger) -> Result<()> {
+    let last = sqlx::query_scalar!(r#"SELECT coalesce(max(seq), 0) AS "last!" FROM audit_chain"#).fetch_one(&mut **tx).await?;
+    let tag = tagger.tag(&beginning(tagger.key_id, last))?;
+    sqlx::query!("UPDATE aegis SET chain_from = $1, chain_from_tag = $2", last, &tag).execute(&mut **tx).await?;
+    Ok(())
+}
+
 /// Seals up to a thousand events that wait, and answers how many. None, while another process does it.
 ///
 /// # Errors
-/// 423 `aegis_locked`; when the database is away.
+/// 423 `aegis_locked`; 503 `aegis_busy`; when the database is away.
 pub async fn seal(pool: &db::Pool, vault: &Vault) -> Result<usize> {
     if !sqlx::query_scalar!(r#"SELECT EXISTS (SELECT FROM audit_unsealed) AS "some!""#).fetch_one(pool).await? {
         return Ok(0);
@@ -30,6 +53,8 @@ pub async fn seal(pool: &db::Pool, vault: &Vault) -> Result<usize> {
     if !ours {
         return Ok(0);
     }
+    vault.fence(&mut tx).await?;
+    let tagger = vault.tagger(PURPOSE)?;
     let last = sqlx::query!("SELECT seq, tag FROM audit_chain ORDER BY seq DESC LIMIT 1").fetch_optional(&mut *tx).await?;
     let (mut seq, mut before) = last.map_or((0, String::new()), |last| (last.seq, hex::encode(last.tag)));
     let events = sqlx::query!(
@@ -45,7 +70,7 @@ pub async fn seal(pool: &db::Pool, vault: &Vault) -> Result<usize> {
     let (mut seqs, mut ids, mut tags) = (Vec::new(), Vec::new(), Vec::new());
     for event in &events {
         seq += 1;
-        let tag = vault.tag(PURPOSE, &text(&before, seq, &event.text))?;
+        let tag = tagger.tag(&text(&before, seq, &event.text))?;
         before = hex::encode(tag);
         seqs.push(seq);
         ids.push(event.id);
@@ -68,8 +93,8 @@ pub async fn seal(pool: &db::Pool, vault: &Vault) -> Result<usize> {
 pub struct Break {
     /// The link, or none when it is an event outside of the chain.
     pub seq: Option<i64>,
-    /// The event.
-    pub event_id: i64,
+    /// The event; none when it is no single one.
+    pub event_id: Option<i64>,
     /// What is wrong, for a person.
     pub why: &'static str,
 }
@@ -79,6 +104,8 @@ pub struct Break {
 pub struct Report {
     /// Links that were checked.
     pub checked: i64,
+    /// Earlier links, made under a key that a reset took: they and their events are there, and nobody can say more.
+    pub unverifiable: i64,
     /// Events that wait to be sealed.
     pub waiting: i64,
     /// The tag of the last link, in hex; empty without any. Kept elsewhere, it shows whether the end was cut off since.
@@ -92,14 +119,29 @@ pub struct Report {
 /// # Errors
 /// 423 `aegis_locked`; when the database is away.
 pub async fn check(pool: &db::Pool, vault: &Vault) -> Result<Report> {
+    let tagger = vault.tagger(PURPOSE)?;
     let mut conn = pool.acquire().await?;
-    let mut report = Report { checked: 0, waiting: 0, head: String::new(), broken: None };
+    let key = sqlx::query!("SELECT key_id, chain_from, chain_from_tag FROM aegis").fetch_optional(&mut *conn).await?;
+    let key = key
+        .filter(|key| key.key_id == tagger.key_id)
+        .ok_or_else(|| Error::new(Kind::Locked, "aegis_locked", "The secret store was reset; unlock it first."))?;
+    let mut report = Report { checked: 0, unverifiable: key.chain_from, waiting: 0, head: String::new(), broken: None };
+    let well_begun = match &key.chain_from_tag {
+        Some(tag) => tagger.fits(&beginning(key.key_id, key.chain_from), tag),
+        // Set up before there were resets.
+        None => key.chain_from == 0,
+    };
+    if !well_begun {
+        report.broken = Some(Break { seq: None, event_id: None, why: "the place where this key's links begin was changed" });
+        return Ok(report);
+    }
+    let mut last = 0;
     loop {
         let links = sqlx::query!(
             r#"SELECT c.seq, c.event_id, c.tag, CASE WHEN e.id IS NOT NULL THEN audit_text(e) END AS "text?"
                FROM audit_chain c LEFT JOIN audit_events e ON e.id = c.event_id
                WHERE c.seq > $1 ORDER BY c.seq LIMIT $2"#,
-            report.checked,
+            last,
             BATCH,
         )
         .fetch_all(&mut *conn)
@@ -108,22 +150,27 @@ pub async fn check(pool: &db::Pool, vault: &Vault) -> Result<Report> {
             break;
         }
         for link in links {
-            let seq = report.checked + 1;
+            let seq = last + 1;
             let fault = match &link.text {
                 _ if link.seq != seq => Some("links before this one are missing"),
                 None => Some("the event was removed"),
-                Some(event) if !vault.tag_fits(PURPOSE, &text(&report.head, seq, event), &link.tag) => {
+                Some(event) if seq > key.chain_from && !tagger.fits(&text(&report.head, seq, event), &link.tag) => {
                     Some("the event or its place was changed")
                 }
                 Some(_) => None,
             };
             if let Some(why) = fault {
-                report.broken = Some(Break { seq: Some(link.seq), event_id: link.event_id, why });
+                report.broken = Some(Break { seq: Some(link.seq), event_id: Some(link.event_id), why });
                 return Ok(report);
             }
-            report.checked = seq;
+            last = seq;
+            report.checked = (last - key.chain_from).max(0);
             report.head = hex::encode(&link.tag);
         }
+    }
+    if last < key.chain_from {
+        report.broken = Some(Break { seq: Some(last + 1), event_id: None, why: "links of an earlier key are missing" });
+        return Ok(report);
     }
     outside(&mut conn, &mut report).await?;
     Ok(report)
@@ -142,7 +189,7 @@ async fn outside(conn: &mut PgConnection, report: &mut Report) -> Result<()> {
     .fetch_one(conn)
     .await?;
     report.waiting = found.waiting;
-    let fault = |event_id, why| Break { seq: None, event_id, why };
+    let fault = |event_id, why| Break { seq: None, event_id: Some(event_id), why };
     report.broken = found
         .stray
         .map(|id| fault(id, "the event is not part of the chain"))

@@ -199,6 +199,25 @@ pub async fn toggle(conn: &mut PgConnection, caller: Caller<'_>, id: i64, enable
     tell_scheduler(conn).await
 }
 
+/// Switches off the jobs that use these credentials, and says which.
+///
+/// # Errors
+/// When the database is away.
+pub(crate) async fn disable_with_credentials(conn: &mut PgConnection, actor: &Actor, credentials: &[i64]) -> Result<Vec<i64>> {
+    let jobs = sqlx::query!(
+        "UPDATE scheduled_jobs SET enabled = false, schedule_revision = schedule_revision + 1, updated_at = now()
+         WHERE enabled AND credential_id = ANY ($1) RETURNING id, name",
+        credentials,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    for job in &jobs {
+        record(conn, actor, "scheduled_job.disable", job.id, json!({"name": job.name, "reason": "credential_lost"})).await?;
+    }
+    tell_scheduler(conn).await?;
+    Ok(jobs.into_iter().map(|job| job.id).collect())
+}
+
 /// Removes a job with its occurrences and runs. What is running must have been cancelled before, in the same transaction.
 ///
 /// # Errors

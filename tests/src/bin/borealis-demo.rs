@@ -186,9 +186,12 @@ async fn engine(line: &Line, settings: &Settings, client: &Client, started: &mut
     command.env("BOREALIS_LISTEN", settings.listen.to_string());
     command.env("BOREALIS_INTERNAL_LISTEN", settings.internal_listen.to_string());
     command.env("BOREALIS_PUBLIC_BASE_URL", settings.public_base_url.as_str());
-    command.env("BOREALIS_UNSEAL", if settings.unseal_automatically { "auto" } else { "manual" });
+    command.env(
+        "BOREALIS_UNSEAL",
+        if settings.unseal == borealis_engine::access::aegis::Unseal::Manual { "manual" } else { "auto" },
+    );
     command.env("BOREALIS_ENROLL_PER_MINUTE", settings.enroll_per_minute.to_string());
-    match line.environment.database_url() {
+    match line.environment.store.database_url() {
         Some(url) => command.env("DATABASE_URL", url),
         None => command.env_remove("DATABASE_URL"),
     };

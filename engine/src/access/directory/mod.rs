@@ -670,7 +670,7 @@ impl Access<'_> {
         .await
         .map_err(name_taken)?;
         if let Some(password) = change.bind_password.take() {
-            let sealed = self.sealed(BIND_PASSWORD, "bind_password", id, &password)?;
+            let sealed = self.sealed(tx, BIND_PASSWORD, "bind_password", id, &password).await?;
             sqlx::query!("UPDATE directory_providers SET bind_password_sealed = $2 WHERE id = $1", id, sealed)
                 .execute(&mut **tx)
                 .await?;
@@ -679,7 +679,7 @@ impl Access<'_> {
             if STANDARD.decode(keytab.expose().trim()).is_err() {
                 return Err(Error::field("invalid_keytab", "kerberos_keytab_base64", "must be base64."));
             }
-            let sealed = self.sealed(KEYTAB, "kerberos_keytab_base64", id, &keytab)?;
+            let sealed = self.sealed(tx, KEYTAB, "kerberos_keytab_base64", id, &keytab).await?;
             sqlx::query!("UPDATE directory_providers SET kerberos_keytab_sealed = $2 WHERE id = $1", id, sealed)
                 .execute(&mut **tx)
                 .await?;
@@ -728,11 +728,18 @@ impl Access<'_> {
         Ok(())
     }
 
-    fn sealed(&self, column: &'static str, field: &str, id: i64, secret: &Secret<String>) -> Result<Option<String>> {
+    async fn sealed(
+        &self,
+        tx: &mut db::Tx<'_>,
+        column: &'static str,
+        field: &str,
+        id: i64,
+        secret: &Secret<String>,
+    ) -> Result<Option<String>> {
         if secret.expose().len() > LONG_MAX_BYTES {
             return Err(Error::field("invalid_text", field, "must have at most 64 KiB."));
         }
-        if secret.expose().is_empty() { Ok(None) } else { self.vault.seal(column, id, secret.expose()).map(Some) }
+        if secret.expose().is_empty() { Ok(None) } else { self.vault.seal(tx, column, id, secret.expose()).await.map(Some) }
     }
 
     /// Removes a provider that nobody signs in with.
@@ -855,6 +862,18 @@ fn shown(settings: &Settings) -> serde_json::Value {
 async fn record(tx: &mut db::Tx<'_>, actor: &Actor, action: &str, id: i64, detail: serde_json::Value) -> Result<()> {
     let entry = Entry { action, object_kind: "directory_provider", object_id: id.to_string(), detail, ..Entry::default() };
     audit::record(tx, actor, entry).await
+}
+
+/// Switches every provider off whose password a reset of the secret store takes: it has to be set and tested anew.
+pub(super) async fn lose_secrets(tx: &mut db::Tx<'_>) -> Result<()> {
+    sqlx::query!(
+        "UPDATE directory_providers SET enabled = false, last_test_at = NULL, last_test_status = '',
+                last_test_message = 'A reset of the secret store took the bind password.', updated_at = now()
+         WHERE bind_password_sealed IS NOT NULL"
+    )
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
 }
 
 async fn cached(tx: &mut db::Tx<'_>, provider: i64) -> Result<Vec<i64>> {
