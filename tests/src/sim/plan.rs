@@ -263,11 +263,14 @@ async fn children(cx: &mut StepContext, count: u32) -> StepResult {
             Ok(Outcome::Wait(Wait { signal: None, children: true, at_most: None, state: after(cx, json!({"children": count})) }))
         }
         Wake::Children => {
+            // A worker that has lost the run sees what others have done since: children of a later step.
             let open: i64 = sqlx::query_scalar(
                 "SELECT count(*) FROM workflow_runs c WHERE parent_id = $1 AND finished_at IS NULL
-                 AND NOT EXISTS (SELECT FROM workflow_events e WHERE e.run_id = c.id AND e.kind = 'retry_requested')",
+                 AND NOT EXISTS (SELECT FROM workflow_events e WHERE e.run_id = c.id AND e.kind = 'retry_requested')
+                 AND EXISTS (SELECT FROM workflow_runs p WHERE p.id = $1 AND p.seq = $2)",
             )
             .bind(cx.run_id)
+            .bind(cx.seq)
             .fetch_one(cx.pool())
             .await?;
             if open > 0 {
