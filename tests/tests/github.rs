@@ -39,7 +39,7 @@ async fn stand_in(seen: Arc<Mutex<Vec<HeaderMap>>>) -> Url {
 
 #[tokio::test]
 async fn the_token_is_kept_sealed_and_judged_by_github() {
-    let seen = Arc::default();
+    let seen: Arc<Mutex<Vec<HeaderMap>>> = Arc::default();
     let github = stand_in(Arc::clone(&seen)).await;
     let engine = TestEngine::with(|settings| {
         settings.access.egress = format!("127.0.0.1:{}", github.port().expect("a port")).parse().expect("a policy");
@@ -101,9 +101,9 @@ async fn the_token_is_kept_sealed_and_judged_by_github() {
         borealis_tests::actor::Credential::Bearer(token) => token.clone(),
         _ => panic!("no session"),
     };
-    let seen: std::sync::MutexGuard<'_, Vec<HeaderMap>> = seen.lock().expect("the list");
+    let seen: Vec<HeaderMap> = seen.lock().expect("the list").clone();
     assert_eq!(seen.len(), 6);
-    for headers in seen.iter() {
+    for headers in &seen {
         assert!(!headers.contains_key("cookie") && !headers.contains_key("x-github-token"), "{headers:?}");
         assert!(headers.values().all(|value| !value.to_str().unwrap_or_default().contains(&session)), "{headers:?}");
     }
