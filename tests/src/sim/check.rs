@@ -6,7 +6,7 @@ use sqlx::AssertSqlSafe;
 use super::plan::ATTEMPTS;
 
 /// Rows that must not exist, at any moment between two transactions: a name, and a query for their ids as text.
-const NEVER: [(&str, &str); 22] = [
+const NEVER: [(&str, &str); 23] = [
     ("an ended run is leased or sleeps", "SELECT id::text FROM workflow_runs WHERE finished_at IS NOT NULL AND (lease_token IS NOT NULL OR parked)"),
     ("a lease without worker, end or running state",
      "SELECT id::text FROM workflow_runs WHERE lease_token IS NOT NULL AND (state NOT IN ('running', 'cancelling') OR worker IS NULL
@@ -37,6 +37,9 @@ const NEVER: [(&str, &str); 22] = [
      "SELECT id::text FROM workflow_runs WHERE (state = 'failed' AND coalesce(error, '') = '') OR (state IN ('pending', 'running', 'waiting', 'succeeded') AND error IS NOT NULL)"),
     ("cancelled or cancelling without having been asked",
      "SELECT id::text FROM workflow_runs WHERE (state IN ('cancelled', 'cancelling') OR step = 'cancel') AND cancel_requested_at IS NULL"),
+    ("a run that was to be cancelled went on",
+     "SELECT e.run_id::text FROM workflow_events e JOIN workflow_events f ON f.run_id = e.run_id AND f.seq > e.seq
+      WHERE e.kind = 'cancel_requested' AND f.step <> 'cancel' AND f.kind IN ('step_committed', 'waiting', 'woken', 'retry_scheduled')"),
     ("an effect applied twice", "SELECT run_id::text FROM public.sim_effects WHERE written <> 1"),
     ("an effect without its commit",
      "SELECT f.run_id::text FROM public.sim_effects f LEFT JOIN workflow_journal j USING (run_id, seq) WHERE j.output ->> 'with' IS DISTINCT FROM 'effect'"),
@@ -60,6 +63,14 @@ const HINTED: (&str, &str) = (
     "a run is ready and has no hint",
     "SELECT r.id::text FROM workflow_runs r WHERE r.state IN ('pending', 'cancelling') AND r.lease_token IS NULL AND NOT r.parked
        AND NOT EXISTS (SELECT FROM apalis.jobs j WHERE j.job_type = r.workflow || '.v' || r.version AND encode(j.job, 'hex')::uuid = r.id)",
+);
+
+/// While no hint was doubled: nothing is ready before its time. A cancel leaves an older hint beside its own.
+const IN_TIME: (&str, &str) = (
+    "a step was tried again before its time",
+    "SELECT e.run_id::text FROM workflow_events e JOIN workflow_events f ON f.run_id = e.run_id AND f.seq = e.seq + 1
+     WHERE e.kind = 'retry_scheduled' AND f.kind = 'step_started' AND f.step <> 'cancel'
+       AND f.at < e.at + (e.detail ->> 'delay_ms')::int * interval '1 millisecond'",
 );
 
 /// Rows that must not exist once everything has ended.
@@ -86,7 +97,7 @@ async fn broken(pool: &Pool, sql: String) -> Vec<String> {
 }
 
 /// What is wrong between two transactions.
-pub async fn now(pool: &Pool, hints_were_lost: bool) -> Vec<String> {
+pub async fn now(pool: &Pool, hints_were_lost: bool, hints_were_doubled: bool) -> Vec<String> {
     // Each death of a worker but the last, which ends the run, costs one try more than the step's own.
     let attempts = format!(
         "SELECT id::text FROM workflow_runs WHERE attempt > 2 + CASE WHEN workflow IN ('sim', 'sim_child') AND step <> 'cancel' THEN {ATTEMPTS} ELSE 5 END"
@@ -95,6 +106,9 @@ pub async fn now(pool: &Pool, hints_were_lost: bool) -> Vec<String> {
     rules.push(("a step was tried too often", attempts.as_str()));
     if !hints_were_lost {
         rules.push(HINTED);
+    }
+    if !hints_were_doubled {
+        rules.push(IN_TIME);
     }
     broken(pool, union(&rules)).await
 }

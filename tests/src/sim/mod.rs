@@ -81,16 +81,17 @@ impl Simulator {
         world.open().await;
         for operation in 0..OPERATIONS {
             world.step().await;
-            if operation % INSPECT_EVERY == 0 || aloud {
+            if (operation + 1) % INSPECT_EVERY == 0 || aloud {
                 world.inspect().await;
             }
             if !world.wrong.is_empty() {
                 return Err(failure(seed, world));
             }
         }
-        world.quiet().await;
-        while world.wrong.is_empty() && world.answer_all().await > 0 {
-            world.quiet().await;
+        world.calm().await;
+        if world.wrong.is_empty() && world.retry_some().await {
+            world.inspect().await;
+            world.calm().await;
         }
         world.inspect().await;
         let broken = check::at_the_end(&self.pool).await;

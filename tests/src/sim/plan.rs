@@ -43,6 +43,8 @@ pub enum Act {
     Moody(i32),
     /// Fails for good.
     Fails,
+    /// Takes its worker with it.
+    Deadly,
     /// Ends the run before its last step.
     Done,
     /// Waits for a signal, with an end to its patience or without; fails that often after it was woken.
@@ -75,7 +77,8 @@ impl Plan {
 impl Act {
     fn random(rng: &mut StdRng) -> Self {
         match rng.random_range(0..100) {
-            0..25 => Self::Plain,
+            0..2 => Self::Deadly,
+            2..25 => Self::Plain,
             25..50 => Self::Effect,
             50..60 => Self::Moody(rng.random_range(1..=ATTEMPTS)),
             60..63 => Self::Fails,
@@ -150,6 +153,8 @@ pub struct Testimony {
     pub runs: Vec<(Uuid, i32, &'static str)>,
     /// What should not be.
     pub complaints: Vec<String>,
+    /// Whether the worker of the step that ran last is to die of it.
+    pub deadly: bool,
 }
 
 tokio::task_local! {
@@ -219,6 +224,10 @@ async fn step(cx: &mut StepContext) -> StepResult {
         Act::Moody(tries) if cx.attempt <= *tries => Err(StepError::Transient(format!("moody in try {}", cx.attempt))),
         Act::Moody(_) => Ok(Outcome::Next(after(cx, Value::Null))),
         Act::Fails => Err(StepError::Final("planned".into())),
+        Act::Deadly => {
+            let _ = WITNESS.try_with(|witness| witness.with(|testimony| testimony.deadly = true));
+            Err(StepError::Stopped)
+        }
         Act::Done => Ok(Outcome::Done(after(cx, json!("done")))),
         Act::Signal(at_most, tries) => match cx.wake.clone() {
             Wake::First => Ok(Outcome::Wait(Wait {
@@ -263,11 +272,11 @@ async fn children(cx: &mut StepContext, count: u32) -> StepResult {
             Ok(Outcome::Wait(Wait { signal: None, children: true, at_most: None, state: after(cx, json!({"children": count})) }))
         }
         Wake::Children => {
-            // A worker that has lost the run sees what others have done since: children of a later step.
+            // A worker that has lost the run may come so late that it finds the children of a later step.
             let open: i64 = sqlx::query_scalar(
-                "SELECT count(*) FROM workflow_runs c WHERE parent_id = $1 AND finished_at IS NULL
-                 AND NOT EXISTS (SELECT FROM workflow_events e WHERE e.run_id = c.id AND e.kind = 'retry_requested')
-                 AND EXISTS (SELECT FROM workflow_runs p WHERE p.id = $1 AND p.seq = $2)",
+                "SELECT count(*) FROM workflow_runs c JOIN workflow_runs p ON p.id = c.parent_id
+                 WHERE p.id = $1 AND p.seq = $2 AND c.finished_at IS NULL
+                 AND NOT EXISTS (SELECT FROM workflow_events e WHERE e.run_id = c.id AND e.kind = 'retry_requested')",
             )
             .bind(cx.run_id)
             .bind(cx.seq)

@@ -11,6 +11,9 @@ use super::{
     world::{Job, Run, World},
 };
 
+/// How many workers may die in one step before its run fails.
+const DEATHS: usize = 3;
+
 /// A decided instant: when, why it was skipped with which note, and how many workflow runs carry it out.
 type Decided = (DateTime<Utc>, Option<String>, Option<String>, i64);
 /// A committed step.
@@ -52,6 +55,16 @@ impl World {
             let repeated = times.iter().any(|((id, _), times)| *id == run.id && *times > 1 + run.retried);
             if repeated {
                 wrong.push(format!("{}: a step that must not be repeated was", self.label(run.id)));
+            }
+        }
+        for run in &self.runs {
+            for (at, _) in run.plan.acts.iter().enumerate().filter(|(_, act)| matches!(act, Act::Deadly)) {
+                let died = self.witness.with(|testimony| {
+                    testimony.runs.iter().filter(|(id, _, step)| *id == run.id && *step == plan::STEPS[at]).count()
+                });
+                if died > DEATHS * (1 + run.retried) {
+                    wrong.push(format!("{}: its step {} took {died} workers with it", self.label(run.id), plan::STEPS[at]));
+                }
             }
         }
         for job in self.jobs.clone() {

@@ -5,7 +5,10 @@ use std::{
     sync::Arc,
 };
 
-use borealis_engine::db::{Pool, Tx};
+use borealis_engine::{
+    db::{Pool, Tx},
+    jobs::cursor,
+};
 use borealis_workflows::{
     CancelAsked, NewRun, Services,
     durable::{
@@ -37,6 +40,8 @@ const OPEN_MAX: usize = 4;
 const IDLE_MS: i64 = 10_000;
 /// The lease, in milliseconds.
 const LEASE_MS: i64 = 10_000;
+/// More jobs than there are.
+const ALL_JOBS: i64 = 100;
 
 /// A run as the simulation knows it.
 #[derive(Debug, Clone)]
@@ -136,6 +141,7 @@ pub struct World {
     labels: HashMap<Uuid, String>,
     payloads: i64,
     hints_lost: bool,
+    hints_doubled: bool,
     unsettled: bool,
     aloud: bool,
 }
@@ -162,6 +168,7 @@ impl World {
             labels: HashMap::new(),
             payloads: 0,
             hints_lost: false,
+            hints_doubled: false,
             unsettled: false,
             aloud,
         }
@@ -228,7 +235,8 @@ impl World {
             self.add_job().await;
         }
         for _ in 0..self.rng.random_range(2..=4) {
-            self.add_worker();
+            let worker = self.new_worker();
+            self.workers.push(worker);
         }
     }
 
@@ -255,11 +263,11 @@ impl World {
         self.jobs.push(Job { id, start, step, max });
     }
 
-    fn add_worker(&mut self) {
+    fn new_worker(&mut self) -> Worker {
         self.workers_made += 1;
         let name = format!("w{}", self.workers_made);
         let scheduler = Uuid::from_u128(u128::from(self.workers_made));
-        self.workers.push(Worker { name, scheduler, held: Vec::new(), frozen_until: 0 });
+        Worker { name, scheduler, held: Vec::new(), frozen_until: 0 }
     }
 
     /// One operation, or one fault.
@@ -274,18 +282,17 @@ impl World {
             73..80 => self.pass_time().await,
             80..86 => self.send_signal().await,
             86..88 => self.cancel_one().await,
-            88..91 => self.retry_one().await,
+            88..91 => {
+                self.retry_one().await;
+            }
             91..93 => self.finish_ask().await,
             93..94 => self.schedule().await,
             94..95 => self.keep_house().await,
             95..96 => self.kill().await,
             96..98 => self.freeze(),
             98..99 => self.tamper_with_hints().await,
-            _ => {
-                if self.rng.random_bool(0.3) {
-                    self.restart_postgres().await;
-                }
-            }
+            _ if self.rng.random_bool(0.3) => self.restart_postgres().await,
+            _ => self.schedule_twice().await,
         }
         self.settle().await;
         self.hear();
@@ -298,7 +305,7 @@ impl World {
 
     /// Looks at every rule that must hold between two transactions.
     pub async fn inspect(&mut self) {
-        let broken = check::now(&self.pool, self.hints_lost).await;
+        let broken = check::now(&self.pool, self.hints_lost, self.hints_doubled).await;
         let broken: Vec<String> = broken.into_iter().map(|rule| self.named(&rule)).collect();
         self.wrong.extend(broken);
     }
@@ -499,6 +506,10 @@ impl World {
         };
         // A step that failed gave its transaction back.
         self.unsettled = true;
+        if self.witness.with(|testimony| std::mem::take(&mut testimony.deadly)) {
+            self.tell(format!("{} runs {} {executed}", self.workers[at].name, self.label(run)));
+            return self.die(at).await;
+        }
         let own = if executed.tx.is_some() { ", in a transaction of its own" } else { "" };
         self.tell(format!("{} runs {} {}{own}", self.workers[at].name, self.label(run), executed));
         let stage = if executed.tx.is_some() { Stage::Own(executed, self.clock.now(), None) } else { Stage::Executed(executed) };
@@ -771,9 +782,16 @@ impl World {
     async fn restart_postgres(&mut self) {
         self.tell("Postgres is started anew".into());
         self.cut_transactions(|_| true).await;
+        let gone_at = self.clock.now();
         let away = self.rng.random_range(0..15_000);
         self.clock.advance(away);
         self.clock.restart_postgres();
+        // Nobody could renew meanwhile: a lease that was good then is good for its whole length again.
+        for held in self.workers.iter_mut().flat_map(|worker| &mut worker.held) {
+            if gone_at - held.renewed <= LEASE_MS {
+                held.renewed = self.clock.now();
+            }
+        }
     }
 
     fn pick_run(&mut self) -> Option<Run> {
@@ -846,7 +864,16 @@ impl World {
         }
     }
 
-    async fn retry_one(&mut self) {
+    /// An operator has some of what failed tried again. Answers whether anything had failed.
+    pub async fn retry_some(&mut self) -> bool {
+        let mut retried = false;
+        for _ in 0..self.rng.random_range(0..4) {
+            retried |= self.retry_one().await;
+        }
+        retried
+    }
+
+    async fn retry_one(&mut self) -> bool {
         let failed: Vec<Uuid> = sqlx::query_scalar("SELECT id FROM workflow_runs WHERE state = 'failed'")
             .fetch_all(&self.pool)
             .await
@@ -854,10 +881,10 @@ impl World {
         let mut failed: Vec<(String, Uuid)> = failed.into_iter().map(|id| (self.label(id), id)).collect();
         failed.sort();
         if failed.is_empty() {
-            return;
+            return false;
         }
         let (label, id) = failed[self.rng.random_range(0..failed.len())].clone();
-        let Ok(mut tx) = self.pool.begin().await else { return };
+        let Ok(mut tx) = self.pool.begin().await else { return false };
         let retried = retry(&mut tx, id, "somebody").await;
         let what = format!("retry {label}");
         if self.answer(&what, retried).await.is_some() {
@@ -866,6 +893,7 @@ impl World {
         } else {
             let _ = tx.rollback().await;
         }
+        true
     }
 
     async fn schedule(&mut self) {
@@ -873,6 +901,23 @@ impl World {
         let (name, token) = (self.workers[at].name.clone(), self.workers[at].scheduler);
         let next = scheduler::tick(&self.pool, &name, token).await;
         self.answer(&format!("{name} schedules"), next).await;
+    }
+
+    /// A scheduler stands still in the middle of its pass until it has lost the lead, and its successor makes one: what the
+    /// first is deciding is left to it. Then the first dies.
+    async fn schedule_twice(&mut self) {
+        let Ok(mut tx) = self.pool.begin().await else { return };
+        let due = cursor::due(&mut tx, ALL_JOBS).await;
+        let due = self.answer("a slow scheduler", due).await.map_or(0, |(_, jobs)| jobs.len());
+        let decided = scheduler::advance(&self.pool, ALL_JOBS).await;
+        let decided = self.answer("a second scheduler", decided).await.unwrap_or(0);
+        if due > 0 {
+            self.tell(format!("a slow scheduler is at {due} jobs, a second one decides {decided}"));
+        }
+        if decided > 0 {
+            self.wrong.push(format!("{decided} jobs were decided while another scheduler was at them"));
+        }
+        tx.rollback().await.expect("a rollback");
     }
 
     async fn keep_house(&mut self) {
@@ -885,14 +930,19 @@ impl World {
             return;
         }
         let at = self.rng.random_range(0..self.workers.len());
-        let worker = self.workers.remove(at);
+        self.die(at).await;
+    }
+
+    /// A worker dies, and another one takes its place.
+    async fn die(&mut self, at: usize) {
+        let successor = self.new_worker();
+        let worker = std::mem::replace(&mut self.workers[at], successor);
         self.tell(format!("{} dies with {} claims", worker.name, worker.held.len()));
         for held in worker.held {
             if let Stage::Own(Executed { tx: Some(tx), .. }, ..) = held.stage {
                 tx.rollback().await.expect("a rollback");
             }
         }
-        self.add_worker();
     }
 
     fn freeze(&mut self) {
@@ -905,10 +955,7 @@ impl World {
     async fn tamper_with_hints(&mut self) {
         let Some(run) = self.pick_run() else { return };
         let (what, sql) = match self.rng.random_range(0..3) {
-            0 => {
-                self.hints_lost = true;
-                ("lost", "DELETE FROM apalis.jobs WHERE encode(job, 'hex')::uuid = $1")
-            }
+            0 => ("lost", "DELETE FROM apalis.jobs WHERE encode(job, 'hex')::uuid = $1"),
             1 => ("late", "UPDATE apalis.jobs SET run_at = run_at + interval '7 seconds' WHERE encode(job, 'hex')::uuid = $1"),
             _ => (
                 "doubled",
@@ -918,14 +965,24 @@ impl World {
                  FROM workflow_runs WHERE id = $1",
             ),
         };
+        self.hints_lost |= what == "lost";
+        self.hints_doubled |= what == "doubled";
         let done = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(run.id).execute(&self.pool).await;
         if let Some(done) = self.answer("hints", done.map_err(Into::into)).await {
             self.tell(format!("{} hints of {} are {what}", done.rows_affected(), self.label(run.id)));
         }
     }
 
+    /// The faults are over, and every signal that is waited for comes.
+    pub async fn calm(&mut self) {
+        self.quiet().await;
+        while self.wrong.is_empty() && self.answer_all().await > 0 {
+            self.quiet().await;
+        }
+    }
+
     /// The faults are over: everything open ends, and workers work until nothing is left to do without an answer from outside.
-    pub async fn quiet(&mut self) {
+    async fn quiet(&mut self) {
         self.tell("quiet".into());
         for ask in std::mem::take(&mut self.asks) {
             self.granted(ask).await;
@@ -1008,7 +1065,7 @@ impl World {
     }
 
     /// Sends every signal that is still waited for. Answers how many.
-    pub async fn answer_all(&mut self) -> usize {
+    async fn answer_all(&mut self) -> usize {
         let waiting: Vec<(Uuid, String)> =
             sqlx::query_as("SELECT id, wait_signal FROM workflow_runs WHERE parked AND wait_signal IS NOT NULL")
                 .fetch_all(&self.pool)
