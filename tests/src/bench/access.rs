@@ -87,14 +87,19 @@ pub async fn run(options: &Options) -> Report {
     let alone = load::get(options.rate, lasts, Some(stand.token()), |_| page.clone()).await;
     report.figure("requests of the device page a second", options.rate, "/s");
     report.figure("device page alone, p99", alone.latencies.percentile(99.0), "ms");
+    // Each with an account of its own: five at once are the most of one.
+    for number in 0..PARALLEL {
+        let user = json!({"username": format!("signer-{number}"), "password": PASSWORD, "role": "User"});
+        let _ = stand.installation.admin.post("/api/users", user).await.ok();
+    }
     let done = Arc::new(AtomicBool::new(false));
     let signing: Vec<_> = (0..PARALLEL)
-        .map(|_| {
-            let (nobody, done) = (nobody.clone(), done.clone());
+        .map(|number| {
+            let (nobody, done, name) = (nobody.clone(), done.clone(), format!("signer-{number}"));
             tokio::spawn(async move {
                 let mut logins = Latencies::default();
                 while !done.load(Ordering::Relaxed) {
-                    let (took, reply) = sign_in(&nobody, ADMIN, PASSWORD).await;
+                    let (took, reply) = sign_in(&nobody, &name, PASSWORD).await;
                     let _ = reply.ok();
                     logins.add(took);
                 }
