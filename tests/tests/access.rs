@@ -1113,3 +1113,27 @@ async fn an_administrator_switches_the_second_factor_of_others() {
     let _ = admin.post(&path, json!({"enabled": false})).await.error(403, "directory_mfa_required");
     let _ = admin.post(&path, json!({"enabled": true, "reset_secret": true})).await.ok();
 }
+
+#[tokio::test]
+async fn what_is_missing_or_too_much_is_said_by_name() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let nobody = engine.anonymous();
+    let _ = nobody.post("/api/auth/mfa/verify", json!({"code": "123456"})).await.error(401, "mfa_pending");
+
+    // Without a second factor there is no code to prove anything with.
+    let name = engine.user("User", &[]).await;
+    let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
+    let _ = admin.post(&format!("/api/users/{name}/mfa"), json!({"enabled": false})).await.ok();
+    let done = nobody.post("/api/auth/login", json!({"username": name, "password": PASSWORD})).await.ok();
+    let user = nobody.signed_in(&name, PASSWORD, "", &done);
+    let _ = user.post("/api/auth/step-up", json!({"code": "123456"})).await.error(403, "mfa_not_configured");
+
+    let names: Vec<String> = (0..1001).map(|number| format!("user-{number}")).collect();
+    let _ = admin.post("/api/user_site_assignments/selection", json!({"usernames": names})).await.error(400, "too_many_users");
+    let all = json!({"usernames": names, "site_ids": []});
+    let _ = admin.post("/api/user_site_assignments/assign", all).await.error(400, "too_many_users");
+    let sites: Vec<u32> = (1..1002).collect();
+    let all = json!({"usernames": [name], "site_ids": sites});
+    let _ = admin.post("/api/user_site_assignments/assign", all).await.error(400, "too_many_sites");
+}

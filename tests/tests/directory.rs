@@ -247,25 +247,28 @@ async fn a_server_is_trusted_for_its_certificate_only() {
     }
     let back = json!({"server_urls": [world.url()], "host_overrides": {Slapd::NAME: "127.0.0.1"}, "tls_required": true, "tls_ca_pem": authority});
     let bad = [
-        (json!({"tls_ca_pem": stranger.authority}), "not trusted"),
-        (json!({"tls_ca_pem": stranger.server}), "another certificate than the pinned"),
-        (json!({"tls_ca_pem": ""}), "not trusted"),
-        (json!({"server_urls": [starttls], "tls_ca_pem": stranger.authority}), "not trusted"),
+        (json!({"tls_ca_pem": stranger.authority}), "not trusted", "ldap_connect_failed"),
+        (json!({"tls_ca_pem": stranger.server}), "another certificate than the pinned", "pinned_certificate_mismatch"),
+        (json!({"tls_ca_pem": ""}), "not trusted", "ldap_connect_failed"),
+        (json!({"server_urls": [starttls], "tls_ca_pem": stranger.authority}), "not trusted", "ldap_connect_failed"),
         (
             json!({"server_urls": [world.url().replace(Slapd::NAME, "other.test")], "host_overrides": {"other.test": "127.0.0.1"}}),
             "not trusted",
+            "ldap_connect_failed",
         ),
-        (json!({"bind_password": "wrong"}), "refuses the provider's own account"),
-        (json!({"bind_password": ""}), "refuses the provider's own account"),
-        (json!({"base_dn": "dc=nowhere"}), "could not be searched"),
-        (json!({"server_urls": ["ldaps://127.0.0.1:9"]}), "cannot be reached"),
-        (json!({"server_urls": []}), "no server"),
+        (json!({"bind_password": "wrong"}), "refuses the provider's own account", "directory_auth_failed"),
+        (json!({"bind_password": ""}), "refuses the provider's own account", "directory_auth_failed"),
+        (json!({"base_dn": "dc=nowhere"}), "could not be searched", "directory_lookup_failed"),
+        (json!({"server_urls": ["ldaps://127.0.0.1:9"]}), "cannot be reached", "ldap_connect_failed"),
+        (json!({"server_urls": []}), "no server", "ldap_connect_failed"),
     ];
-    for (changes, why) in bad {
+    for (changes, why, code) in bad {
         let (status, message) = test(back.clone()).await;
         assert_eq!(status, 200, "{message}");
         let (status, message) = test(changes.clone()).await;
         assert!(status == 502 && message.contains(why), "{changes}: {status} {message}");
+        let lookup = admin.post(&format!("{PROVIDERS}/{id}/lookup-user"), json!({"username": "ada"})).await;
+        let _ = lookup.error(502, code);
         let _ = world.patch(id, json!({"enabled": true})).await.error(409, "test_required");
         let _ = world.patch(id, json!({"base_dn": Slapd::BASE})).await.ok();
     }
