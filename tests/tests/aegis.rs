@@ -32,6 +32,8 @@ async fn recover(base: &Url) -> Actor {
     let nobody = Actor::anonymous(base);
     let state = nobody.post("/api/bootstrap/aegis/setup", json!({"cipher": NEW_CIPHER})).await.ok();
     assert_eq!(state["phase"], "admin_recovery_required");
+    let unknown = json!({"username": "nobody of this name", "password": NEW_PASSWORD});
+    let _ = nobody.post("/api/bootstrap/admin/recover", unknown).await.error(404, "admin_not_found");
     let pending = nobody.post("/api/bootstrap/admin/recover", json!({"username": ADMIN, "password": NEW_PASSWORD})).await.ok();
     let secret = pending["secret"].as_str().expect("a secret").to_owned();
     let body = json!({"pending_token": pending["pending_token"], "code": totp::code(&secret, 0)});
@@ -700,4 +702,17 @@ async fn a_process_whose_command_fails_says_so_and_not_what_it_printed() {
     assert!(api.is_running());
     assert_eq!(phase(&Url::parse(&format!("http://127.0.0.1:{port}")).expect("a URL")).await, "aegis_unlock_required");
     let _ = api.terminate().await;
+}
+
+#[tokio::test]
+async fn a_store_that_cannot_be_read_is_told_from_a_wrong_cipher() {
+    let engine = TestEngine::with(|settings| settings.unseal = Unseal::Manual).await;
+    let _ = engine.admin().await;
+    let locked = engine.second().await;
+    let nobody = Actor::anonymous(&locked.base);
+    let unlock = async |cipher: &str| nobody.post("/api/bootstrap/aegis/unlock", json!({"cipher": cipher})).await;
+    let _ = unlock("not the cipher of this store").await.error(401, "invalid_cipher");
+    sqlx::query("UPDATE aegis SET kdf = '{}'").execute(&engine.database.pool).await.expect("an update");
+    let _ = unlock(CIPHER).await.error(500, "corrupt_secret_store");
+    locked.stop().await;
 }
