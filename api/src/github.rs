@@ -1,10 +1,9 @@
 //! Asking GitHub, through the egress policy.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use borealis_engine::{Error, Kind, Result, Secret, egress};
+use borealis_engine::{Error, Kind, Result, Secret, access::directory::trust::Trust, egress};
 use reqwest::{Client, StatusCode, header, redirect::Policy};
-use rustls::{ClientConfig, RootCertStore, crypto::ring};
 use url::Url;
 
 /// Where GitHub's interface is.
@@ -40,13 +39,8 @@ pub async fn verify(policy: &egress::Policy, base: &Url, token: &Secret<String>)
     let port = base.port_or_known_default().unwrap_or(443);
     // Resolved once, looked at, and used as they are.
     let addresses = policy.addresses(GITHUB, host, port).await?;
-    let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .map_err(Error::bug)?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+    // As for a directory that names no certificate: the authorities this machine trusts.
+    let tls = Trust::of("")?.config.as_ref().clone();
     let client = Client::builder()
         .tls_backend_preconfigured(tls)
         .no_proxy()

@@ -1,6 +1,6 @@
 //! What things are: the domain types, rules, SQL and cryptography of Borealis Engine.
 //!
-//! This crate knows no HTTP, no queue and no sockets. Each noun of the house has one module, named as in
+//! This crate knows no HTTP, no queue and no sockets of agents or people; beside Postgres it speaks to directories. Each noun of the house has one module, named as in
 //! `docs/architecture.md`; a module is types, rules as pure functions, then the store functions with their SQL.
 
 pub mod access;

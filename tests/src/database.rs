@@ -58,6 +58,21 @@ impl TestDatabase {
     }
 }
 
+impl TestDatabase {
+    /// What somebody with all rights over the database can do: a statement that no trigger stops.
+    ///
+    /// # Panics
+    /// When Postgres refuses it.
+    pub async fn tamper(&self, sql: &str) {
+        let mut tx = self.pool.begin().await.expect("a transaction");
+        for statement in ["SET LOCAL session_replication_role = replica", sql] {
+            let done = sqlx::query(AssertSqlSafe(statement.to_owned())).execute(&mut *tx).await;
+            let _ = done.unwrap_or_else(|error| panic!("{statement}: {error}"));
+        }
+        tx.commit().await.expect("a commit");
+    }
+}
+
 impl Drop for TestDatabase {
     fn drop(&mut self) {
         let (admin, name) = (self.admin.clone(), self.name.clone());

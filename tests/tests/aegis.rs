@@ -72,16 +72,6 @@ async fn checked(admin: &Actor) -> Value {
     .await
 }
 
-/// What somebody with all rights over the database can do.
-async fn tamper(engine: &TestEngine, sql: &str) {
-    let mut tx = engine.database.pool.begin().await.expect("a transaction");
-    for statement in ["SET LOCAL session_replication_role = replica", sql] {
-        let done = sqlx::query(sqlx::AssertSqlSafe(statement.to_owned())).execute(&mut *tx).await;
-        let _ = done.unwrap_or_else(|error| panic!("{statement}: {error}"));
-    }
-    tx.commit().await.expect("a commit");
-}
-
 #[tokio::test]
 async fn every_sealed_column_is_in_the_registry() {
     let engine = TestEngine::start().await;
@@ -381,15 +371,15 @@ async fn the_audit_goes_on_under_another_key_and_a_change_still_shows() {
         assert_eq!((&report["ok"], &report["broken"]["why"]), (&json!(false), &json!(why)), "{what}");
     };
     let new = "(SELECT max(id) FROM audit_events WHERE action = 'site.create')";
-    tamper(&engine, &format!("UPDATE audit_events SET actor_name = actor_name || 'x' WHERE id = {new}")).await;
+    engine.database.tamper(&format!("UPDATE audit_events SET actor_name = actor_name || 'x' WHERE id = {new}")).await;
     broken("the event or its place was changed", "an event of the new key").await;
     // Who says that it is one of an earlier key is found out.
     let begin = format!("UPDATE aegis SET chain_from = (SELECT seq FROM audit_chain WHERE event_id = {new})");
-    tamper(&engine, &begin).await;
+    engine.database.tamper(&begin).await;
     broken("the place where this key's links begin was changed", "the beginning").await;
-    tamper(&engine, "UPDATE aegis SET chain_from_tag = NULL").await;
+    engine.database.tamper("UPDATE aegis SET chain_from_tag = NULL").await;
     broken("the place where this key's links begin was changed", "no tag").await;
-    tamper(&engine, "UPDATE aegis SET chain_from = 0").await;
+    engine.database.tamper("UPDATE aegis SET chain_from = 0").await;
     broken("the event or its place was changed", "no beginning").await;
     // Back to where it was, as far as the tag, which only the engine can make, is there.
     let _ = reset(&admin).await;
@@ -397,18 +387,18 @@ async fn the_audit_goes_on_under_another_key_and_a_change_still_shows() {
     assert_eq!(checked(&admin).await["ok"], true);
 
     // What nobody can check any more is not called tampered with.
-    tamper(&engine, "UPDATE audit_events SET ip = 'x' WHERE id = (SELECT min(id) FROM audit_events)").await;
+    engine.database.tamper("UPDATE audit_events SET ip = 'x' WHERE id = (SELECT min(id) FROM audit_events)").await;
     let whole = admin.get("/api/audit/check").await.ok();
     assert_eq!(whole["ok"], true);
     let last = whole["unverifiable"].as_i64().expect("a number");
-    tamper(&engine, &format!("UPDATE audit_chain SET tag = sha256('x') WHERE seq = {last}")).await;
+    engine.database.tamper(&format!("UPDATE audit_chain SET tag = sha256('x') WHERE seq = {last}")).await;
     let report = admin.get("/api/audit/check").await.ok();
     assert_eq!(
         (&report["ok"], &report["broken"]["seq"]),
         (&json!(false), &json!(last + 1)),
         "the new part holds the end of the old"
     );
-    tamper(&engine, &format!("DELETE FROM audit_chain WHERE seq = {}", last - 1)).await;
+    engine.database.tamper(&format!("DELETE FROM audit_chain WHERE seq = {}", last - 1)).await;
     let report = admin.get("/api/audit/check").await.ok();
     assert_eq!(report["broken"]["why"], "links before this one are missing");
 }
@@ -637,7 +627,7 @@ async fn the_console_changes_the_cipher_and_checks_the_audit_of_a_locked_store()
     assert!(events.len() > 5 && events[0]["action"] == "audit.export" && events[0]["actor_name"] == "console", "{export}");
     assert!(events.iter().any(|event| event["action"] == "aegis.rotate" && event["actor_name"] == "console"));
 
-    tamper(&engine, "UPDATE audit_events SET ip = 'x' WHERE id = (SELECT min(id) FROM audit_events)").await;
+    engine.database.tamper("UPDATE audit_events SET ip = 'x' WHERE id = (SELECT min(id) FROM audit_events)").await;
     console.fails(&["audit", "check"], &format!("{NEW_CIPHER}\n"), 1, "The audit was tampered with at event").await;
 }
 

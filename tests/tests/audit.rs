@@ -21,16 +21,6 @@ async fn run(engine: &TestEngine, sql: &'static str) -> Result<u64, sqlx::Error>
     sqlx::query(sql).execute(&engine.database.pool).await.map(|done| done.rows_affected())
 }
 
-/// What somebody with all rights over the database can do.
-async fn tamper(engine: &TestEngine, sql: &str) {
-    let mut tx = engine.database.pool.begin().await.expect("a transaction");
-    for statement in ["SET LOCAL session_replication_role = replica", sql] {
-        let done = sqlx::query(sqlx::AssertSqlSafe(statement.to_owned())).execute(&mut *tx).await;
-        let _ = done.unwrap_or_else(|error| panic!("{statement}: {error}"));
-    }
-    tx.commit().await.expect("a commit");
-}
-
 #[tokio::test]
 async fn it_can_only_grow() {
     let engine = TestEngine::start().await;
@@ -74,35 +64,34 @@ async fn a_change_a_removal_and_a_forged_place_show() {
     let whole_again = async |what: &str| assert_eq!(admin.get("/api/audit/check").await.ok()["ok"], true, "{what}");
 
     for column in ["actor_name", "ip", "action", "object_id"] {
-        tamper(&engine, &format!("UPDATE audit_events SET {column} = {column} || 'x' WHERE id = {event}")).await;
+        engine.database.tamper(&format!("UPDATE audit_events SET {column} = {column} || 'x' WHERE id = {event}")).await;
         broken(Some(seq), "the event or its place was changed", column).await;
-        tamper(&engine, &format!("UPDATE audit_events SET {column} = left({column}, -1) WHERE id = {event}")).await;
+        engine.database.tamper(&format!("UPDATE audit_events SET {column} = left({column}, -1) WHERE id = {event}")).await;
         whole_again(column).await;
     }
-    tamper(&engine, &format!("UPDATE audit_events SET at = at - interval '1 day' WHERE id = {event}")).await;
+    engine.database.tamper(&format!("UPDATE audit_events SET at = at - interval '1 day' WHERE id = {event}")).await;
     broken(Some(seq), "the event or its place was changed", "at").await;
-    tamper(&engine, &format!("UPDATE audit_events SET at = at + interval '1 day' WHERE id = {event}")).await;
+    engine.database.tamper(&format!("UPDATE audit_events SET at = at + interval '1 day' WHERE id = {event}")).await;
     whole_again("at").await;
 
     // An event put in past the engine.
     let stray =
         "INSERT INTO audit_events (id, actor_kind, actor_id, actor_name, ip, action, object_kind, object_id, outcome, detail)
                  OVERRIDING SYSTEM VALUE VALUES (999999, 'system', '', '', '', 'site.create', 'site', '1', 'success', '{}')";
-    tamper(&engine, stray).await;
+    engine.database.tamper(stray).await;
     broken(None, "the event is not part of the chain", "a stray event").await;
-    tamper(&engine, "DELETE FROM audit_events WHERE id = 999999").await;
+    engine.database.tamper("DELETE FROM audit_events WHERE id = 999999").await;
     whole_again("a stray event").await;
 
-    tamper(&engine, &format!("DELETE FROM audit_events WHERE id = {event}")).await;
+    engine.database.tamper(&format!("DELETE FROM audit_events WHERE id = {event}")).await;
     broken(Some(seq), "the event was removed", "an event").await;
     // With its link gone too, the next one shows it.
-    tamper(&engine, &format!("DELETE FROM audit_chain WHERE seq = {seq}")).await;
+    engine.database.tamper(&format!("DELETE FROM audit_chain WHERE seq = {seq}")).await;
     broken(Some(seq + 1), "links before this one are missing", "a link").await;
-    tamper(
-        &engine,
-        &format!("UPDATE audit_chain SET seq = seq - 1 WHERE seq > {seq} AND seq <= (SELECT max(seq) FROM audit_chain)"),
-    )
-    .await;
+    engine
+        .database
+        .tamper(&format!("UPDATE audit_chain SET seq = seq - 1 WHERE seq > {seq} AND seq <= (SELECT max(seq) FROM audit_chain)"))
+        .await;
     broken(Some(seq), "the event or its place was changed", "a closed gap").await;
 }
 

@@ -35,6 +35,7 @@ const GROUPS_AT_ONCE: usize = 50;
 
 const SUCCESS: u32 = 0;
 const SIZE_LIMIT: u32 = 4;
+const NO_SUCH_OBJECT: u32 = 32;
 const INVALID_CREDENTIALS: u32 = 49;
 const UNWILLING: u32 = 53;
 
@@ -308,6 +309,10 @@ impl<'a> Connection<'a> {
                 }
             }
             let result = stream.finish().await;
+            // Asked for one entry by its name, a server says in this way that there is none.
+            if result.rc == NO_SUCH_OBJECT && scope == Scope::Base {
+                return Ok(Vec::new());
+            }
             // More than asked for is told by what was found.
             if found.len() <= most && result.rc != SUCCESS && result.rc != SIZE_LIMIT {
                 return Err(failed(result.to_string().into()));
@@ -355,19 +360,14 @@ impl<'a> Connection<'a> {
             Some(("uuid", uuid)) => format!("(entryUUID={})", ldap_escape(uuid)),
             Some(("guid", hex)) => format!("(objectGUID={})", bytes(hex)),
             Some(("sid", hex)) => format!("(objectSid={})", bytes(hex)),
-            Some(("dn", dn)) => return self.person_at(dn, username).await,
+            Some(("dn", dn)) => {
+                // A missing entry is an answer only when the base is there: a server that lost a branch must not disable everybody.
+                self.read_base().await?;
+                return self.person(dn, Scope::Base, "(objectClass=*)", username).await;
+            }
             _ => return Err(Error::bug(format!("a subject of no kind: {subject}"))),
         };
         self.person(base, Scope::Subtree, &filter, username).await
-    }
-
-    /// A missing entry is an answer only when the base is there: a server that lost a branch must not disable everybody.
-    async fn person_at(&mut self, dn: &str, username: &str) -> Result<Option<Person>> {
-        self.read_base().await?;
-        match self.person(dn, Scope::Base, "(objectClass=*)", username).await {
-            Err(error) if error.source.as_ref().is_some_and(|source| source.to_string().contains("rc=32")) => Ok(None),
-            other => other,
-        }
     }
 
     async fn person(&mut self, base: &str, scope: Scope, filter: &str, account: &str) -> Result<Option<Person>> {
@@ -389,8 +389,7 @@ impl<'a> Connection<'a> {
         }
         let Some(entry) = found.pop() else { return Ok(None) };
         let mut person = read(settings, &entry, account);
-        let nested = settings.nested_groups.then_some(());
-        if nested.is_some() {
+        if settings.nested_groups {
             let more = self.nested(&person).await?;
             let mut known: BTreeSet<String> = person.groups.iter().map(|dn| normal_dn(dn)).collect();
             person.groups.extend(more.into_iter().filter(|dn| known.insert(normal_dn(dn))));

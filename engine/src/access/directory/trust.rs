@@ -8,9 +8,9 @@ use std::sync::{
 use chrono::{DateTime, Utc};
 use pem_rfc7468::LineEnding;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    CertificateError, ClientConfig, ConfigBuilder, DigitallySignedStruct, RootCertStore, SignatureScheme, WantsVerifier,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls12_signature, verify_tls13_signature},
+    crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject},
 };
 use sha2::{Digest as _, Sha256};
@@ -54,8 +54,6 @@ impl Trust {
     pub fn of(pem: &str) -> Result<Self> {
         let certificates = parse(pem)?;
         let mismatch = Arc::new(AtomicBool::new(false));
-        let builder = ClientConfig::builder_with_provider(PROVIDER.clone()).with_safe_default_protocol_versions();
-        let builder = builder.map_err(Error::bug)?;
         let mut pins = Vec::new();
         for der in &certificates {
             if !is_authority(der)? {
@@ -63,9 +61,7 @@ impl Trust {
             }
         }
         let config = if !pins.is_empty() {
-            let algorithms = PROVIDER.signature_verification_algorithms;
-            let verifier = Pinned { pins, mismatch: mismatch.clone(), algorithms };
-            builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier)).with_no_client_auth()
+            Accepted::Pinned { pins, mismatch: mismatch.clone() }.config()?
         } else {
             let roots = if certificates.is_empty() {
                 SYSTEM.clone()
@@ -76,7 +72,7 @@ impl Trust {
                 }
                 Arc::new(roots)
             };
-            builder.with_root_certificates(roots).with_no_client_auth()
+            builder()?.with_root_certificates(roots).with_no_client_auth()
         };
         Ok(Self { config: Arc::new(config), mismatch })
     }
@@ -86,6 +82,10 @@ impl Trust {
     pub fn mismatched(&self) -> bool {
         self.mismatch.load(Ordering::Relaxed)
     }
+}
+
+fn builder() -> Result<ConfigBuilder<ClientConfig, WantsVerifier>> {
+    ClientConfig::builder_with_provider(PROVIDER.clone()).with_safe_default_protocol_versions().map_err(Error::bug)
 }
 
 fn invalid(why: &str) -> Error {
@@ -111,15 +111,22 @@ fn is_authority(der: &[u8]) -> Result<bool> {
     Ok(constraints.is_some_and(|constraints| constraints.value.ca))
 }
 
-/// Accepts the certificates that were pinned, while they are valid.
+/// Which certificates are accepted, whoever signed them and whatever name they are for.
 #[derive(Debug)]
-struct Pinned {
-    pins: Vec<[u8; 32]>,
-    mismatch: Arc<AtomicBool>,
-    algorithms: WebPkiSupportedAlgorithms,
+enum Accepted {
+    /// These, while they are valid.
+    Pinned { pins: Vec<[u8; 32]>, mismatch: Arc<AtomicBool> },
+    /// Whatever is shown. Only for looking at it: nothing is sent over such a connection.
+    Any,
 }
 
-impl ServerCertVerifier for Pinned {
+impl Accepted {
+    fn config(self) -> Result<ClientConfig> {
+        Ok(builder()?.dangerous().with_custom_certificate_verifier(Arc::new(self)).with_no_client_auth())
+    }
+}
+
+impl ServerCertVerifier for Accepted {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -128,8 +135,9 @@ impl ServerCertVerifier for Pinned {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        if !self.pins.contains(&Sha256::digest(end_entity).into()) {
-            self.mismatch.store(true, Ordering::Relaxed);
+        let Self::Pinned { pins, mismatch } = self else { return Ok(ServerCertVerified::assertion()) };
+        if !pins.contains(&Sha256::digest(end_entity).into()) {
+            mismatch.store(true, Ordering::Relaxed);
             return Err(CertificateError::ApplicationVerificationFailure.into());
         }
         let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
@@ -150,7 +158,7 @@ impl ServerCertVerifier for Pinned {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.algorithms)
+        verify_tls12_signature(message, cert, dss, &PROVIDER.signature_verification_algorithms)
     }
 
     fn verify_tls13_signature(
@@ -159,50 +167,11 @@ impl ServerCertVerifier for Pinned {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
+        verify_tls13_signature(message, cert, dss, &PROVIDER.signature_verification_algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
-}
-
-/// Accepts whatever is shown. Only for looking at it: nothing is sent over such a connection.
-#[derive(Debug)]
-struct Unchecked(WebPkiSupportedAlgorithms);
-
-impl ServerCertVerifier for Unchecked {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.0)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.0)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_schemes()
+        PROVIDER.signature_verification_algorithms.supported_schemes()
     }
 }
 
@@ -242,13 +211,7 @@ pub async fn download(stream: TcpStream, name: &str) -> Result<Certificate> {
         error.source = Some(why);
         error
     };
-    let verifier = Arc::new(Unchecked(PROVIDER.signature_verification_algorithms));
-    let config = ClientConfig::builder_with_provider(PROVIDER.clone())
-        .with_safe_default_protocol_versions()
-        .map_err(Error::bug)?
-        .dangerous()
-        .with_custom_certificate_verifier(verifier)
-        .with_no_client_auth();
+    let config = Accepted::Any.config()?;
     let name = ServerName::try_from(name.to_owned()).map_err(|error| failed(error.into()))?;
     let connected = timeout(CONNECT_LIMIT, TlsConnector::from(Arc::new(config)).connect(name, stream)).await;
     let tls = connected.map_err(|elapsed| failed(elapsed.into()))?.map_err(|error| failed(error.into()))?;
