@@ -229,8 +229,9 @@ impl Environment {
     fn egress(&self) -> egress::Policy {
         let database = self.store.database_url().and_then(|url| Url::parse(url).ok());
         let database = database.and_then(|url| Some((url.host_str()?.to_owned(), url.port().unwrap_or(5432))));
-        let own = [self.listen, self.internal_listen].map(|at| (at.ip().to_string(), at.port()));
-        own.into_iter().chain(database).fold(self.egress_allow.clone(), |policy, (host, port)| policy.closed(host, port))
+        let listeners = [self.listen, self.internal_listen].into_iter().chain(self.exports.metrics_listen.0);
+        let own = listeners.map(|at| (at.ip().to_string(), at.port()));
+        own.chain(database).fold(self.egress_allow.clone(), |policy, (host, port)| policy.closed(host, port))
     }
 }
 

@@ -183,6 +183,9 @@ impl TestEngine {
     pub async fn user(&self, role: &str, sites: &[i64]) -> String {
         let admin = self.admin().await;
         let username = format!("operator-{}", self.operators.fetch_add(1, Ordering::Relaxed) + 1);
+        if role == "Admin" {
+            let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
+        }
         let body = json!({"username": username, "password": PASSWORD, "role": role});
         let _ = admin.post("/api/users", body).await.ok();
         if role == "User" {

@@ -574,6 +574,13 @@ async fn a_role_counts_from_the_next_request_and_ends_no_session() {
     let assigned = admin.post("/api/user_site_assignments/assign", body).await.ok();
     assert_eq!(assigned, json!({"status": "ok", "assigned_user_count": 1, "assigned_site_ids": [site]}));
     assert_eq!(other.get("/api/sites").await.ok()["sites"][0]["id"], site);
+    // A session that was left open makes no administrators, neither of users nor anew.
+    let aged = "UPDATE operator_sessions SET stepped_up_at = NULL";
+    let _ = sqlx::query(aged).execute(&engine.database.pool).await.expect("an update");
+    let _ = set("Admin").await.error(403, "step_up_required");
+    let new = json!({"username": "mallory", "password": PASSWORD, "role": "admin"});
+    let _ = admin.post("/api/users", new).await.error(403, "step_up_required");
+    let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
     let _ = set("Admin").await.ok();
     let _ = other.get("/api/users").await.ok();
     let _ = set("owner").await.error(400, "invalid role");
@@ -998,6 +1005,7 @@ async fn everything_is_in_the_audit_and_no_secret_is_in_the_database() {
     let _ = user.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
     let _ = user.post("/api/auth/password/reset", json!({"current_password": PASSWORD, "new_password": NEW})).await.ok();
     let _ = user.post("/api/auth/mfa/reset", json!({})).await.ok();
+    let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
     let _ = admin.post_to_role(&user.name, "Admin").await.ok();
     let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
     let _ = admin.post(&format!("/api/users/{}/reset_password", user.name), json!({"password": PASSWORD})).await.ok();

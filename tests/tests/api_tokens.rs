@@ -308,6 +308,7 @@ async fn it_does_what_its_owner_may_at_that_moment() {
     let role = async |role: &str| {
         let _ = admin.post(&format!("/api/users/{}/role", owner.name), json!({"role": role})).await.ok();
     };
+    step_up(&admin).await;
     role("Admin").await;
     assert_eq!((sees(&near.guid).await, sees(&far.guid).await), (200, 200));
     let made = program.post("/api/sites", json!({"name": "By a program"})).await.expect(201).body;

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use borealis_tests::{
     Actor, Processes, Reply, TestEngine,
-    directory::{DomainController, Slapd, group, person},
+    directory::{Certificates, DomainController, Slapd, group, person},
     engine::{ADMIN, PASSWORD},
-    eventually,
+    eventually, totp,
 };
 use serde_json::{Value, json};
 
@@ -194,10 +194,21 @@ async fn a_provider_is_written_as_it_is_asked_for_and_tells_no_secret() {
     assert_eq!(patch(json!({"priority": 200})).await.ok()["provider"]["bind_password_present"], true);
     let moved = patch(json!({"host_overrides": {"dc1.ad.test": "10.0.0.6"}})).await.ok();
     assert_eq!(moved["provider"]["bind_password_present"], false, "{moved}");
-    let _ = patch(json!({"bind_password": "again"})).await.ok();
+    for less in
+        [json!({"tls_required": false}), json!({"tls_ca_pem": Certificates::for_name("x").authority}), json!({"use_ldaps": true})]
+    {
+        let _ = patch(json!({"bind_password": "again"})).await.ok();
+        let changed = patch(less.clone()).await.ok();
+        assert_eq!(changed["provider"]["bind_password_present"], false, "{less}");
+    }
     let both = patch(json!({"server_urls": ["ldaps://dc3.ad.test"], "bind_password": "again"})).await.ok();
     assert_eq!(both["provider"]["bind_password_present"], true, "{both}");
     assert_eq!(patch(json!({"bind_password": ""})).await.ok()["provider"]["bind_password_present"], false);
+
+    // The audit tells who would become what.
+    let audit = admin.get("/api/audit?action=directory.create").await.ok();
+    let first = audit["events"].as_array().and_then(|events| events.last()).unwrap_or_else(|| panic!("no event in {audit}"));
+    assert_eq!(first["detail"]["group_mappings"][0], json!({"group_dn": "cn=a,dc=x", "role": "Admin"}), "{first}");
 
     // In the order they are asked.
     let all = admin.get(PROVIDERS).await.ok();
@@ -215,7 +226,7 @@ async fn a_provider_is_written_as_it_is_asked_for_and_tells_no_secret() {
 async fn a_server_is_trusted_for_its_certificate_only() {
     let world = World::new().await;
     let (admin, slapd) = (&world.admin, &world.slapd);
-    let stranger = borealis_tests::directory::Certificates::for_name(Slapd::NAME);
+    let stranger = Certificates::for_name(Slapd::NAME);
     let starttls = format!("ldap://{}:{}", Slapd::NAME, slapd.port);
     let id = admin.post(PROVIDERS, world.body("Borealis")).await.ok()["provider"]["id"].as_i64().expect("an id");
     let test = async |changes: Value| {
@@ -258,7 +269,7 @@ async fn a_server_is_trusted_for_its_certificate_only() {
         ),
         (json!({"bind_password": "wrong"}), "refuses the provider's own account", "directory_auth_failed"),
         (json!({"bind_password": ""}), "refuses the provider's own account", "directory_auth_failed"),
-        (json!({"base_dn": "dc=nowhere"}), "could not be searched", "directory_lookup_failed"),
+        (json!({"base_dn": "dc=nowhere"}), "base DN cannot be read", "directory_lookup_failed"),
         (json!({"server_urls": ["ldaps://127.0.0.1:9"]}), "cannot be reached", "ldap_connect_failed"),
         (json!({"server_urls": []}), "no server", "ldap_connect_failed"),
     ];
@@ -364,7 +375,18 @@ async fn people_of_a_directory_sign_in_with_the_rights_of_their_groups() {
     let _ = world.sign_in(ADMIN, "let me in please").await.error(401, "invalid username or password");
     let _ = world.sign_in(&format!("{ADMIN}@borealis.test"), "let me in please").await.error(409, "directory_username_conflict");
 
+    // However it is spelled, a person has five failures; the directory is not asked about more, not even the right password.
+    sqlx::query("DELETE FROM rate_counters").execute(&world.engine.database.pool).await.expect("a deletion");
+    for name in ["\u{ff41}da", "a\u{ff44}a", "ad\u{ff41}", "\u{ff41}\u{ff44}a", "a\u{ff44}\u{ff41}"] {
+        let wrong = json!({"username": name, "password": "wrong"});
+        let _ = nobody.post("/api/auth/login", wrong).await.error(401, "invalid username or password");
+        assert_eq!(world.refusals().await[0], "wrong password", "{name}");
+    }
+    let right = json!({"username": "ada", "password": ADA});
+    let _ = nobody.post("/api/auth/login", right).await.error(429, "rate_limited");
+
     // The directory decides over the account.
+    sqlx::query("DELETE FROM rate_counters").execute(&world.engine.database.pool).await.expect("a deletion");
     let _ = ada.post("/api/auth/step-up", json!({"password": "wrong"})).await.error(401, "invalid current password");
     let _ = ada.post("/api/auth/step-up", json!({"password": ADA})).await.ok();
     let change = json!({"current_password": ADA, "new_password": "an entirely new one"});
@@ -389,7 +411,8 @@ async fn people_of_a_directory_sign_in_with_the_rights_of_their_groups() {
     let _ = world.sign_in("ada", ADA).await.error(403, "directory_user_disabled");
     let _ = world.sign_in("ada", "wrong").await.error(401, "invalid username or password");
     let _ = admin.post(cache, json!({"disabled": false})).await.ok();
-    assert_eq!(world.sign_in("ada", ADA).await.ok()["stage"], "verify");
+    let open = world.sign_in("ada", ADA).await.ok();
+    assert_eq!(open["stage"], "verify");
     let own = format!("/api/users/{ADMIN}/directory-cache");
     let _ = admin.post(&own, json!({"disabled": false})).await.error(400, "cannot_disable_self");
     let local = world.engine.user("User", &[]).await;
@@ -400,6 +423,9 @@ async fn people_of_a_directory_sign_in_with_the_rights_of_their_groups() {
     let bob_again = Actor { totp_secret: bob.totp_secret.clone(), ..nobody.clone() };
     let off = world.patch(id, json!({"enabled": false})).await.ok();
     assert_eq!(off["provider"]["enabled"], false);
+    let code = totp::code(ada.totp_secret.as_deref().expect("a secret"), 1);
+    let late = json!({"pending_token": open["pending_token"], "code": code});
+    let _ = nobody.post("/api/auth/mfa/verify", late).await.error(401, "invalid_session");
     let _ = bob.get("/api/auth/me").await.error(401, "unauthorized");
     let _ = bob_again
         .post("/api/auth/login", json!({"username": "bob", "password": BOB}))

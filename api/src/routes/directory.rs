@@ -207,8 +207,8 @@ struct Body {
     base_dn: Option<String>,
     /// The account of the engine; empty: none.
     bind_dn: Option<String>,
-    /// Its password. Empty: forget it. Forgotten too when `server_urls`, `host_overrides`, `use_ldaps` or `tls_required`
-    /// change without it.
+    /// Its password. Empty: forget it. Forgotten too when `server_urls`, `host_overrides`, `use_ldaps`, `tls_required` or
+    /// `tls_ca_pem` change without it.
     #[schema(value_type = Option<String>)]
     bind_password: Option<Secret<String>>,
     /// An LDAP filter with `{username}` or `{user}` (the account part of what was typed) or `{login}` (all of it).

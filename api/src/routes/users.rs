@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use axum::{Json, extract::State};
 use borealis_engine::{
     Error, Scope, Secret,
-    access::{passwords::Sent, users},
+    access::{
+        passwords::Sent,
+        users::{self, Role},
+    },
     sites,
 };
 use utoipa::ToSchema;
@@ -124,14 +127,24 @@ struct NewUser {
     password_sha512: Option<Secret<String>>,
 }
 
-/// Make a user. They set a second factor up at the first sign-in, and see no site until one is assigned.
+/// Whoever makes an administrator has to be there: else a session left open makes itself one, with a password of its own, and
+/// every other step-up is void.
+fn proven_for(operator: &Operator, role: Option<&str>) -> Result<()> {
+    if role.is_some_and(|role| Role::parse(role).is_ok_and(|role| role == Role::Admin)) {
+        operator.require_step_up()?;
+    }
+    Ok(())
+}
+
+/// Make a user; an administrator needs a step-up. They set a second factor up at the first sign-in, and see no site until one is assigned.
 #[utoipa::path(post, path = "/api/users", tag = "Users", request_body = NewUser, responses(
     (status = 200, body = Done),
     (status = 400, description = "`username and password are required`, `invalid_username`, `invalid_display_name`, `invalid role`, `password_too_short`"),
-    (status = 403, description = "`forbidden`"),
+    (status = 403, description = "`forbidden`, `step_up_required` for an administrator"),
     (status = 409, description = "`username already exists`"),
 ))]
 async fn create(State(app): State<App>, operator: Operator, body::Json(body): body::Json<NewUser>) -> Result<Json<Done>> {
+    proven_for(&operator, body.role.as_deref())?;
     let new = users::New {
         username: body.username,
         display_name: body.display_name,
@@ -206,7 +219,7 @@ struct NewRole {
     params(("username" = String, Path, description = "Any case")), request_body = NewRole, responses(
     (status = 200, body = Done),
     (status = 400, description = "`invalid role`, `cannot demote the last admin`"),
-    (status = 403, description = "`forbidden`, `directory_user_local_action_disabled`"),
+    (status = 403, description = "`forbidden`, `step_up_required` for `Admin`, `directory_user_local_action_disabled`"),
     (status = 404, description = "`user not found`"),
 ))]
 async fn role(
@@ -215,6 +228,7 @@ async fn role(
     Path(username): Path<String>,
     body::Json(body): body::Json<NewRole>,
 ) -> Result<Json<Done>> {
+    proven_for(&operator, Some(&body.role))?;
     users::set_role(&app.pool, &operator.actor, &username, &body.role).await?;
     Ok(Done::json())
 }

@@ -190,18 +190,21 @@ impl Access<'_> {
     /// The subject failures of `account` are counted under: the browser itself if it has signed in to the same account
     /// before, so that strangers cannot lock its user out.
     fn subject(&self, client: &Client, account: Option<&Account>, name: &str) -> Result<String> {
-        let known = account.and_then(|account| {
-            let text = client.device.as_ref()?.expose();
-            let (marked, tag) = text.rsplit_once('.')?;
-            let tag = URL_SAFE_NO_PAD.decode(tag).ok()?;
-            let (user, id) = marked.split_once('.')?;
-            (user == account.id.to_string() && self.vault.tag_fits(DEVICE_COOKIE, marked, &tag)).then(|| format!("device:{id}"))
-        });
-        known.map_or_else(|| self.name_subject(name), Ok)
+        self.known_device(client, account).map_or_else(|| self.name_subject(name), Ok)
+    }
+
+    /// The browser as a subject of limits, if it has signed in to the account before.
+    fn known_device(&self, client: &Client, account: Option<&Account>) -> Option<String> {
+        let account = account?;
+        let text = client.device.as_ref()?.expose();
+        let (marked, tag) = text.rsplit_once('.')?;
+        let tag = URL_SAFE_NO_PAD.decode(tag).ok()?;
+        let (user, id) = marked.split_once('.')?;
+        (user == account.id.to_string() && self.vault.tag_fits(DEVICE_COOKIE, marked, &tag)).then(|| format!("device:{id}"))
     }
 
     /// A name as a subject of limits: keyed, because people type passwords where a name is asked for.
-    fn name_subject(&self, name: &str) -> Result<String> {
+    pub(super) fn name_subject(&self, name: &str) -> Result<String> {
         Ok(format!("name:{}", hex::encode(self.vault.tag(LIMIT_SUBJECT, &limits::account(name))?)))
     }
 
@@ -230,11 +233,12 @@ impl Access<'_> {
     }
 
     /// Whether what was sent is the password of this account, here or in its directory.
-    async fn is_password_of(&self, account: &Account, digest: &Digest, sent: &Sent) -> Result<bool> {
+    async fn is_password_of(&self, client: &Client, account: &Account, digest: &Digest, sent: &Sent) -> Result<bool> {
         let (Some(provider), Some(plain)) = (account.directory_provider_id, &sent.plain) else {
             return passwords::verify(digest, self.verifier(account)?).await;
         };
-        match self.ask_directories(&account.username, plain, Some(provider)).await? {
+        let known_device = self.known_device(client, Some(account)).is_some();
+        match self.ask_directories(&account.username, plain, Some(provider), known_device).await? {
             // The name may be another's by now.
             Asked::Right(found) => Ok(account.directory_subject.as_deref() == Some(found.1.subject.as_str())),
             Asked::Refused(_) => Ok(false),
@@ -264,13 +268,14 @@ impl Access<'_> {
         // A name of a directory counts once, with whatever domain it is typed.
         let name = if local { username.to_owned() } else { Login::parse(username).account };
         let attempt = self.attempt(client, limits::ACCOUNT, account.as_ref(), &name).await?;
+        let known_device = self.known_device(client, account.as_ref()).is_some();
         let verifier = account.as_ref().map(|account| self.verifier(account)).transpose()?.flatten();
         // Both at once: how long it takes tells nobody which of them knows the name.
         let (right, asked) = tokio::join!(passwords::verify(&digest, verifier), async {
             match &sent.plain {
                 Some(plain) if !local && !plain.expose().is_empty() && plain.expose().len() <= passwords::MAX_BYTES => {
                     let only = account.as_ref().and_then(|account| account.directory_provider_id);
-                    self.ask_directories(username, plain, only).await
+                    self.ask_directories(username, plain, only, known_device).await
                 }
                 _ => Ok(Asked::Refused("wrong name or password")),
             }
@@ -452,7 +457,7 @@ impl Access<'_> {
         } else {
             let digest = sent.presented().map_err(|why| why.into_error("password_or_code_required", "password"))?;
             let attempt = self.attempt(client, limits::ACCOUNT, Some(&account), &account.username).await?;
-            if !self.is_password_of(&account, &digest, sent).await? {
+            if !self.is_password_of(client, &account, &digest, sent).await? {
                 record_refusal(*self, &actor, "session.step_up", Some(account.id), "wrong password").await?;
                 return Err(wrong_password());
             }

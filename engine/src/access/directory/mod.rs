@@ -8,9 +8,10 @@ use std::{collections::BTreeMap, net::IpAddr};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use chrono::{DateTime, Utc};
 use serde_json::json;
+use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
-use super::{Access, aegis::Vault, api_tokens, sessions, users::Role};
+use super::{Access, aegis::Vault, api_tokens, challenges, sessions, users::Role};
 use crate::{
     audit::{self, Entry},
     db, egress,
@@ -392,6 +393,7 @@ impl Settings {
             || self.host_overrides != before.host_overrides
             || self.use_ldaps != before.use_ldaps
             || self.tls_required != before.tls_required
+            || self.tls_ca_pem != before.tls_ca_pem
     }
 
     /// Whether a test of what was before says nothing of this.
@@ -555,21 +557,13 @@ impl Access<'_> {
         settings.check()?;
         check_mappings(&mut change)?;
         let mut tx = self.pool.begin().await?;
-        let id = sqlx::query_scalar!(
-            "INSERT INTO directory_providers (name, provider_type, priority, domain_suffix, server_urls, host_overrides, use_ldaps,
-                 tls_required, tls_ca_pem, base_dn, bind_dn, user_search_filter, username_attribute, display_name_attribute,
-                 email_attribute, member_of_attribute, group_search_base_dn, nested_groups, kerberos_realm, kerberos_kdc,
-                 sync_interval_seconds)
-             VALUES ($1, 'ldap', 0, '', '{}', '{}', false, true, '', '', '', '', '', '', '', '', '', true, '', '', 60)
-             RETURNING id",
-            settings.name,
-        )
-        .fetch_one(&mut *tx)
-        .await
-        .map_err(name_taken)?;
+        let id = sqlx::query_scalar!("INSERT INTO directory_providers (name) VALUES ($1) RETURNING id", settings.name,)
+            .fetch_one(&mut *tx)
+            .await
+            .map_err(name_taken)?;
         self.write(&mut tx, id, &settings, &mut change).await?;
-        record(&mut tx, actor, "directory.create", id, shown(&settings)).await?;
         let provider = load(&mut tx, Some(id)).await?.pop().ok_or_else(not_found)?;
+        record(&mut tx, actor, "directory.create", id, shown(&provider)).await?;
         tx.commit().await?;
         Ok(provider)
     }
@@ -620,6 +614,7 @@ impl Access<'_> {
         if before.enabled && change.enabled == Some(false) {
             for user in cached(&mut tx, id).await? {
                 api_tokens::revoke_all(&mut tx, user).await?;
+                challenges::end_all(&mut tx, user).await?;
                 ended.extend(sessions::end_all(&mut tx, user, None).await?);
             }
         }
@@ -627,8 +622,7 @@ impl Access<'_> {
         if remapped {
             sync::remap(&mut tx, actor, &provider).await?;
         }
-        let mut detail = shown(&settings);
-        detail["enabled"] = json!(enabled);
+        let mut detail = shown(&provider);
         detail["bind_password_forgotten"] = json!(forgotten && before.has_bind_password());
         record(&mut tx, actor, "directory.update", id, detail).await?;
         tx.commit().await?;
@@ -847,15 +841,25 @@ fn name_taken(error: sqlx::Error) -> Error {
     })
 }
 
-/// For the audit: what is not secret and tells where passwords go.
-fn shown(settings: &Settings) -> serde_json::Value {
+/// For the audit: what is not secret, and tells where passwords go and who becomes what.
+fn shown(provider: &Provider) -> serde_json::Value {
+    let settings = &provider.settings;
+    let groups =
+        provider.group_mappings.iter().map(|mapping| json!({"group_dn": mapping.group_dn, "role": mapping.role.as_str()}));
+    let sites =
+        provider.site_mappings.iter().map(|mapping| json!({"group_dns": mapping.group_dns, "site_ids": mapping.site_ids}));
     json!({
         "name": settings.name,
+        "enabled": provider.enabled,
         "server_urls": settings.server_urls,
         "host_overrides": settings.host_overrides,
         "tls_required": settings.tls_required,
+        "tls_ca_sha256": hex::encode(Sha256::digest(&settings.tls_ca_pem)),
         "base_dn": settings.base_dn,
         "bind_dn": settings.bind_dn,
+        "user_search_filter": settings.user_search_filter,
+        "group_mappings": groups.collect::<Vec<_>>(),
+        "site_mappings": sites.collect::<Vec<_>>(),
     })
 }
 

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     access::{
-        Access, Client,
+        Access, Client, limits,
         sign_in::record_refusal,
         users::{self, Role},
     },
@@ -145,15 +145,18 @@ fn username(person: &Person) -> Option<String> {
 }
 
 impl Access<'_> {
-    /// Asks the directories that may know this name, or only the one an account is of.
+    /// Asks the directories that may know this name, or only the one an account is of. From a `known_device`, one the person has
+    /// signed in from, failures are counted there alone; from elsewhere also under the person, whom a directory may find by
+    /// several spellings.
     ///
     /// # Errors
-    /// When the database is away. A directory that cannot be asked is a refusal.
+    /// 429 `rate_limited` before the directory is told a password; when the database is away. A directory that cannot be asked is a refusal.
     pub(in crate::access) async fn ask_directories(
         &self,
         name: &str,
         password: &Secret<String>,
         only: Option<i64>,
+        known_device: bool,
     ) -> Result<Asked> {
         let login = Login::parse(name);
         let mut providers = list(self.pool).await?;
@@ -164,11 +167,11 @@ impl Access<'_> {
             );
             provider.enabled && named
         });
-        let answer = timeout(LIMIT, self.ask(&providers, &login, password)).await;
+        let answer = timeout(LIMIT, self.ask(&providers, &login, password, known_device)).await;
         answer.unwrap_or(Ok(Asked::Refused("the directory did not answer in time")))
     }
 
-    async fn ask(&self, providers: &[Provider], login: &Login, password: &Secret<String>) -> Result<Asked> {
+    async fn ask(&self, providers: &[Provider], login: &Login, password: &Secret<String>, known_device: bool) -> Result<Asked> {
         let mut refusal = if providers.is_empty() { "wrong name or password" } else { "unknown to the directory" };
         let mut found = None;
         for provider in providers {
@@ -192,7 +195,17 @@ impl Access<'_> {
             }
         }
         let Some((provider, connection, person)) = found else { return Ok(Asked::Refused(refusal)) };
-        match connection.check_password(&person, password).await {
+        let counted = if known_device {
+            None
+        } else {
+            let subject = self.name_subject(&format!("{}/{}", provider.id, person.subject))?;
+            Some(limits::attempt(self.pool, &[(limits::ACCOUNT, subject.clone()), (limits::ACCOUNT_HOUR, subject)]).await?)
+        };
+        let verdict = connection.check_password(&person, password).await;
+        if let (Ok(Verdict::Right), Some(counted)) = (&verdict, counted) {
+            limits::give_back(self.pool, counted).await?;
+        }
+        match verdict {
             Ok(Verdict::Right) if person.disabled => Ok(Asked::Refused("the account is disabled")),
             Ok(Verdict::Right) => Ok(Asked::Right(Box::new((provider.clone(), person)))),
             Ok(Verdict::Wrong(why)) => Ok(Asked::Refused(why)),
