@@ -138,10 +138,9 @@ pub async fn find(pool: &db::Pool, token: &str, ip: &str) -> Result<Option<ApiTo
                   ARRAY(SELECT a.site_id FROM user_site_assignments a WHERE a.user_id = u.id ORDER BY a.site_id) AS "site_ids!"
            FROM api_tokens t JOIN users u ON u.id = t.user_id
            WHERE t.token_hash = $1 AND t.expires_at > now()
-             AND NOT u.auth_reset_required AND NOT (u.auth_source = 'directory' AND u.directory_disabled)
+             AND u.may_sign_in
              AND EXISTS (SELECT 1 FROM aegis)
-             AND EXISTS (SELECT 1 FROM users r WHERE r.role = 'Admin' AND r.auth_source = 'local'
-                         AND NOT r.auth_reset_required AND r.password_sealed IS NOT NULL)"#,
+             AND EXISTS (SELECT 1 FROM ready_admins)"#,
         &Sha256::digest(token)[..],
     )
     .fetch_optional(pool)

@@ -103,8 +103,7 @@ pub async fn state(pool: &db::Pool, vault: &Vault) -> Result<State> {
     let row = sqlx::query!(
         r#"SELECT (SELECT key_id FROM aegis) AS key_id,
                   EXISTS (SELECT 1 FROM users WHERE role = 'Admin') AS "admins!",
-                  EXISTS (SELECT 1 FROM users WHERE role = 'Admin' AND auth_source = 'local'
-                          AND NOT auth_reset_required AND password_sealed IS NOT NULL) AS "ready!""#
+                  EXISTS (SELECT 1 FROM ready_admins) AS "ready!""#
     )
     .fetch_one(pool)
     .await?;
@@ -370,12 +369,8 @@ impl Access<'_> {
                 (users::insert(&mut tx, username, display_name, users::Role::Admin).await?, verifier, "bootstrap.admin")
             }
             (AdminState::Recover { verifier, .. }, user_id) => {
-                let ready = sqlx::query_scalar!(
-                    r#"SELECT EXISTS (SELECT 1 FROM users WHERE role = 'Admin' AND auth_source = 'local'
-                       AND NOT auth_reset_required AND password_sealed IS NOT NULL) AS "ready!""#
-                )
-                .fetch_one(&mut *tx)
-                .await?;
+                let ready =
+                    sqlx::query_scalar!(r#"SELECT EXISTS (SELECT 1 FROM ready_admins) AS "ready!""#).fetch_one(&mut *tx).await?;
                 if ready {
                     return Err(Error::conflict("admin_recovery_not_required", "An administrator can sign in."));
                 }

@@ -136,7 +136,7 @@ fn local(account: &Account) -> Result<()> {
     if account.auth_source != "local" {
         return Err(Error::new(Kind::Forbidden, "passkeys_local_users_only", "The directory manages this account."));
     }
-    if account.may_not_sign_in() {
+    if !account.may_sign_in {
         return Err(disabled());
     }
     Ok(())

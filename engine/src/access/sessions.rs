@@ -133,9 +133,8 @@ pub async fn find(pool: &db::Pool, token: &str, lifetimes: Lifetimes) -> Result<
                   ARRAY(SELECT a.site_id FROM user_site_assignments a WHERE a.user_id = u.id ORDER BY a.site_id) AS "site_ids!"
            FROM operator_sessions s JOIN users u ON u.id = s.user_id CROSS JOIN aegis
            WHERE s.token_hash = $1 AND s.expires_at > now() AND s.last_seen_at > now() - make_interval(secs => $2)
-             AND NOT u.auth_reset_required AND NOT (u.auth_source = 'directory' AND u.directory_disabled)
-             AND EXISTS (SELECT 1 FROM users r WHERE r.role = 'Admin' AND r.auth_source = 'local'
-                         AND NOT r.auth_reset_required AND r.password_sealed IS NOT NULL)"#,
+             AND u.may_sign_in
+             AND EXISTS (SELECT 1 FROM ready_admins)"#,
         &Sha256::digest(token)[..],
         f64::from(lifetimes.idle_s),
     )

@@ -106,13 +106,14 @@ pub(super) struct Account {
     directory_provider_id: Option<i64>,
     directory_subject: Option<String>,
     directory_disabled: bool,
+    pub may_sign_in: bool,
 }
 
 async fn by_name(pool: &db::Pool, username: &str) -> Result<Option<Account>> {
     Ok(sqlx::query_as!(
         Account,
         "SELECT id, username, role, auth_source, password_sealed, mfa_secret_sealed, mfa_disabled, mfa_last_step,
-                auth_reset_required, directory_provider_id, directory_subject, directory_disabled
+                auth_reset_required, directory_provider_id, directory_subject, directory_disabled, may_sign_in
          FROM users WHERE lower(username) = lower($1)",
         username.trim(),
     )
@@ -120,18 +121,11 @@ async fn by_name(pool: &db::Pool, username: &str) -> Result<Option<Account>> {
     .await?)
 }
 
-impl Account {
-    /// Whether whatever its user knows or has does not sign it in now.
-    pub(super) fn may_not_sign_in(&self) -> bool {
-        self.directory_disabled || self.auth_reset_required
-    }
-}
-
 pub(super) async fn by_id(pool: &db::Pool, id: i64) -> Result<Option<Account>> {
     Ok(sqlx::query_as!(
         Account,
         "SELECT id, username, role, auth_source, password_sealed, mfa_secret_sealed, mfa_disabled, mfa_last_step,
-                auth_reset_required, directory_provider_id, directory_subject, directory_disabled
+                auth_reset_required, directory_provider_id, directory_subject, directory_disabled, may_sign_in
          FROM users WHERE id = $1",
         id,
     )
@@ -143,7 +137,7 @@ pub(super) async fn lock(tx: &mut db::Tx<'_>, id: i64) -> Result<Option<Account>
     Ok(sqlx::query_as!(
         Account,
         "SELECT id, username, role, auth_source, password_sealed, mfa_secret_sealed, mfa_disabled, mfa_last_step,
-                auth_reset_required, directory_provider_id, directory_subject, directory_disabled
+                auth_reset_required, directory_provider_id, directory_subject, directory_disabled, may_sign_in
          FROM users WHERE id = $1 FOR UPDATE",
         id,
     )
@@ -375,7 +369,7 @@ impl Access<'_> {
         let mut tx = self.pool.begin().await?;
         let challenge = challenges::find::<MfaState>(&mut tx, self.vault, Purpose::Mfa, token).await?;
         let account = lock(&mut tx, user_id).await?.ok_or_else(challenges::invalid)?;
-        if account.may_not_sign_in() {
+        if !account.may_sign_in {
             return Err(disabled());
         }
         let (secret, last_step) = match (&challenge.state, &account.mfa_secret_sealed) {

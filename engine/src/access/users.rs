@@ -265,13 +265,9 @@ async fn lock(tx: &mut db::Tx<'_>, username: &str) -> Result<Named> {
 
 /// Whether a local administrator who can sign in is left when `id` is none any more.
 async fn admin_left_without(tx: &mut db::Tx<'_>, id: i64) -> Result<bool> {
-    Ok(sqlx::query_scalar!(
-        r#"SELECT EXISTS (SELECT 1 FROM users WHERE id <> $1 AND role = 'Admin' AND auth_source = 'local'
-           AND NOT auth_reset_required AND password_sealed IS NOT NULL) AS "left!""#,
-        id,
-    )
-    .fetch_one(&mut **tx)
-    .await?)
+    Ok(sqlx::query_scalar!(r#"SELECT EXISTS (SELECT 1 FROM ready_admins WHERE id <> $1) AS "left!""#, id,)
+        .fetch_one(&mut **tx)
+        .await?)
 }
 
 /// Removes an account with its sessions and site assignments; the ids of the sessions are returned.

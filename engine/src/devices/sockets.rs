@@ -388,7 +388,7 @@ pub async fn operators(pool: &Pool, sessions: &[Uuid]) -> Result<Vec<OperatorNow
         r#"SELECT s.id AS session, lower(u.role) = 'admin' AS "admin!",
                   ARRAY(SELECT a.site_id FROM user_site_assignments a WHERE a.user_id = u.id ORDER BY 1) AS "sites!"
            FROM operator_sessions s JOIN users u ON u.id = s.user_id
-           WHERE s.id = ANY($1) AND s.expires_at > now() AND NOT (u.auth_source = 'directory' AND u.directory_disabled)"#,
+           WHERE s.id = ANY($1) AND s.expires_at > now() AND u.may_sign_in"#,
         sessions
     )
     .fetch_all(pool)
