@@ -2,7 +2,10 @@
 //!
 //! Who may read the engine's database and state folder may do all of this anyway; here it is done right, and audited.
 
-use std::io::{BufRead, IsTerminal, Read, Write};
+use std::{
+    io::{BufRead, IsTerminal, Read, Write},
+    path::PathBuf,
+};
 
 use borealis_engine::{
     Actor, Error, Kind, Result, Secret,
@@ -13,16 +16,18 @@ use borealis_engine::{
     audit::{self, chain},
     cluster::{self, DATABASE, Paths},
     db,
+    keys::rotation::{Role, Rotation, State, What},
 };
 use chrono::{DateTime, SecondsFormat, Utc};
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use nix::{
     sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr},
     unistd::{Uid, User},
 };
+use serde::Serialize;
 use serde_json::json;
 
-use crate::settings::Store;
+use crate::{serve::KEYS_EVERY, settings::Store};
 
 /// The most connections to Postgres.
 const POOL: u32 = 2;
@@ -76,6 +81,22 @@ enum Verb {
     ///
     /// Both are asked for on the terminal, or read from standard input: the present one in the first line, the new one in the second.
     RotateCipher,
+    /// Replaces a key in the state folder while everything runs.
+    ///
+    /// Makes a new key, waits until the processes on this machine accept it, uses it, and forgets the old one when nobody needs it any more. A
+    /// rotation that was interrupted goes on where it stopped. With API processes on several machines: do each --step on all of them before
+    /// the next, with copies of the same file.
+    RotateKeys {
+        /// Which key.
+        #[arg(value_enum)]
+        key: Rotatable,
+        /// Do this step only.
+        #[arg(long, value_enum, conflicts_with = "stolen")]
+        step: Option<Step>,
+        /// Do not accept the old key any longer. Agents that have a token of it get another one by themselves.
+        #[arg(long)]
+        stolen: bool,
+    },
     /// Ends the secret store and everything sealed in it: for when its cipher is lost and nobody can sign in.
     ///
     /// Needs neither the cipher nor an account. Everybody is signed out and has neither password nor second factor; passkeys are removed;
@@ -91,6 +112,26 @@ enum Verb {
     Audit(AuditVerb),
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Rotatable {
+    /// What API processes and workers share.
+    EngineSecret,
+    /// What the access tokens of agents are signed with.
+    AgentTokens,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Step {
+    /// Make the next key: it is accepted from now on.
+    Prepare,
+    /// Use it; the old one is still accepted.
+    Switch,
+    /// Forget the old one.
+    Finish,
+}
+
 #[derive(Debug, Subcommand)]
 enum AuditVerb {
     /// Checks that nobody changed or removed an event. The exit status is 1 when somebody did.
@@ -100,6 +141,8 @@ enum AuditVerb {
 }
 
 struct Console {
+    secrets_dir: PathBuf,
+    engine_secret_file: PathBuf,
     pool: db::Pool,
     unseal: Unseal,
     idle_s: u32,
@@ -114,6 +157,8 @@ pub async fn run(line: Line) -> Result<()> {
     let account = User::from_uid(Uid::effective()).ok().flatten();
     let account = account.map_or_else(|| Uid::effective().to_string(), |user| user.name);
     let console = Console {
+        secrets_dir: line.store.state_dir()?.join("secrets"),
+        engine_secret_file: line.store.engine_secret_file()?,
         pool: pool(&line.store).await?,
         unseal: line.store.unseal()?,
         idle_s: line.store.session_idle_seconds,
@@ -125,6 +170,7 @@ pub async fn run(line: Line) -> Result<()> {
         Verb::Sessions { username } => console.sessions(username.as_deref()).await,
         Verb::EndSessions { username, .. } => console.end_sessions(username.as_deref()).await,
         Verb::RotateCipher => console.rotate_cipher().await,
+        Verb::RotateKeys { key, step, stolen } => console.rotate_keys(key, step, stolen).await,
         Verb::ForceReset { yes } => console.force_reset(yes).await,
         Verb::Audit(AuditVerb::Check) => console.audit_check().await,
         Verb::Audit(AuditVerb::Export) => console.audit_export().await,
@@ -220,6 +266,33 @@ impl Console {
         Ok(())
     }
 
+    async fn rotate_keys(&self, key: Rotatable, step: Option<Step>, stolen: bool) -> Result<()> {
+        let what = match key {
+            Rotatable::EngineSecret => What::EngineSecret,
+            Rotatable::AgentTokens => What::AgentTokens,
+        };
+        let rotation = Rotation::new(what, &self.secrets_dir, &self.engine_secret_file);
+        let detail = json!({ "key": key, "step": step, "stolen": stolen });
+        let mut tx = self.pool.begin().await?;
+        let entry = audit::Entry { action: "keys.rotate", object_kind: "keys", detail, ..audit::Entry::default() };
+        audit::record(&mut tx, &self.actor, entry).await?;
+        tx.commit().await?;
+        match step {
+            Some(Step::Prepare) => rotation.prepare()?,
+            Some(Step::Switch) => rotation.switch()?,
+            Some(Step::Finish) => rotation.finish()?,
+            None => return rotate_whole(&rotation, what, stolen).await,
+        }
+        say(match step {
+            Some(Step::Prepare) => "Copy it to every other machine with an API process, and wait ten seconds, before you switch.",
+            Some(Step::Switch) => {
+                "Switch on every other machine too, replace the copies of workers, and wait ten seconds, before you finish."
+            }
+            _ => "The old key does not count on this machine any more.",
+        });
+        print(&format!("{}\n", rotation.path(if step == Some(Step::Prepare) { Role::Next } else { Role::Current }).display()))
+    }
+
     async fn force_reset(&self, yes: bool) -> Result<()> {
         if !yes {
             let why = "This ends the secret store: nobody can sign in afterwards, and the secrets of stored credentials are lost. If that \
@@ -297,6 +370,31 @@ impl Console {
         vault.open_with(&self.pool, &ask("Cipher of the secret store: ").await?).await?;
         Ok(vault)
     }
+}
+
+async fn rotate_whole(rotation: &Rotation, what: What, stolen: bool) -> Result<()> {
+    let others_look = || tokio::time::sleep(KEYS_EVERY * 3);
+    let begun = rotation.state()?;
+    if begun == State::Switched && what == What::AgentTokens && !stolen {
+        return rotation.prepare();
+    }
+    if begun != State::Switched {
+        rotation.prepare()?;
+        say("The next key is there; waiting until it is accepted.");
+        others_look().await;
+        rotation.switch()?;
+    }
+    if what == What::AgentTokens && !stolen {
+        say("The new key signs. The old one is accepted for another 20 minutes, until no agent can have a token of it.");
+        return Ok(());
+    }
+    if !stolen {
+        say("The new key is used; waiting until everybody does.");
+        others_look().await;
+    }
+    rotation.finish()?;
+    say("The old key does not count any more.");
+    Ok(())
 }
 
 fn instant(at: DateTime<Utc>) -> String {

@@ -8,7 +8,11 @@ use std::{net::SocketAddr, time::Duration};
 use axum::{Router, body::Body, extract::ConnectInfo};
 use borealis_engine::{
     Actor, ActorKind, Error, Kind,
-    access::{aegis::Vault, directory::sync},
+    access::{
+        aegis::{Handover, Vault},
+        bootstrap,
+        directory::sync,
+    },
     audit::chain,
     db::{self, Pool},
     keys::Keys,
@@ -44,6 +48,8 @@ const SEAL_EVERY: Duration = Duration::from_secs(1);
 const SYNC_LOOK_EVERY: Duration = Duration::from_secs(10);
 /// How often it is looked whether another process has changed the secret store.
 const FOLLOW_EVERY: Duration = Duration::from_secs(1);
+/// How often the keys on disk are read again; a rotation waits for that.
+pub const KEYS_EVERY: Duration = Duration::from_secs(2);
 /// How long after a failure the unseal key is asked for again; it doubles up to [`UNSEAL_LONGEST_PAUSE`].
 const UNSEAL_FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause before the unseal key is asked for again.
@@ -103,7 +109,7 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
         hub: Hub::default(),
     });
     let (router, ..) = app::build(&app);
-    let internal_router = internal::router(&app, borealis_workflows::registry())?;
+    let internal_router = internal::router(&app, borealis_workflows::registry());
     if let Some(metrics) = app.settings.exports.metrics_listen.0 {
         metrics::serve(metrics, &app, shutdown.clone()).await?;
     }
@@ -111,6 +117,7 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
     let mut tasks = JoinSet::new();
     tasks.spawn(prepare(app.clone(), shutdown.clone()));
     tasks.spawn(keep_open(app.clone(), shutdown.clone()));
+    tasks.spawn(read_keys(app.clone(), shutdown.clone()));
     tasks.spawn(seal_audit(app.clone(), shutdown.clone()));
     tasks.spawn(sync_directories(app.clone(), shutdown.clone()));
     tasks.spawn(accept(public, router, shutdown.clone()));
@@ -131,23 +138,57 @@ async fn prepare(app: App, shutdown: CancellationToken) {
     }
 }
 
-/// Follows what other processes do with the secret store, and opens it with a key that somebody else keeps. Requests do not: such
-/// a key may be slow to get, and asking for it is not for everybody who knocks.
+/// Follows rotations of the keys on disk.
+async fn read_keys(app: App, shutdown: CancellationToken) {
+    let mut every = tokio::time::interval(KEYS_EVERY);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut trouble = None;
+    while shutdown.run_until_cancelled(every.tick()).await.is_some() {
+        match app.keys.read_again() {
+            Ok(changed) => {
+                if changed {
+                    tracing::info!("the keys on disk have changed");
+                }
+                trouble = None;
+            }
+            Err(error) => {
+                if trouble.as_ref() != Some(&error.message) {
+                    tracing::error!(why = %error.message, "the keys on disk cannot be read again; what was read before counts");
+                }
+                trouble = Some(error.message);
+            }
+        }
+    }
+}
+
+/// Follows what other processes do with the secret store, hands its key over, and opens it with a key that somebody else keeps. Requests
+/// do not: such a key may be slow to get, and asking for it is not for everybody who knocks.
 async fn keep_open(app: App, shutdown: CancellationToken) {
     let vault = &app.vault;
+    let mut handover = Handover::new(app.process_id);
     let mut every = tokio::time::interval(FOLLOW_EVERY);
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     // The data key that is known to be wrapped by the key of somebody else's.
     let mut settled = None;
     let (mut pause, mut next) = (UNSEAL_FIRST_PAUSE, tokio::time::Instant::now());
     while shutdown.run_until_cancelled(every.tick()).await.is_some() {
-        let open = match vault.follow(&app.pool).await {
+        let mut open = match vault.follow(&app.pool).await {
             Ok(open) => open,
             Err(error) => {
                 tracing::debug!(%error, "the secret store could not be looked at");
                 continue;
             }
         };
+        match handover.step(&app.pool, vault, &app.keys).await {
+            Ok(opened) => {
+                if opened {
+                    tracing::info!("another process has opened the secret store here");
+                    bootstrap::remove_setup_token(&app.settings.state_dir);
+                }
+                open |= opened;
+            }
+            Err(error) => tracing::debug!(%error, "the key of the secret store could not be handed over"),
+        }
         let done = open && settled.is_some() && settled == vault.key_id();
         if !vault.unseal().is_foreign() || done || tokio::time::Instant::now() < next {
             continue;

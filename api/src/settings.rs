@@ -79,6 +79,9 @@ pub struct Store {
         hide_default_value = true
     )]
     pub unseal_key_file: String,
+    /// The secret that API and workers share [default: <state>/secrets/engine.secret].
+    #[arg(long, global = true, env = "BOREALIS_ENGINE_SECRET_FILE", value_name = "FILE")]
+    pub engine_secret_file: Option<PathBuf>,
     /// How long a session lives without a request, in seconds.
     #[arg(long, global = true, env = "BOREALIS_SESSION_IDLE_SECONDS", value_name = "N", default_value_t = Lifetimes::default().idle_s, value_parser = clap::value_parser!(u32).range(60..=31_536_000))]
     pub session_idle_seconds: u32,
@@ -96,9 +99,6 @@ pub struct Environment {
     /// Where the API listens for workers.
     #[arg(long, env = "BOREALIS_INTERNAL_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:8081")]
     pub internal_listen: SocketAddr,
-    /// The secret that API and workers share [default: <state>/secrets/engine.secret].
-    #[arg(long, env = "BOREALIS_ENGINE_SECRET_FILE", value_name = "FILE")]
-    pub engine_secret_file: Option<PathBuf>,
     /// The URL under which people and agents reach the API [default: http://<listen>].
     #[arg(long, env = "BOREALIS_PUBLIC_BASE_URL", value_name = "URL")]
     pub public_base_url: Option<Url>,
@@ -162,6 +162,19 @@ impl Store {
             .map_err(|error| Error::field("invalid_setting", "BOREALIS_STATE_DIR", format!("it cannot be used: {error}.")))
     }
 
+    /// Where the engine secret is kept, as an absolute path.
+    ///
+    /// # Errors
+    /// `invalid_setting`, naming the variable.
+    pub fn engine_secret_file(&self) -> Result<PathBuf> {
+        match &self.engine_secret_file {
+            Some(file) => std::path::absolute(file).map_err(|error| {
+                Error::field("invalid_setting", "BOREALIS_ENGINE_SECRET_FILE", format!("it cannot be used: {error}."))
+            }),
+            None => Ok(self.state_dir()?.join("secrets").join("engine.secret")),
+        }
+    }
+
     /// How a process opens the secret store by itself. An empty variable is none.
     ///
     /// # Errors
@@ -193,16 +206,10 @@ impl Environment {
     /// `invalid_setting`, naming the variable.
     pub fn settings(&self) -> Result<Settings> {
         let state_dir = self.store.state_dir()?;
-        let engine_secret_file = match &self.engine_secret_file {
-            Some(file) => std::path::absolute(file).map_err(|error| {
-                Error::field("invalid_setting", "BOREALIS_ENGINE_SECRET_FILE", format!("it cannot be used: {error}."))
-            })?,
-            None => state_dir.join("secrets").join("engine.secret"),
-        };
         Ok(Settings {
             listen: self.listen,
             internal_listen: self.internal_listen,
-            engine_secret_file,
+            engine_secret_file: self.store.engine_secret_file()?,
             public_base_url: match &self.public_base_url {
                 Some(url) => public(url.clone())?,
                 None => own(self.listen)?,

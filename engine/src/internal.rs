@@ -4,7 +4,7 @@
 //! line feed: `v2`, the method, the path with its query as sent, the timestamp, the nonce, the worker's id and the hex
 //! SHA-256 of the body.
 
-use std::{fmt::Write as _, path::Path};
+use std::fmt::Write as _;
 
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use hkdf::Hkdf;
@@ -104,24 +104,6 @@ impl Keyring {
         Self { keys }
     }
 
-    /// Reads the engine secret at `file`, and `<file>.next` and `<file>.previous` where they exist.
-    ///
-    /// # Errors
-    /// When the engine secret cannot be read or is empty.
-    pub fn load(file: &Path) -> Result<Self> {
-        let read = |suffix: &str| {
-            let mut path = file.as_os_str().to_owned();
-            path.push(suffix);
-            std::fs::read_to_string(path)
-        };
-        let current = read("").map_err(Error::bug)?;
-        let ring = Self::new(&current, read(".next").ok().as_deref(), read(".previous").ok().as_deref());
-        if ring.keys.first().is_none_or(|(id, _)| *id != DEFAULT_KEY) {
-            return Err(Error::bug("the engine secret is empty"));
-        }
-        Ok(ring)
-    }
-
     /// Checks clock and signature. The nonce is to be remembered afterwards with [`remember_nonce`]; only a request that
     /// was signed may use up a nonce.
     ///
@@ -156,6 +138,15 @@ impl Keyring {
         Ok(())
     }
 }
+
+/// Compared in constant time.
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.expose().ct_eq(other.0.expose()).into()
+    }
+}
+
+impl Eq for Key {}
 
 fn nonce_is_sound(nonce: &str) -> bool {
     (22..=128).contains(&nonce.len())

@@ -5,21 +5,19 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | the engine secret's, by setting | 64 random bytes as base64url text; internal requests and derived ids use sub-keys of it |
+//! | the engine secret's, by setting | 64 random bytes as base64url text; internal requests are signed with a sub-key of it |
 //! | `agent-token.pem` | the Ed25519 key new access tokens are signed with (PKCS#8) |
-//! | `agent-token-*.pem` | further keys whose tokens are still accepted |
+//! | `agent-token-*.pem` | further keys whose tokens are accepted |
 //! | `script-signing.pem` | the Ed25519 key scripts are signed with (PKCS#8) |
 //!
-//! To rotate the token key without refusing anybody: put the new key beside the old one as `agent-token-next.pem` and restart
-//! every process; swap the two names and restart again; 20 minutes later remove the old one.
+//! The first two are rotated while everything runs ([`rotation`]): running processes read them again every two seconds.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     fs,
-    io::Write,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock},
+    time::{Duration, SystemTime},
 };
 
 use base64::{
@@ -29,9 +27,9 @@ use base64::{
 use chrono::{DateTime, Utc};
 use ed25519_dalek::{
     Signer, SigningKey, VerifyingKey,
-    pkcs8::{DecodePrivateKey, EncodePrivateKey, EncodePublicKey, spki::der::pem::LineEnding},
+    pkcs8::{EncodePrivateKey, EncodePublicKey},
 };
-use hmac::{Hmac, KeyInit, Mac};
+use hkdf::Hkdf;
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -40,8 +38,14 @@ use zeroize::Zeroizing;
 
 use crate::{
     error::{Error, Kind, Result},
+    internal::Keyring,
     secret::Secret,
 };
+
+mod files;
+pub mod rotation;
+
+use files::{make_folder, read, read_or_create, read_signing_key, signing_key, unusable};
 
 /// How long an access token lives, in seconds.
 pub const ACCESS_TOKEN_TTL_S: i64 = 900;
@@ -52,25 +56,36 @@ pub const LEEWAY_S: u64 = 60;
 const TOKEN_TYPE: &str = "agent-access";
 const AUDIENCE: &str = "borealis-engine";
 const MAX_TOKEN_CHARS: usize = 4096;
-/// A key file is a few hundred bytes; anything longer is not one.
-const MAX_FILE_BYTES: u64 = 16 * 1024;
 const ENGINE_SECRET_BYTES: usize = 64;
 const MIN_ENGINE_SECRET_CHARS: usize = 32;
 const TOKEN_KEY: &str = "agent-token";
 const SCRIPT_KEY: &str = "script-signing.pem";
+/// How long the tokens of the key before the present one are accepted after a rotation: longer than they live.
+const PREVIOUS_TOKEN_KEY_FOR: Duration = Duration::from_secs(1200);
+/// Of what API processes share and workers do not have.
+const HANDOVER_INFO: &[u8] = b"borealis-aegis-handover-psk-v1";
 
-/// The keys an engine process works with. Cheap to clone; shows nothing of itself.
+/// The keys an engine process works with. Cheap to clone; clones share what is read again. Shows nothing of itself.
 #[derive(Clone)]
 pub struct Keys(Arc<Inner>);
 
 struct Inner {
-    engine_secret: Secret<String>,
+    secrets_dir: PathBuf,
+    engine_secret_file: PathBuf,
+    script: SigningKey,
+    script_spki: String,
+    rotating: RwLock<Arc<Rotating>>,
+}
+
+/// What a rotation changes.
+struct Rotating {
+    keyring: Arc<Keyring>,
     token_kid: String,
     token_signer: EncodingKey,
     /// By `kid`. Every key whose tokens are accepted.
-    token_verifiers: HashMap<String, DecodingKey>,
-    script: SigningKey,
-    script_spki: String,
+    token_verifiers: BTreeMap<String, DecodingKey>,
+    /// A digest of all of it, to notice a change by.
+    digest: [u8; 32],
 }
 
 impl std::fmt::Debug for Keys {
@@ -141,34 +156,51 @@ impl Keys {
     /// `invalid_key_file` when a file cannot be read, made or understood, or others than its owner may read it.
     pub fn load_or_create(secrets_dir: &Path, engine_secret_file: Option<&Path>) -> Result<Self> {
         make_folder(secrets_dir)?;
-        let engine_secret =
-            engine_secret(&engine_secret_file.map_or_else(|| secrets_dir.join("engine.secret"), Path::to_path_buf))?;
-        let current = signing_key(&secrets_dir.join(format!("{TOKEN_KEY}.pem")))?;
-        let mut token_verifiers = HashMap::from([verifier(&current.verifying_key())?]);
-        let others = fs::read_dir(secrets_dir).map_err(|error| unusable(secrets_dir, &error))?;
-        for entry in others {
-            let path = entry.map_err(|error| unusable(secrets_dir, &error))?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if name.starts_with(&format!("{TOKEN_KEY}-")) && name.ends_with(".pem") {
-                let (kid, key) = verifier(&read_signing_key(&path)?.verifying_key())?;
-                token_verifiers.insert(kid, key);
-            }
-        }
+        let engine_secret_file = engine_secret_file.map_or_else(|| secrets_dir.join("engine.secret"), Path::to_path_buf);
+        engine_secret(&engine_secret_file)?;
+        signing_key(&secrets_dir.join(format!("{TOKEN_KEY}.pem")))?;
         let script = signing_key(&secrets_dir.join(SCRIPT_KEY))?;
+        let rotating = Rotating::read(secrets_dir, &engine_secret_file)?;
         Ok(Self(Arc::new(Inner {
-            engine_secret,
-            token_kid: kid(&spki(&current.verifying_key())?),
-            token_signer: EncodingKey::from_ed_der(current.to_pkcs8_der().map_err(Error::bug)?.as_bytes()),
-            token_verifiers,
+            secrets_dir: secrets_dir.to_owned(),
+            engine_secret_file,
             script_spki: STANDARD.encode(spki(&script.verifying_key())?),
             script,
+            rotating: RwLock::new(Arc::new(rotating)),
         })))
     }
 
-    /// The engine secret as text: the input of every sub-key.
+    /// Reads again what a rotation changes. Whether something is other than before.
+    ///
+    /// # Errors
+    /// `invalid_key_file`; then what was read before still counts.
+    pub fn read_again(&self) -> Result<bool> {
+        let new = Rotating::read(&self.0.secrets_dir, &self.0.engine_secret_file)?;
+        let changed = new.digest != self.rotating().digest;
+        if changed {
+            *self.0.rotating.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+        }
+        Ok(changed)
+    }
+
+    fn rotating(&self) -> Arc<Rotating> {
+        self.0.rotating.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The keys that requests of workers are signed with.
     #[must_use]
-    pub fn engine_secret(&self) -> &Secret<String> {
-        &self.0.engine_secret
+    pub fn keyring(&self) -> Arc<Keyring> {
+        self.rotating().keyring.clone()
+    }
+
+    /// A key that the API processes of this engine share and nobody else has: a sub-key of the script-signing key.
+    #[must_use]
+    pub fn handover_key(&self) -> Secret<[u8; 32]> {
+        let mut key = Zeroizing::new([0; 32]);
+        // 32 bytes are within HKDF-SHA256's 8160, so this cannot fail.
+        let derived = Hkdf::<Sha256>::new(None, self.0.script.as_bytes()).expand(HANDOVER_INFO, key.as_mut());
+        debug_assert!(derived.is_ok());
+        Secret::new(*key)
     }
 
     /// The Ed25519 signature over `script`, in standard base64.
@@ -187,12 +219,10 @@ impl Keys {
     /// Nothing is secret about it.
     #[must_use]
     pub fn site_worker_guid(&self, site_id: i64) -> Uuid {
+        let digest = Sha256::digest(format!("borealis-site-worker-v2:{}:{site_id}", self.0.script_spki));
         let mut bytes = [0; 16];
-        if let Ok(mut mac) = <Hmac<Sha256> as KeyInit>::new_from_slice(self.0.engine_secret.expose().as_bytes()) {
-            mac.update(format!("borealis-site-worker-v1:{site_id}").as_bytes());
-            for (byte, hashed) in bytes.iter_mut().zip(mac.finalize().into_bytes()) {
-                *byte = hashed;
-            }
+        for (byte, hashed) in bytes.iter_mut().zip(digest) {
+            *byte = hashed;
         }
         uuid::Builder::from_custom_bytes(bytes).into_uuid()
     }
@@ -215,8 +245,9 @@ impl Keys {
             nbf: iat,
             exp: iat + ACCESS_TOKEN_TTL_S,
         };
-        let header = Header { kid: Some(self.0.token_kid.clone()), ..Header::new(Algorithm::EdDSA) };
-        jsonwebtoken::encode(&header, &claims, &self.0.token_signer).map_err(|error| {
+        let now = self.rotating();
+        let header = Header { kid: Some(now.token_kid.clone()), ..Header::new(Algorithm::EdDSA) };
+        jsonwebtoken::encode(&header, &claims, &now.token_signer).map_err(|error| {
             let mut failed = Error::new(Kind::Bug, "token_issue_failed", "The access token could not be made.");
             failed.source = Some(Box::new(error));
             failed
@@ -238,7 +269,8 @@ impl Keys {
         if header.alg != Algorithm::EdDSA || header.jwk.is_some() || header.jku.is_some() || header.x5u.is_some() {
             return Err(invalid());
         }
-        let key = header.kid.as_deref().and_then(|kid| self.0.token_verifiers.get(kid)).ok_or_else(invalid)?;
+        let now = self.rotating();
+        let key = header.kid.as_deref().and_then(|kid| now.token_verifiers.get(kid)).ok_or_else(invalid)?;
         let mut validation = Validation::new(Algorithm::EdDSA);
         validation.validate_exp = false;
         validation.validate_nbf = false;
@@ -264,20 +296,106 @@ impl Keys {
     }
 }
 
-/// Reads the engine secret at `path`, making it when there is none. A worker needs this and none of the other keys.
+impl Rotating {
+    /// All of it as it was at one moment: files are renamed while we read.
+    fn read(secrets_dir: &Path, engine_secret_file: &Path) -> Result<Self> {
+        let mut last = Self::read_once(secrets_dir, engine_secret_file)?;
+        loop {
+            let again = Self::read_once(secrets_dir, engine_secret_file)?;
+            if again.digest == last.digest {
+                return Ok(again);
+            }
+            last = again;
+        }
+    }
+
+    fn read_once(secrets_dir: &Path, engine_secret_file: &Path) -> Result<Self> {
+        let current = read_signing_key(&secrets_dir.join(format!("{TOKEN_KEY}.pem")))?;
+        let mut token_verifiers = BTreeMap::from([verifier(&current.verifying_key())?]);
+        let others = fs::read_dir(secrets_dir).map_err(|error| unusable(secrets_dir, &error))?;
+        for entry in others {
+            let path = entry.map_err(|error| unusable(secrets_dir, &error))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let previous = name == format!("{TOKEN_KEY}-previous.pem");
+            if !name.starts_with(&format!("{TOKEN_KEY}-")) || !name.ends_with(".pem") || previous && outlived(&path) {
+                continue;
+            }
+            // One that was there a moment ago.
+            if let Some((kid, key)) =
+                when_there(read_signing_key(&path), &path)?.map(|key| verifier(&key.verifying_key())).transpose()?
+            {
+                token_verifiers.insert(kid, key);
+            }
+        }
+        let secret = |role: rotation::Role| {
+            let path = role.of_secret(engine_secret_file);
+            when_there(read_engine_secret(&path), &path)
+        };
+        let current_secret = read_engine_secret(engine_secret_file)?;
+        let (next, previous) = (secret(rotation::Role::Next)?, secret(rotation::Role::Previous)?);
+        let text = |secret: &Option<Secret<String>>| secret.as_ref().map(|secret| Zeroizing::new(secret.expose().clone()));
+        let (next, previous) = (text(&next), text(&previous));
+        let token_kid = kid(&spki(&current.verifying_key())?);
+        let mut digest = Sha256::new();
+        let secrets = [Some(current_secret.expose()), next.as_deref(), previous.as_deref()];
+        for part in secrets.into_iter().flatten().chain([&token_kid]).chain(token_verifiers.keys()) {
+            digest.update(part.len().to_le_bytes());
+            digest.update(part);
+        }
+        Ok(Self {
+            keyring: Arc::new(Keyring::new(
+                current_secret.expose(),
+                next.as_deref().map(String::as_str),
+                previous.as_deref().map(String::as_str),
+            )),
+            token_kid,
+            token_signer: EncodingKey::from_ed_der(current.to_pkcs8_der().map_err(Error::bug)?.as_bytes()),
+            token_verifiers,
+            digest: digest.finalize().into(),
+        })
+    }
+}
+
+/// Whether this is a key before the present one, and nobody can hold a token of it any more.
+fn outlived(previous: &Path) -> bool {
+    let since = fs::metadata(previous).and_then(|metadata| metadata.modified());
+    // One of the future is of a clock that was put right.
+    since.is_ok_and(|since| SystemTime::now().duration_since(since).is_ok_and(|age| age > PREVIOUS_TOKEN_KEY_FOR))
+}
+
+/// What was read of a file that need not be there.
+fn when_there<T>(read: Result<T>, path: &Path) -> Result<Option<T>> {
+    match read {
+        Err(_) if matches!(path.try_exists(), Ok(false)) => Ok(None),
+        read => read.map(Some),
+    }
+}
+
+/// Reads the engine secret at `path`, making it when there is none.
 ///
 /// # Errors
 /// `invalid_key_file`.
 pub fn engine_secret(path: &Path) -> Result<Secret<String>> {
-    let text = read_or_create(path, || {
-        let bytes = Zeroizing::new(rand::random::<[u8; ENGINE_SECRET_BYTES]>());
-        Ok(Zeroizing::new(URL_SAFE_NO_PAD.encode(bytes.as_slice())))
-    })?;
+    read_or_create(path, new_engine_secret)?;
+    read_engine_secret(path)
+}
+
+/// Reads the engine secret at `path`: what a worker needs, and none of the other keys.
+///
+/// # Errors
+/// `invalid_key_file` when it cannot be read, is too short, or others than its owner may read it.
+pub fn read_engine_secret(path: &Path) -> Result<Secret<String>> {
+    let text = read(path)?;
     let text = text.trim();
     if text.len() < MIN_ENGINE_SECRET_CHARS {
         return Err(unusable(path, &format!("it is shorter than {MIN_ENGINE_SECRET_CHARS} characters")));
     }
     Ok(Secret::new(text.to_owned()))
+}
+
+fn new_engine_secret() -> Result<Zeroizing<String>> {
+    let bytes = Zeroizing::new(rand::random::<[u8; ENGINE_SECRET_BYTES]>());
+    Ok(Zeroizing::new(URL_SAFE_NO_PAD.encode(bytes.as_slice())))
 }
 
 /// A device GUID as it is written outside: upper case, without braces (contract access 1.2).
@@ -316,69 +434,10 @@ fn verifier(key: &VerifyingKey) -> Result<(String, DecodingKey)> {
     Ok((kid(&spki(key)?), DecodingKey::from_ed_der(key.as_bytes())))
 }
 
-fn signing_key(path: &Path) -> Result<SigningKey> {
-    read_or_create(path, || {
-        let seed = Zeroizing::new(rand::random::<[u8; 32]>());
-        Ok(Zeroizing::new(SigningKey::from_bytes(&seed).to_pkcs8_pem(LineEnding::LF).map_err(Error::bug)?.as_str().to_owned()))
-    })?;
-    read_signing_key(path)
-}
-
-fn read_signing_key(path: &Path) -> Result<SigningKey> {
-    SigningKey::from_pkcs8_pem(read(path)?.trim()).map_err(|_| unusable(path, &"it is not an Ed25519 key in PKCS#8 PEM"))
-}
-
-fn make_folder(path: &Path) -> Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| unusable(path, &error))
-}
-
-fn read(path: &Path) -> Result<Zeroizing<String>> {
-    let metadata = fs::metadata(path).map_err(|error| unusable(path, &error))?;
-    if metadata.permissions().mode() & 0o077 != 0 {
-        return Err(unusable(path, &"others than its owner may read it (chmod 600)"));
-    }
-    if metadata.len() > MAX_FILE_BYTES {
-        return Err(unusable(path, &"it is too long"));
-    }
-    Ok(Zeroizing::new(fs::read_to_string(path).map_err(|error| unusable(path, &error))?))
-}
-
-/// Reads `path`, or writes what `make` gives and then reads it. The text is complete in a file of another name before it is
-/// linked to `path`, and a link never replaces a file: whoever comes second reads the first one's.
-fn read_or_create(path: &Path, make: impl FnOnce() -> Result<Zeroizing<String>>) -> Result<Zeroizing<String>> {
-    if path.try_exists().map_err(|error| unusable(path, &error))? {
-        return read(path);
-    }
-    let folder =
-        path.parent().filter(|folder| !folder.as_os_str().is_empty()).map_or_else(|| PathBuf::from("."), Path::to_path_buf);
-    make_folder(&folder)?;
-    let text = make()?;
-    let temporary = folder.join(format!(".{}.new", Uuid::new_v4().simple()));
-    let made = (|| {
-        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-        file.write_all(text.trim_end().as_bytes())?;
-        file.write_all(b"\n")?;
-        file.sync_all()?;
-        match fs::hard_link(&temporary, path) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-            linked => linked,
-        }
-    })();
-    // Best effort: a file left behind harms nobody.
-    let _ = fs::remove_file(&temporary);
-    made.map_err(|error| unusable(path, &error))?;
-    if let Ok(folder) = fs::File::open(&folder) {
-        folder.sync_all().map_err(|error| unusable(path, &error))?;
-    }
-    read(path)
-}
-
-fn unusable(path: &Path, why: &dyn std::fmt::Display) -> Error {
-    Error::invalid("invalid_key_file", format!("{} cannot be used: {why}.", path.display()))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn keys() -> (tempfile::TempDir, Keys) {
@@ -403,7 +462,7 @@ mod tests {
         let part = |value: &serde_json::Value| URL_SAFE_NO_PAD.encode(serde_json::to_vec(value).unwrap());
         let mut header = header.clone();
         if header.get("kid").is_none() {
-            header["kid"] = keys.0.token_kid.clone().into();
+            header["kid"] = keys.rotating().token_kid.clone().into();
         }
         let message = format!("{}.{}", part(&header), part(claims));
         let signature = key.unwrap_or(&own).sign(message.as_bytes());
@@ -490,7 +549,7 @@ mod tests {
         // HMAC with the public key as its secret: the classic confusion.
         let own = read_signing_key(&dir.path().join("secrets/agent-token.pem")).unwrap();
         let mut header = Header::new(Algorithm::HS256);
-        header.kid = Some(keys.0.token_kid.clone());
+        header.kid = Some(keys.rotating().token_kid.clone());
         for secret in [own.verifying_key().as_bytes().to_vec(), spki(&own.verifying_key()).unwrap()] {
             let confused = jsonwebtoken::encode(&header, &good, &EncodingKey::from_secret(&secret)).unwrap();
             assert_eq!(code(verify(&confused)), "invalid_token");
@@ -510,7 +569,7 @@ mod tests {
         let old = keys.sign_access(Uuid::new_v4(), "ab", 1, Utc::now()).unwrap();
         fs::rename(secrets.join("agent-token.pem"), secrets.join("agent-token-old.pem")).unwrap();
         let rotated = Keys::load_or_create(&secrets, None).unwrap();
-        assert_ne!(rotated.0.token_kid, keys.0.token_kid);
+        assert_ne!(rotated.rotating().token_kid, keys.rotating().token_kid);
         assert!(rotated.verify_access(&old).is_ok());
         let new = rotated.sign_access(Uuid::new_v4(), "ab", 1, Utc::now()).unwrap();
         assert_eq!(code(keys.verify_access(&new)), "invalid_token");
@@ -527,8 +586,8 @@ mod tests {
             started.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         for keys in &all {
-            assert_eq!(keys.engine_secret().expose(), all[0].engine_secret().expose());
-            assert_eq!(keys.0.token_kid, all[0].0.token_kid);
+            assert_eq!(keys.rotating().digest, all[0].rotating().digest);
+            assert_eq!(keys.rotating().token_kid, all[0].rotating().token_kid);
             assert_eq!(keys.script_public_spki_base64(), all[0].script_public_spki_base64());
             assert_eq!(keys.site_worker_guid(7), all[0].site_worker_guid(7));
         }

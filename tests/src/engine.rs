@@ -142,9 +142,22 @@ impl TestEngine {
         self.state_dir.path()
     }
 
+    /// The engine secret's text.
+    #[must_use]
+    pub fn engine_secret(&self) -> String {
+        let secret = borealis_engine::keys::read_engine_secret(&self.app.settings.engine_secret_file);
+        secret.expect("the engine secret").expose().clone()
+    }
+
     /// A second API process on the same database and state folder.
     pub async fn second(&self) -> Node {
         node(self.settings.clone(), &self.database.url, "api-2").await
+    }
+
+    /// One on the same database whose keys are others: nobody hands it the key of the secret store.
+    pub async fn stranger(&self) -> Node {
+        let settings = Settings { state_dir: self.state_dir.path().join("stranger"), ..self.settings.clone() };
+        node(settings, &self.database.url, "stranger").await
     }
 
     /// Nobody the engine knows.

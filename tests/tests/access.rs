@@ -307,7 +307,7 @@ async fn a_restart_and_a_second_process_come_back_open_with_the_key_file_and_loc
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&key).expect("a key file").permissions());
     assert_eq!(mode & 0o777, 0o600);
     std::fs::remove_file(&key).expect("a key file");
-    let locked = engine.second().await;
+    let locked = engine.stranger().await;
     let nobody = Actor::anonymous(&locked.base);
     let state = nobody.get("/api/bootstrap/state").await.ok();
     assert_eq!(state, json!({"phase": "aegis_unlock_required", "configured": true, "locked": true}));
@@ -326,7 +326,7 @@ async fn a_restart_and_a_second_process_come_back_open_with_the_key_file_and_loc
     locked.stop().await;
 
     std::fs::remove_file(&key).expect("a key file");
-    let locked = engine.second().await;
+    let locked = engine.stranger().await;
     let nobody = Actor::anonymous(&locked.base);
     let unlock = |cipher: &'static str| nobody.post("/api/bootstrap/aegis/unlock", json!({"cipher": cipher}));
     for _ in 0..4 {
@@ -367,7 +367,7 @@ async fn another_cipher_opens_the_engine_and_nothing_stops_meanwhile() {
     third.stop().await;
 
     std::fs::remove_file(engine.state_dir().join("secrets/unseal.key")).expect("a key file");
-    let locked = engine.second().await;
+    let locked = engine.stranger().await;
     let unlock = |cipher: &'static str| {
         let nobody = Actor::anonymous(&locked.base);
         async move { nobody.post("/api/bootstrap/aegis/unlock", json!({"cipher": cipher})).await }
@@ -378,16 +378,6 @@ async fn another_cipher_opens_the_engine_and_nothing_stops_meanwhile() {
     let events = admin.get("/api/audit?action=aegis.rotate").await.ok();
     let outcomes: Vec<_> = events["events"].as_array().expect("events").iter().map(|event| event["outcome"].clone()).collect();
     assert_eq!(outcomes, ["failure", "success", "failure"]);
-}
-
-#[tokio::test]
-async fn without_a_key_file_nothing_on_disk_opens_the_engine() {
-    let engine = TestEngine::with(|settings| settings.unseal = Default::default()).await;
-    let _ = engine.admin().await.get("/api/auth/me").await.ok();
-    assert!(!engine.state_dir().join("secrets/unseal.key").exists());
-    let second = engine.second().await;
-    assert_eq!(Actor::anonymous(&second.base).get("/api/bootstrap/state").await.ok()["phase"], "aegis_unlock_required");
-    second.stop().await;
 }
 
 #[tokio::test]

@@ -84,7 +84,7 @@ impl World {
         unknown[2].name = "operator without second factor, by cookie".into();
         unknown[2].credential = Credential::Cookie(pending);
         unknown[3].name = "worker".into();
-        unknown[3].credential = Credential::Worker(engine.app.keys.engine_secret().expose().clone());
+        unknown[3].credential = Credential::Worker(engine.engine_secret());
         let device = engine.device(site).await;
         let other_device = engine.device(other_site).await;
         Self { engine, site, admin, operator, strangers, unknown, device, other_device }

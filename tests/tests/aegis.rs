@@ -9,6 +9,10 @@ use std::{
     time::Duration,
 };
 
+use base64::{
+    Engine as _,
+    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
+};
 use borealis_engine::{
     Actor as Who,
     access::aegis::{PROTECTED, Unseal, Vault},
@@ -20,7 +24,9 @@ use borealis_tests::{
     processes::{built, free_port},
     totp,
 };
+use borealis_workers::api_client::ApiClient;
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 use url::Url;
 
 const SOON: Duration = Duration::from_secs(30);
@@ -158,7 +164,7 @@ async fn a_reset_takes_everything_sealed_and_ends_with_a_working_administrator()
         let _ = Actor::anonymous(base).post("/api/auth/login", login).await.error(423, "bootstrap_required");
     }
     // Agents go on working.
-    let _ = device.post("/api/agent/heartbeat", json!({"hostname": device.hostname})).await.ok();
+    let _ = device.post("/api/agent/heartbeat", json!({})).await.ok();
     for column in PROTECTED {
         let (table, column) = column.split_once('.').expect("a column");
         let left: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(format!("SELECT count({column}_sealed) FROM {table}")))
@@ -409,7 +415,6 @@ fn prints(file: &Path) -> Unseal {
 }
 
 fn write_key(path: &Path, byte: u8, mode: u32) {
-    use base64::{Engine as _, engine::general_purpose::STANDARD};
     std::fs::write(path, STANDARD.encode([byte; 32]) + "\n").expect("written");
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("a mode");
 }
@@ -426,6 +431,54 @@ async fn wrapped(engine: &TestEngine) {
 }
 
 #[tokio::test]
+async fn an_open_process_hands_the_key_to_its_like_and_nobody_else() {
+    let engine = TestEngine::with(|settings| settings.unseal = Unseal::Manual).await;
+    let admin = engine.admin().await;
+    let handed = "SELECT count(*) FROM audit_events WHERE action = 'aegis.handover'";
+    let second = engine.second().await;
+    opens(&second).await;
+    let _ = admin.at(&second.base).get("/api/auth/me").await.ok();
+    assert_eq!(one::<i64>(&engine, handed).await, 1);
+    eventually("nothing is left of it", SOON, async || {
+        (one::<i64>(&engine, "SELECT count(*) FROM aegis_handovers").await == 0).then_some(())
+    })
+    .await;
+    // It is on no disk either.
+    let secrets = engine.state_dir().join("secrets");
+    eventually("the setup token is gone, too", SOON, async || (!secrets.join("setup.token").exists()).then_some(())).await;
+    let files = std::fs::read_dir(&secrets).expect("a folder");
+    let mut names: Vec<_> = files.map(|file| file.expect("a file").file_name().into_string().expect("a name")).collect();
+    names.sort();
+    assert_eq!(names, ["agent-token.pem", "engine.secret", "script-signing.pem"]);
+
+    // One that reads and writes the database and has other keys gets an answer that is of no use to it.
+    let stranger = engine.stranger().await;
+    eventually("it was answered", SOON, async || (one::<i64>(&engine, handed).await == 2).then_some(())).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(phase(&stranger.base).await, "aegis_unlock_required");
+    assert_eq!(one::<i64>(&engine, handed).await, 2, "it does not ask all the time");
+    stranger.stop().await;
+
+    // After a reset there is another key, and it is handed over like the first.
+    let _ = reset(&admin).await;
+    let admin = recover(&second.base).await;
+    opens(&engine.node).await;
+    let _ = admin.at(&engine.base).get("/api/auth/me").await.ok();
+
+    // Where nobody is open, somebody has to come.
+    engine.app.vault.lock();
+    second.stop().await;
+    engine.app.vault.lock();
+    let second = engine.second().await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(!engine.app.vault.is_open() && !second.app.vault.is_open());
+    let unlock = json!({"cipher": NEW_CIPHER});
+    let _ = Actor::anonymous(&second.base).post("/api/bootstrap/aegis/unlock", unlock).await.ok();
+    opens(&engine.node).await;
+    second.stop().await;
+}
+
+#[tokio::test]
 async fn a_command_opens_a_process_and_one_that_fails_leaves_it_up_and_locked() {
     let folder = tempfile::tempdir().expect("a folder");
     let secret = folder.path().join("secret");
@@ -434,7 +487,7 @@ async fn a_command_opens_a_process_and_one_that_fails_leaves_it_up_and_locked() 
     let admin = engine.admin().await;
     wrapped(&engine).await;
     assert!(!engine.state_dir().join("secrets/unseal.key").exists());
-    let second = engine.second().await;
+    let second = engine.stranger().await;
     opens(&second).await;
     let _ = admin.at(&second.base).get("/api/auth/me").await.ok();
     second.stop().await;
@@ -445,7 +498,7 @@ async fn a_command_opens_a_process_and_one_that_fails_leaves_it_up_and_locked() 
             Some(text) => std::fs::write(&secret, text).expect("written"),
             None => std::fs::remove_file(&secret).expect("removed"),
         }
-        let second = engine.second().await;
+        let second = engine.stranger().await;
         let nobody = Actor::anonymous(&second.base);
         let _ = nobody.get("/health").await.ok();
         assert_eq!(phase(&second.base).await, "aegis_unlock_required");
@@ -456,7 +509,7 @@ async fn a_command_opens_a_process_and_one_that_fails_leaves_it_up_and_locked() 
         second.stop().await;
     }
     // It is tried again.
-    let second = engine.second().await;
+    let second = engine.stranger().await;
     assert_eq!(phase(&second.base).await, "aegis_unlock_required");
     write_key(&secret, 1, 0o600);
     opens(&second).await;
@@ -464,17 +517,17 @@ async fn a_command_opens_a_process_and_one_that_fails_leaves_it_up_and_locked() 
 
     // Another key fits after the store has been opened with the cipher.
     write_key(&secret, 2, 0o600);
-    let second = engine.second().await;
+    let second = engine.stranger().await;
     let _ = Actor::anonymous(&second.base).post("/api/bootstrap/aegis/unlock", json!({"cipher": CIPHER})).await.ok();
     let events = "SELECT count(*) FROM audit_events WHERE action = 'aegis.unseal_key'";
     eventually("the key is wrapped anew", SOON, async || (one::<i64>(&engine, events).await >= 2).then_some(())).await;
     second.stop().await;
-    let third = engine.second().await;
+    let third = engine.stranger().await;
     opens(&third).await;
     third.stop().await;
     // A reset ends that, too.
     let _ = reset(&admin).await;
-    let third = engine.second().await;
+    let third = engine.stranger().await;
     assert_eq!(phase(&third.base).await, "aegis_setup_required");
     third.stop().await;
 }
@@ -484,7 +537,7 @@ async fn a_slow_command_keeps_nobody_waiting() {
     let engine = TestEngine::with(|settings| settings.unseal = Unseal::Command(vec!["sleep".into(), "600".into()])).await;
     let admin = engine.admin().await;
     let _ = admin.get("/api/auth/me").await.ok();
-    let second = engine.second().await;
+    let second = engine.stranger().await;
     let asked = tokio::time::timeout(SOON / 2, phase(&second.base)).await.expect("an answer");
     assert_eq!(asked, "aegis_unlock_required");
     tokio::time::timeout(SOON / 2, second.stop()).await.expect("an end");
@@ -497,7 +550,7 @@ async fn a_key_file_that_others_may_read_is_refused() {
     write_key(&file, 1, 0o644);
     let engine = TestEngine::with(|settings| settings.unseal = Unseal::KeyFile(file.clone())).await;
     let admin = engine.admin().await;
-    let second = engine.second().await;
+    let second = engine.stranger().await;
     assert_eq!(phase(&second.base).await, "aegis_unlock_required");
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).expect("a mode");
     wrapped(&engine).await;
@@ -632,10 +685,93 @@ async fn the_console_changes_the_cipher_and_checks_the_audit_of_a_locked_store()
 }
 
 #[tokio::test]
+async fn the_console_rotates_keys_and_nobody_is_refused() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let (site, _) = engine.site("Oslo").await;
+    let device = engine.device(site).await;
+    let second = engine.second().await;
+    let console = Console::of(&engine);
+    let secret = engine.app.settings.engine_secret_file.clone();
+    let bases = [engine.internal_addr, second.internal_addr].map(|addr| Url::parse(&format!("http://{addr}")).expect("a URL"));
+    // A worker that was there before, at each process.
+    let workers = bases.clone().map(|base| ApiClient::new(vec![base], &secret, uuid::Uuid::new_v4()).expect("a client"));
+    let before = std::fs::read_to_string(&secret).expect("a secret");
+    let asking = CancellationToken::new();
+    let asked = tokio::spawn({
+        let (asking, workers) = (asking.clone(), workers.clone());
+        let devices = [device.actor.clone(), device.at(&second.base)];
+        async move {
+            let mut rounds = 0;
+            while !asking.is_cancelled() {
+                for worker in &workers {
+                    let _ = worker.public_base_url().await.expect("no worker is refused");
+                }
+                for device in &devices {
+                    let _ = device.post("/api/agent/heartbeat", json!({})).await.ok();
+                }
+                rounds += 1;
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            rounds
+        }
+    });
+    let _ = console.ok(&["rotate-keys", "engine-secret"], "").await;
+    assert_ne!(std::fs::read_to_string(&secret).expect("a secret"), before);
+    let secrets = engine.state_dir().join("secrets");
+    assert!(!secrets.join("engine.secret.previous").exists() && !secrets.join("engine.secret.next").exists());
+    let old = secrets.join("old.secret");
+    std::fs::write(&old, before).expect("written");
+    std::fs::set_permissions(&old, std::fs::Permissions::from_mode(0o600)).expect("a mode");
+    eventually("the old one is refused", SOON, async || {
+        let client = ApiClient::new(vec![bases[0].clone()], &old, uuid::Uuid::new_v4()).expect("a client");
+        client.public_base_url().await.is_err_and(|error| error.code == "unauthorized").then_some(())
+    })
+    .await;
+
+    let signed_by = async |base: &Url| {
+        let renewal = json!({"guid": device.guid, "refresh_token": device.refresh_token});
+        let answer = Actor::anonymous(base).post("/api/agent/token/refresh", renewal).await.ok();
+        let header = answer["access_token"].as_str().and_then(|token| token.split_once('.')).expect("a token").0;
+        let header: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(header).expect("base64")).expect("JSON");
+        header["kid"].clone()
+    };
+    let old_kid = signed_by(&engine.base).await;
+    let _ = console.ok(&["rotate-keys", "agent-tokens"], "").await;
+    eventually("both sign with the new key", SOON, async || {
+        let [first, other] = [signed_by(&engine.base).await, signed_by(&second.base).await];
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        (first != old_kid && first == other).then_some(())
+    })
+    .await;
+    asking.cancel();
+    assert!(asked.await.expect("nobody was refused") > 10);
+    console.fails(&["rotate-keys", "agent-tokens"], "", 1, "finish the last rotation first").await;
+    // The token of before is good until the old key is given up.
+    let _ = device.post("/api/agent/heartbeat", json!({})).await.ok();
+    let _ = console.ok(&["rotate-keys", "agent-tokens", "--stolen"], "").await;
+    eventually("the old one is refused", SOON, async || {
+        let reply = device.post("/api/agent/heartbeat", json!({})).await;
+        (reply.status == 401).then_some(())
+    })
+    .await;
+    second.stop().await;
+
+    // Step by step, as on several machines.
+    console.fails(&["rotate-keys", "engine-secret", "--step", "switch"], "", 1, "prepare the rotation first").await;
+    for (step, file) in [("prepare", "engine.secret.next"), ("switch", "engine.secret"), ("finish", "engine.secret")] {
+        let said = console.ok(&["rotate-keys", "engine-secret", "--step", step], "").await;
+        assert_eq!(Path::new(said.trim()), secrets.join(file));
+    }
+    let events = admin.get("/api/audit?action=keys.rotate").await.ok();
+    assert_eq!(events["events"][0]["detail"], json!({"key": "engine-secret", "step": "finish", "stolen": false}));
+}
+
+#[tokio::test]
 async fn the_console_ends_a_store_whose_cipher_is_lost() {
     let engine = TestEngine::with(|settings| settings.unseal = Unseal::Manual).await;
     let admin = engine.admin().await;
-    let locked = engine.second().await;
+    let locked = engine.stranger().await;
     assert_eq!(phase(&locked.base).await, "aegis_unlock_required");
     let console = Console::of(&engine);
     console.fails(&["force-reset"], "", 1, "--yes").await;
@@ -698,7 +834,7 @@ async fn a_process_whose_command_fails_says_so_and_not_what_it_printed() {
 async fn a_store_that_cannot_be_read_is_told_from_a_wrong_cipher() {
     let engine = TestEngine::with(|settings| settings.unseal = Unseal::Manual).await;
     let _ = engine.admin().await;
-    let locked = engine.second().await;
+    let locked = engine.stranger().await;
     let nobody = Actor::anonymous(&locked.base);
     let unlock = async |cipher: &str| nobody.post("/api/bootstrap/aegis/unlock", json!({"cipher": cipher})).await;
     let _ = unlock("not the cipher of this store").await.error(401, "invalid_cipher");

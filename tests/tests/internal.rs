@@ -67,7 +67,7 @@ impl Request {
 }
 
 fn secret(engine: &TestEngine) -> String {
-    engine.app.keys.engine_secret().expose().clone()
+    engine.engine_secret()
 }
 
 #[track_caller]
@@ -160,11 +160,13 @@ async fn only_events_of_the_list_are_passed_on() {
 async fn a_worker_speaks_the_scheme() {
     let engine = TestEngine::start().await;
     let base = Url::parse(&format!("http://{}", engine.internal_addr)).expect("a URL");
-    let client = ApiClient::new(vec![base.clone()], &secret(&engine), Uuid::new_v4()).expect("a client");
+    let client = ApiClient::new(vec![base.clone()], &engine.app.settings.engine_secret_file, Uuid::new_v4()).expect("a client");
     assert!(client.public_base_url().await.expect("a URL").starts_with("http://127.0.0.1:"));
     let event = HostServiceEvent { device_guid: Uuid::new_v4(), event_name: "quick_job_run", payload: Value::Null };
     let results = client.host_service_events(&[event.clone(), event]).await.expect("results");
     assert!(results.len() == 2 && results.iter().all(|result| result.queued && !result.emitted));
-    let stranger = ApiClient::new(vec![base], "another secret", Uuid::new_v4()).expect("a client");
+    let other = engine.state_dir().join("another.secret");
+    borealis_engine::keys::engine_secret(&other).expect("another secret");
+    let stranger = ApiClient::new(vec![base], &other, Uuid::new_v4()).expect("a client");
     assert_eq!(stranger.public_base_url().await.expect_err("a refusal").code, "unauthorized");
 }

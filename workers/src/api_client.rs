@@ -1,8 +1,9 @@
 //! What a worker asks of the API process, over the internal listener: signed, retried, bounded in time.
 
 use std::{
+    path::Path,
     sync::{
-        Arc, LazyLock,
+        Arc, LazyLock, PoisonError, RwLock,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -11,6 +12,7 @@ use std::{
 use borealis_engine::{
     Error, Kind, Result,
     internal::{self, Key, Signed},
+    keys::read_engine_secret,
 };
 use borealis_telemetry::{
     meter::{self, HistogramVec, IntCounter},
@@ -91,16 +93,18 @@ pub struct ApiClient {
     bases: Arc<[Url]>,
     /// How often another one was turned to; which one is asked follows from it.
     turns: Arc<AtomicUsize>,
-    key: Key,
+    secret_file: Arc<Path>,
+    /// Read again when a request is refused: a rotation may have put another secret there.
+    key: Arc<RwLock<Key>>,
     worker: String,
 }
 
 impl ApiClient {
-    /// A client of the internal listeners at `bases`, signing with the engine secret's text as `worker`.
+    /// A client of the internal listeners at `bases`, signing with the engine secret in `secret_file` as `worker`.
     ///
     /// # Errors
-    /// When there is no listener, or no HTTP client can be made.
-    pub fn new(bases: Vec<Url>, secret: &str, worker: Uuid) -> Result<Self> {
+    /// When there is no listener, or no HTTP client can be made; those of [`read_engine_secret`].
+    pub fn new(bases: Vec<Url>, secret_file: &Path, worker: Uuid) -> Result<Self> {
         if bases.is_empty() {
             return Err(Error::field("invalid_setting", "BOREALIS_INTERNAL_URL", "it names no API process."));
         }
@@ -113,8 +117,14 @@ impl ApiClient {
             .no_proxy()
             .build()
             .map_err(Error::bug)?;
-        let key = Key::derive(secret);
-        Ok(Self { http, bases: bases.into(), turns: Arc::default(), key, worker: worker.to_string() })
+        Ok(Self {
+            http,
+            bases: bases.into(),
+            turns: Arc::default(),
+            secret_file: secret_file.into(),
+            key: Arc::new(RwLock::new(Key::derive(read_engine_secret(secret_file)?.expose()))),
+            worker: worker.to_string(),
+        })
     }
 
     /// Passes events on to agents; answers one result for each, in order.
@@ -173,7 +183,10 @@ impl ApiClient {
         let mut last = Error::bug("no API process");
         for base in self.bases.iter().cycle().skip(turn % self.bases.len()).take(self.bases.len()) {
             let started = Instant::now();
-            let answer = self.once(base, method, route, body).await;
+            let mut answer = self.once(base, method, route, body).await;
+            if answer.as_ref().is_err_and(|error| error.kind == Kind::Unauthenticated) && self.read_key_again() {
+                answer = self.once(base, method, route, body).await;
+            }
             let result = match &answer {
                 Ok(_) => "ok",
                 Err(error) if error.is_transient() => "away",
@@ -189,6 +202,21 @@ impl ApiClient {
         Err(last)
     }
 
+    /// Whether another engine secret lies there now.
+    fn read_key_again(&self) -> bool {
+        let new = match read_engine_secret(&self.secret_file) {
+            Ok(secret) => Key::derive(secret.expose()),
+            Err(error) => {
+                tracing::warn!(why = %error.message, "the engine secret cannot be read again");
+                return false;
+            }
+        };
+        let mut key = self.key.write().unwrap_or_else(PoisonError::into_inner);
+        let changed = *key != new;
+        *key = new;
+        changed
+    }
+
     /// One attempt, with a timestamp and nonce of its own: one whose answer was lost is not a replay of the next.
     async fn once(&self, base: &Url, method: &'static str, route: &str, body: &[u8]) -> Result<Value> {
         let url = base.join(&format!("{PREFIX}{route}")).map_err(Error::bug)?;
@@ -198,7 +226,8 @@ impl ApiClient {
             Some(query) => format!("{}?{query}", url.path()),
             None => url.path().to_owned(),
         };
-        let signature = self.key.sign(&Signed {
+        let key = self.key.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let signature = key.sign(&Signed {
             method,
             path_and_query: &path_and_query,
             timestamp: &timestamp,

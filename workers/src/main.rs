@@ -87,12 +87,10 @@ async fn run(arguments: Arguments) -> Result<(), String> {
     let secret_file = arguments
         .engine_secret_file
         .ok_or("BOREALIS_ENGINE_SECRET_FILE is not set. It names a copy of the API's <state>/secrets/engine.secret.")?;
-    let secret =
-        std::fs::read_to_string(&secret_file).map_err(|error| format!("cannot read {}: {error}", secret_file.display()))?;
     let id = uuid::Uuid::new_v4();
     let pool = db::connect(&db::Options { url, max_connections: 16, application_name: "borealis-worker".to_owned() })
         .map_err(|error| error.message)?;
-    let agents = ApiClient::new(arguments.internal_url, secret.trim(), id).map_err(|error| error.message)?;
+    let agents = ApiClient::new(arguments.internal_url, &secret_file, id).map_err(|error| error.message)?;
     if let Some(addr) = arguments.exports.metrics_listen.0 {
         // For as long as the process lives, so that its end is seen too.
         let served = borealis_workers::serve_metrics(addr, &pool, CancellationToken::new()).await;

@@ -1,7 +1,7 @@
 //! The internal listener: what workers ask of the API process. Every request is signed (see [`internal`]); there is no
 //! other way in, and no route of the public listener is here.
 
-use std::{collections::HashSet, sync::Arc};
+use std::collections::HashSet;
 
 use axum::{
     Extension, Json as JsonBody, Router,
@@ -15,7 +15,7 @@ use axum::{
 use borealis_engine::{
     Error, Kind,
     devices::sockets,
-    internal::{self, Keyring, Signed},
+    internal::{self, Signed},
 };
 use borealis_workflows::durable::definition::Registry;
 use serde_json::{Value, json};
@@ -57,13 +57,9 @@ pub const TABLE: [Entry; 3] = [
 pub struct Worker(pub Uuid);
 
 /// Builds the service of the internal listener; `registry` holds the workflows a worker may start.
-///
-/// # Errors
-/// When the engine secret cannot be read.
-pub fn router(app: &App, registry: Registry) -> borealis_engine::Result<Router> {
-    let keyring = Arc::new(Keyring::load(&app.settings.engine_secret_file)?);
+pub fn router(app: &App, registry: Registry) -> Router {
     let [base_url, event, start] = TABLE;
-    Ok(Router::new()
+    Router::new()
         .route(base_url.path, get(public_base_url))
         .route(event.path, post(host_service_event))
         .route(start.path, post(workflow::start))
@@ -71,9 +67,9 @@ pub fn router(app: &App, registry: Registry) -> borealis_engine::Result<Router> 
         .method_not_allowed_fallback(method_not_allowed)
         .layer(Extension(registry))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
-        .layer(middleware::from_fn_with_state((app.clone(), keyring), verify))
+        .layer(middleware::from_fn_with_state(app.clone(), verify))
         .layer(tower_http::catch_panic::CatchPanicLayer::new())
-        .with_state(app.clone()))
+        .with_state(app.clone())
 }
 
 async fn method_not_allowed() -> Response {
@@ -83,11 +79,11 @@ async fn method_not_allowed() -> Response {
     response
 }
 
-async fn verify(State((app, keyring)): State<(App, Arc<Keyring>)>, request: Request, next: Next) -> Response {
+async fn verify(State(app): State<App>, request: Request, next: Next) -> Response {
     let answering = Answering::begin("internal", &request);
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let parent = one(request.headers(), "traceparent");
-    let (answering, response) = match admit(&app, &keyring, request).await {
+    let (answering, response) = match admit(&app, request).await {
         Ok(request) => {
             let request_id = Uuid::now_v7();
             let span = tracing::info_span!("request", request_id = %request_id.simple(), %method, path);
@@ -101,7 +97,7 @@ async fn verify(State((app, keyring)): State<(App, Arc<Keyring>)>, request: Requ
     response
 }
 
-async fn admit(app: &App, keyring: &Keyring, request: Request) -> Result<Request> {
+async fn admit(app: &App, request: Request) -> Result<Request> {
     let (mut parts, body) = request.into_parts();
     let headers = &parts.headers;
     let signature = one(headers, internal::SIGNATURE_HEADER).ok_or_else(unsigned)?;
@@ -123,7 +119,7 @@ async fn admit(app: &App, keyring: &Keyring, request: Request) -> Result<Request
         worker: &worker,
         body: &body,
     };
-    keyring.verify(key_id.as_deref(), &signed, &signature, chrono::Utc::now().timestamp())?;
+    app.keys.keyring().verify(key_id.as_deref(), &signed, &signature, chrono::Utc::now().timestamp())?;
     // Last, so that only what a worker signed can use up a nonce.
     internal::remember_nonce(&app.pool, &nonce).await?;
     let worker = Uuid::try_parse(&worker).map_err(|_| unsigned())?;

@@ -38,9 +38,11 @@ use crate::{
     secret::Secret,
 };
 
+mod handover;
 mod reset;
 mod unseal;
 
+pub use handover::Handover;
 pub use reset::Taken;
 pub use unseal::{COMMAND_LIMIT, KEY_MAX_BYTES, Unseal};
 

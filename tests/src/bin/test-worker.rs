@@ -27,8 +27,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let id = uuid::Uuid::new_v4();
     let agents: Arc<dyn Agents> = match std::env::var("BOREALIS_INTERNAL_URL") {
         Ok(internal) => {
-            let secret = std::fs::read_to_string(PathBuf::from(std::env::var("BOREALIS_ENGINE_SECRET_FILE")?))?;
-            Arc::new(ApiClient::new(internal.split(',').map(str::parse).collect::<Result<_, _>>()?, secret.trim(), id)?)
+            let secret = PathBuf::from(std::env::var("BOREALIS_ENGINE_SECRET_FILE")?);
+            Arc::new(ApiClient::new(internal.split(',').map(str::parse).collect::<Result<_, _>>()?, &secret, id)?)
         }
         Err(_) => Arc::new(probe::NoAgents),
     };

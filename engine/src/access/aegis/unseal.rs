@@ -6,6 +6,7 @@ use std::{
     os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Stdio,
+    sync::Once,
     time::Duration,
 };
 
@@ -65,10 +66,18 @@ impl Unseal {
         }
     }
 
-    /// The key of a file of ours, if it is there.
+    /// The key of a file of ours, if it is there and nobody else can have read it.
     pub(super) fn own_key(&self) -> Option<Key> {
-        let text = Zeroizing::new(fs::read_to_string(self.own()?).ok()?);
-        key(&text)
+        static SAID: Once = Once::new();
+        let path = self.own()?;
+        if matches!(path.try_exists(), Ok(false)) {
+            return None;
+        }
+        let text = read(path).inspect_err(|why| {
+            // This is asked every second.
+            SAID.call_once(|| tracing::error!(path = %path.display(), why, "the unseal file is not used"));
+        });
+        key(std::str::from_utf8(&text.ok()?).ok()?)
     }
 
     /// The key of somebody else's.
