@@ -7,6 +7,10 @@ use std::process::ExitCode;
 use borealis_agent::platform::{self, ServiceSpec};
 use borealis_agent::{CancellationToken, Config, DEFAULT_CONFIG_PATH, DEFAULT_STATE_DIR, Error, Result, Settings};
 use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::Layer as _;
+use tracing_subscriber::filter::{FilterExt as _, filter_fn};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// Makes this machine a device of a Borealis engine.
 #[derive(Parser)]
@@ -106,12 +110,13 @@ fn run(options: &Options) -> Result<ExitCode> {
     let filter = tracing_subscriber::EnvFilter::try_from_env("BOREALIS_AGENT_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     // A log that cannot be written, on a full disk say, must not end what it tells of.
-    tracing_subscriber::fmt()
+    let lines = tracing_subscriber::fmt::layer()
         .log_internal_errors(false)
-        .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
+        .with_writer(std::io::stderr);
+    // Libraries say at `trace` what goes over the wire, with the tokens in it: that is heard of nobody but ourselves.
+    let discreet = filter_fn(|about| *about.level() <= tracing::Level::DEBUG || about.target().starts_with("borealis"));
+    tracing_subscriber::registry().with(lines.with_filter(filter.and(discreet))).init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

@@ -115,6 +115,7 @@ async fn openapi() -> Result<()> {
         enroll_wrong_codes: 1,
         unseal: borealis_engine::access::aegis::Unseal::Manual,
         access: borealis_engine::access::Settings::default(),
+        trusted_proxies: Default::default(),
         github_api_url: github::DEFAULT_URL.parse().map_err(Error::bug)?,
         exports: Exports::default(),
         worker_metrics_listen: None,

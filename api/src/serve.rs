@@ -3,7 +3,7 @@
 //! The connections are served by a loop of our own and not by `axum::serve`, because that one has no limit on connections
 //! and no time limit on request heads.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{Router, body::Body, extract::ConnectInfo};
 use borealis_engine::{
@@ -28,7 +28,8 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
 use crate::{
-    access, app, internal, metrics, routes,
+    access::{self, client::ClientIp, proxies::TrustedProxies},
+    app, internal, metrics, routes,
     sockets::Hub,
     state::{App, Inner, Settings},
 };
@@ -120,8 +121,8 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
     tasks.spawn(read_keys(app.clone(), shutdown.clone()));
     tasks.spawn(seal_audit(app.clone(), shutdown.clone()));
     tasks.spawn(sync_directories(app.clone(), shutdown.clone()));
-    tasks.spawn(accept(public, router, shutdown.clone()));
-    tasks.spawn(accept(internal, internal_router, shutdown.clone()));
+    tasks.spawn(accept(public, router, Arc::new(app.settings.trusted_proxies.clone()), shutdown.clone()));
+    tasks.spawn(accept(internal, internal_router, Arc::default(), shutdown.clone()));
     tasks.spawn(app.hub.clone().run(app.clone(), shutdown));
     tracing::info!(%addr, %internal_addr, "listening");
     Ok(Running { addr, internal_addr, app, tasks, _watched: watched })
@@ -266,7 +267,7 @@ async fn bind(addr: SocketAddr) -> borealis_engine::Result<(TcpListener, SocketA
     Ok((listener, bound))
 }
 
-async fn accept(listener: TcpListener, router: Router, shutdown: CancellationToken) {
+async fn accept(listener: TcpListener, router: Router, proxies: Arc<TrustedProxies>, shutdown: CancellationToken) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -274,7 +275,7 @@ async fn accept(listener: TcpListener, router: Router, shutdown: CancellationTok
             Some(_) = connections.join_next() => {}
             accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
                 Ok((stream, peer)) => {
-                    connections.spawn(connection(stream, peer, router.clone(), shutdown.clone()));
+                    connections.spawn(connection(stream, peer, router.clone(), Arc::clone(&proxies), shutdown.clone()));
                 }
                 // Out of file descriptors, most likely: the loop must not spin on it.
                 Err(error) => {
@@ -291,11 +292,20 @@ async fn accept(listener: TcpListener, router: Router, shutdown: CancellationTok
     }
 }
 
-async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, shutdown: CancellationToken) {
+async fn connection(
+    stream: TcpStream,
+    peer: SocketAddr,
+    router: Router,
+    proxies: Arc<TrustedProxies>,
+    shutdown: CancellationToken,
+) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%peer, %error, "no TCP_NODELAY");
     }
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        let forwarded = request.headers().get_all("x-forwarded-for").iter().map(|value| value.to_str().unwrap_or("?"));
+        let client = ClientIp(proxies.client(peer.ip(), forwarded));
+        request.extensions_mut().insert(client);
         request.extensions_mut().insert(ConnectInfo(peer));
         router.clone().oneshot(request.map(Body::new))
     });

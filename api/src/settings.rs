@@ -14,7 +14,7 @@ use borealis_telemetry::{Exports, Optional};
 use clap::{Args, ValueEnum};
 use url::Url;
 
-use crate::github;
+use crate::{access::proxies::TrustedProxies, github};
 
 /// Settings of the API process.
 #[derive(Debug, Clone)]
@@ -37,6 +37,8 @@ pub struct Settings {
     pub unseal: aegis::Unseal,
     /// Sign-in: how long sessions live, the name an authenticator app shows.
     pub access: access::Settings,
+    /// The proxies whose word on the client's address counts.
+    pub trusted_proxies: TrustedProxies,
     /// Where GitHub's interface is.
     pub github_api_url: Url,
     /// What leaves the process besides its log.
@@ -121,6 +123,10 @@ pub struct Environment {
     /// `10.0.0.5:3890,192.0.2.0/24`.
     #[arg(long, env = "BOREALIS_EGRESS_ALLOW", value_name = "LIST", default_value = "", hide_default_value = true)]
     pub egress_allow: egress::Policy,
+    /// Proxies in front whose X-Forwarded-For is believed, as addresses and networks: `127.0.0.1,10.1.0.0/16`. Without them limits per
+    /// address see the proxy's.
+    #[arg(long, env = "BOREALIS_TRUSTED_PROXIES", value_name = "LIST", default_value = "", hide_default_value = true)]
+    pub trusted_proxies: TrustedProxies,
     /// GitHub's interface: another one for GitHub Enterprise.
     #[arg(long, env = "BOREALIS_GITHUB_API_URL", value_name = "URL", default_value = github::DEFAULT_URL)]
     pub github_api_url: Url,
@@ -223,6 +229,7 @@ impl Environment {
                 passkey_rp_name: self.passkey_rp_name.clone(),
                 egress: self.egress(),
             },
+            trusted_proxies: self.trusted_proxies.clone(),
             github_api_url: github_api(self.github_api_url.clone())?,
             exports: self.exports.clone(),
             worker_metrics_listen: self.worker_metrics_listen.0,
@@ -308,6 +315,28 @@ mod tests {
         let everywhere = read(&["--listen", "[::]:9000", "--unseal", "manual"]).unwrap();
         assert_eq!(everywhere.public_base_url.as_str(), "http://[::1]:9000/");
         assert_eq!(everywhere.unseal, aegis::Unseal::Manual);
+    }
+
+    #[tokio::test]
+    async fn no_door_of_the_engine_is_opened_by_an_exception() {
+        let settings = read(&[
+            "--listen",
+            "127.0.0.1:9000",
+            "--internal-listen",
+            "127.0.0.1:9001",
+            "--metrics-listen",
+            "127.0.0.1:9002",
+            "--database-url",
+            "postgres://b:c@10.0.0.7:6000/b",
+            "--egress-allow",
+            "127.0.0.1,10.0.0.7",
+        ])
+        .unwrap();
+        let asks = async |ip: &str, port| settings.access.egress.addresses(egress::DIRECTORY, ip, port).await.is_ok();
+        for door in [("127.0.0.1", 9000), ("127.0.0.1", 9001), ("127.0.0.1", 9002), ("10.0.0.7", 6000)] {
+            assert!(!asks(door.0, door.1).await, "{door:?}");
+        }
+        assert!(asks("127.0.0.1", 9003).await && asks("10.0.0.7", 6001).await, "the exceptions themselves");
     }
 
     #[test]

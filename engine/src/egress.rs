@@ -159,6 +159,11 @@ fn unreachable(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Erro
     error
 }
 
+/// Whether this machine has the address: only then can something be bound to it.
+fn is_of_this_machine(ip: IpAddr) -> bool {
+    ip.is_loopback() || std::net::UdpSocket::bind((ip, 0)).is_ok()
+}
+
 impl Policy {
     /// The same policy, and a door of the engine itself (a listener, the database), that stays closed whatever is excepted.
     #[must_use]
@@ -194,9 +199,9 @@ impl Policy {
                 Err(_) => Vec::new(),
             };
             let ip = address.ip().to_canonical();
-            // A listener on every address is behind every one of this machine; loopback stands for them.
+            // A listener on every address is behind every one of this machine.
             let everywhere = resolved.iter().any(IpAddr::is_unspecified);
-            if resolved.contains(&ip) || everywhere && ip.is_loopback() {
+            if resolved.contains(&ip) || everywhere && is_of_this_machine(ip) {
                 return true;
             }
         }
@@ -348,6 +353,14 @@ mod tests {
             let closed = open.clone().closed(own, port);
             assert_eq!(closed.connect(DIRECTORY, "127.0.0.1", port, None).await.unwrap_err().code, "egress_refused", "{own}");
         }
+        // Another address of this machine, where it has one.
+        let way = std::net::UdpSocket::bind("0.0.0.0:0").and_then(|socket| socket.connect("192.0.2.1:9").map(|()| socket));
+        if let Ok(own) = way.and_then(|socket| socket.local_addr()) {
+            let listens = open.clone().closed("0.0.0.0", 389);
+            assert!(listens.is_own(SocketAddr::new(own.ip(), 389)).await, "{own}");
+            assert!(!listens.is_own(SocketAddr::new(own.ip(), 636)).await, "{own}");
+        }
+        assert!(!open.clone().closed("0.0.0.0", 389).is_own("203.0.113.9:389".parse().unwrap()).await);
         let nobody = open.connect(DIRECTORY, "nowhere.invalid", port, None).await.unwrap_err();
         assert_eq!(nobody.code, "unreachable");
     }

@@ -47,6 +47,12 @@ impl Certificates {
         Self { authority: authority.pem(), server: server.pem(), key: key.serialize_pem() }
     }
 
+    /// The server's private key, as PEM.
+    #[must_use]
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
     fn write(&self, folder: &Path) {
         for (file, text) in [("authority.pem", &self.authority), ("server.pem", &self.server), ("key.pem", &self.key)] {
             std::fs::write(folder.join(file), text).expect("a file");

@@ -89,6 +89,7 @@ pub fn settings(state_dir: PathBuf) -> Settings {
         enroll_per_minute: 100_000,
         enroll_wrong_codes: 20,
         access: Default::default(),
+        trusted_proxies: Default::default(),
         // Nothing answers there.
         github_api_url: Url::parse("http://127.0.0.1:9/").expect("a URL"),
         exports: Default::default(),

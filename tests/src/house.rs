@@ -1,7 +1,7 @@
 //! An engine of real processes: any number of API processes and workers on one database, each with a way to it of its own,
 //! and machines that do as they are told.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::Path, time::Duration};
 
 use serde_json::{Value, json};
 use url::Url;
@@ -70,10 +70,7 @@ impl House {
         let state = tempfile::tempdir().expect("a folder");
         let mut processes = Processes::new();
         let engine = state.path().join("engine");
-        processes
-            .set("BOREALIS_STATE_DIR", engine.display().to_string())
-            .set("BOREALIS_ENGINE_SECRET_FILE", engine.join("secrets/engine.secret").display().to_string())
-            .set("BOREALIS_ENROLL_PER_MINUTE", "100000");
+        processes.set("BOREALIS_ENROLL_PER_MINUTE", "100000");
         let mut started = Vec::new();
         for (index, database) in apis.iter().enumerate() {
             let addr = SocketAddr::from(([127, 0, 0, 1], free_port()));
@@ -81,13 +78,17 @@ impl House {
             let internal = format!("127.0.0.1:{}", free_port());
             let mut api = Api { process: None, addr, base, internal, database: database.clone() };
             dress(index, &mut processes);
-            start(&mut processes, &mut api).await;
+            start(&mut processes, &mut api, &engine).await;
             started.push(api);
         }
         let admin = bootstrap(&started.first().expect("an API process").base).await;
         let site = admin.post("/api/sites", json!({"name": "Lab"})).await.ok();
         let internal: Vec<String> = started.iter().map(|api| format!("http://{}", api.internal)).collect();
         processes.set("BOREALIS_INTERNAL_URL", internal.join(","));
+        // A worker has the engine secret and none of the other keys.
+        let secret = state.path().join("worker.secret");
+        std::fs::copy(engine.join("secrets/engine.secret"), &secret).expect("a copy of the engine secret");
+        processes.set("BOREALIS_ENGINE_SECRET_FILE", secret.display().to_string()).unset("BOREALIS_STATE_DIR");
         let workers = workers
             .iter()
             .map(|database| {
@@ -110,7 +111,7 @@ impl House {
 
     /// Starts an API process that is down again, at the same addresses.
     pub async fn restart(&mut self, index: usize) {
-        start(&mut self.processes, &mut self.apis[index]).await;
+        start(&mut self.processes, &mut self.apis[index], &self.state.path().join("engine")).await;
     }
 
     /// The state folder of the API processes.
@@ -211,8 +212,10 @@ impl House {
     }
 }
 
-async fn start(processes: &mut Processes, api: &mut Api) {
+async fn start(processes: &mut Processes, api: &mut Api, state_dir: &Path) {
     processes
+        .set("BOREALIS_STATE_DIR", state_dir.display().to_string())
+        .set("BOREALIS_ENGINE_SECRET_FILE", state_dir.join("secrets/engine.secret").display().to_string())
         .set("DATABASE_URL", api.database.as_str())
         .set("BOREALIS_LISTEN", api.addr.to_string())
         .set("BOREALIS_INTERNAL_LISTEN", api.internal.clone());

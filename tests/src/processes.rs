@@ -50,6 +50,12 @@ impl Processes {
         self
     }
 
+    /// Leaves it out for the processes started from now on.
+    pub fn unset(&mut self, name: &str) -> &mut Self {
+        self.environment.remove(name);
+        self
+    }
+
     /// Starts a built binary of the workspace. The child gets `PATH`, `HOME` and what [`Self::set`] gave, nothing else.
     ///
     /// # Panics

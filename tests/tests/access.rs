@@ -262,6 +262,105 @@ async fn after_five_wrong_passwords_the_account_waits_but_not_for_a_browser_it_h
 }
 
 #[tokio::test]
+async fn a_wrong_step_up_counts_as_a_wrong_sign_in() {
+    let engine = TestEngine::start().await;
+    let operator = engine.operator(&[]).await;
+    for _ in 0..5 {
+        let _ = operator.post("/api/auth/step-up", json!({"password": "wrong"})).await.error(401, "invalid current password");
+    }
+    let right = json!({"password": PASSWORD});
+    let _ = operator.post("/api/auth/step-up", right).await.error(429, "rate_limited");
+    let login = json!({"username": operator.name, "password": PASSWORD});
+    let _ = engine.anonymous().post("/api/auth/login", login).await.error(429, "rate_limited");
+    // Who is signed in stays so.
+    let _ = operator.get("/api/auth/me").await.ok();
+}
+
+#[tokio::test]
+async fn an_account_has_a_hundred_failures_an_hour_whatever_the_path() {
+    let engine = TestEngine::start().await;
+    let operator = engine.operator(&[]).await;
+    let wrong = async || operator.post("/api/auth/step-up", json!({"password": "wrong"})).await;
+    let _ = wrong().await.error(401, "invalid current password");
+    let count = async |hits: i32| {
+        // As if they had been made over time; the shorter windows have passed.
+        sqlx::query("UPDATE rate_counters SET hits = CASE scope WHEN 'auth.account_hour' THEN $1 ELSE 0 END")
+            .bind(hits)
+            .execute(&engine.database.pool)
+            .await
+            .expect("the counters");
+    };
+    count(98).await;
+    let _ = wrong().await.error(401, "invalid current password");
+    count(99).await;
+    let _ = wrong().await.error(401, "invalid current password");
+    let _ = wrong().await.error(429, "rate_limited");
+    // By another path, and right.
+    let login = json!({"username": operator.name, "password": PASSWORD});
+    let _ = engine.anonymous().post("/api/auth/login", login).await.error(429, "rate_limited");
+    let _ = operator.post("/api/auth/step-up", json!({"code": "123456"})).await.error(429, "rate_limited");
+}
+
+/// Every operation that says in the OpenAPI document that it asks for a step-up, with something it would do.
+#[tokio::test]
+async fn whatever_says_that_it_asks_for_a_step_up_does() {
+    // Under a name, because passkeys need one.
+    let engine = TestEngine::with(|settings| settings.public_base_url = "http://localhost:0".parse().expect("a URL")).await;
+    let admin = engine.admin().await;
+    let username = engine.user("User", &[]).await;
+    let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
+    let credential = admin.post("/api/credentials", json!({"name": "Web", "username": "deploy"})).await.ok();
+    let credential = format!("/api/credentials/{}", credential["credential"]["id"]);
+    let provider = admin.post("/api/directory/providers", json!({"name": "Main"})).await.ok();
+    let provider = format!("/api/directory/providers/{}", provider["provider"]["id"]);
+    let user = |what: &str| format!("/api/users/{username}/{what}");
+    let rows: Vec<(&str, &str, String, Value)> = vec![
+        ("POST", "/api/aegis/rotate", "".into(), json!({"current_cipher": CIPHER, "new_cipher": "an entirely new passphrase"})),
+        ("POST", "/api/aegis/force_reset", "".into(), json!({"confirm": "reset"})),
+        ("POST", "/api/auth/mfa/reset", "".into(), json!({})),
+        ("POST", "/api/auth/tokens", "".into(), json!({"name": "x", "scopes": ["read"], "expires_in_days": 1})),
+        ("POST", "/api/auth/passkeys/register/options", "".into(), json!({"label": "Key"})),
+        ("POST", "/api/users", "".into(), json!({"username": "other", "password": PASSWORD, "role": "Admin"})),
+        ("POST", "/api/users/{username}/reset_password", user("reset_password"), json!({"password": "an entirely new one"})),
+        ("POST", "/api/users/{username}/role", user("role"), json!({"role": "Admin"})),
+        ("POST", "/api/users/{username}/mfa", user("mfa"), json!({"enabled": false})),
+        ("POST", "/api/github/token", "".into(), json!({"token": "ghp_x"})),
+        ("POST", "/api/credentials", "".into(), json!({"name": "Other", "username": "deploy"})),
+        ("PUT", "/api/credentials/{id}", credential.clone(), json!({"password": "x"})),
+        ("DELETE", "/api/credentials/{id}", credential, json!({})),
+        ("POST", "/api/directory/providers", "".into(), json!({"name": "Other"})),
+        ("PATCH", "/api/directory/providers/{id}", provider.clone(), json!({"priority": 1})),
+        ("DELETE", "/api/directory/providers/{id}", provider.clone(), json!({})),
+        (
+            "POST",
+            "/api/directory/providers/{id}/lookup-user",
+            format!("{provider}/lookup-user"),
+            json!({"username": "x", "password": "x"}),
+        ),
+    ];
+    let document = admin.get("/api/openapi.json").await.ok();
+    let mut said = Vec::new();
+    for (path, item) in document["paths"].as_object().expect("paths") {
+        for (method, operation) in item.as_object().expect("operations") {
+            if operation["responses"]["403"]["description"].as_str().is_some_and(|why| why.contains("step_up_required")) {
+                said.push(format!("{} {path}", method.to_uppercase()));
+            }
+        }
+    }
+    let mut tried: Vec<String> = rows.iter().map(|(method, route, ..)| format!("{method} {route}")).collect();
+    // That one asks where there are many devices: `many_devices_need_a_fresh_proof_of_who_asks`.
+    tried.push("POST /api/scripts/quick_run".to_owned());
+    (said.sort(), tried.sort());
+    assert_eq!(said, tried);
+
+    let stale = admin.sign_in(ADMIN, PASSWORD, 1).await;
+    for (method, route, path, body) in rows {
+        let path = if path.is_empty() { route.to_owned() } else { path };
+        let _ = stale.call(method, &path, Some(&body)).await.error(403, "step_up_required");
+    }
+}
+
+#[tokio::test]
 async fn an_address_has_twenty_failures() {
     let engine = TestEngine::start().await;
     engine.admin().await;
@@ -271,6 +370,26 @@ async fn an_address_has_twenty_failures() {
         assert_eq!(nobody.post("/api/auth/login", body).await.status, 401, "attempt {attempt}");
     }
     let _ = nobody.post("/api/auth/login", json!({"username": ADMIN, "password": PASSWORD})).await.error(429, "rate_limited");
+}
+
+#[tokio::test]
+async fn behind_a_known_proxy_each_client_counts_for_itself() {
+    let engine = TestEngine::with(|settings| settings.trusted_proxies = "127.0.0.1".parse().expect("a list")).await;
+    let admin = engine.admin().await;
+    let nobody = engine.anonymous();
+    let from = async |forwarded: &str, username: &str, password: &str| {
+        let request = nobody.request(reqwest::Method::POST, "/api/auth/login").header("X-Forwarded-For", forwarded);
+        nobody.send(request.json(&json!({"username": username, "password": password}))).await
+    };
+    for attempt in 0..20 {
+        // What a client writes there itself does not count.
+        let forwarded = format!("198.51.100.{attempt}, 203.0.113.5");
+        assert_eq!(from(&forwarded, &format!("nobody-{attempt}"), "wrong").await.status, 401, "attempt {attempt}");
+    }
+    let _ = from("203.0.113.5", ADMIN, PASSWORD).await.error(429, "rate_limited");
+    let _ = from("203.0.113.6", ADMIN, PASSWORD).await.ok();
+    let event = &admin.get("/api/audit?action=session.login&outcome=failure&limit=1").await.ok()["events"][0];
+    assert_eq!(event["ip"], "203.0.113.5", "{event}");
 }
 
 #[tokio::test]

@@ -19,6 +19,7 @@ use borealis_engine::{
 };
 use borealis_tests::{
     Actor, Processes, TestCluster, TestEngine,
+    actor::Credential,
     engine::{ADMIN, CIPHER, PASSWORD},
     eventually,
     processes::{built, free_port},
@@ -125,6 +126,18 @@ async fn a_reset_takes_everything_sealed_and_ends_with_a_working_administrator()
     .execute(&engine.database.pool)
     .await
     .expect("passkeys");
+    // What programs and the engine itself sign in with elsewhere.
+    for sql in [
+        "INSERT INTO github_token (token_sealed) VALUES ('x')",
+        "INSERT INTO directory_providers (name, enabled, bind_password_sealed) VALUES ('With a password', true, 'x')",
+        "INSERT INTO directory_providers (name, enabled) VALUES ('Without', true)",
+    ] {
+        sqlx::query(sql).execute(&engine.database.pool).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+    }
+    let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
+    let token = admin.post("/api/auth/tokens", json!({"name": "x", "scopes": ["read"], "expires_in_days": 1})).await.ok();
+    let program = Actor { credential: Credential::Bearer(token["token"].as_str().expect("a token").to_owned()), ..admin.clone() };
+    let _ = program.get("/api/sites").await.ok();
     // A sign-in that is on its way.
     let login = json!({"username": ADMIN, "password": PASSWORD});
     let pending = engine.anonymous().post("/api/auth/login", login).await.ok();
@@ -144,7 +157,7 @@ async fn a_reset_takes_everything_sealed_and_ends_with_a_working_administrator()
         ("force_reset", json!(true)),
         ("affected_credentials", json!(1)),
         ("disabled_jobs", json!(1)),
-        ("github_token_reset", json!(false)),
+        ("github_token_reset", json!(true)),
         ("affected_users", json!(2)),
         ("removed_passkeys", json!(2)),
         ("configured", json!(false)),
@@ -154,12 +167,20 @@ async fn a_reset_takes_everything_sealed_and_ends_with_a_working_administrator()
         assert_eq!(done[field], expected, "{field}");
     }
     assert!(!key.exists());
+    assert_eq!(one::<i64>(&engine, "SELECT count(*) FROM api_tokens").await, 0);
+    assert_eq!(one::<i64>(&engine, "SELECT count(*) FROM github_token WHERE reset_at IS NOT NULL").await, 1, "it says so");
+    assert_eq!(
+        one::<String>(&engine, "SELECT string_agg(name, ',') FROM directory_providers WHERE enabled").await,
+        "Without",
+        "one whose password is gone is off"
+    );
     // Both processes, at once.
     for base in [&engine.base, &second.base] {
         let state = Actor::anonymous(base).get("/api/bootstrap/state").await.ok();
         assert_eq!(state, json!({"phase": "aegis_setup_required", "configured": false, "locked": false}));
         let _ = admin.at(base).get("/api/auth/me").await.error(401, "unauthorized");
         let _ = operator.at(base).get("/api/auth/me").await.error(401, "unauthorized");
+        let _ = program.at(base).get("/api/sites").await.error(401, "unauthorized");
         let login = json!({"username": ADMIN, "password": PASSWORD});
         let _ = Actor::anonymous(base).post("/api/auth/login", login).await.error(423, "bootstrap_required");
     }

@@ -480,12 +480,8 @@ async fn its_last_use_is_written_once_a_minute() {
     assert_eq!(owner.get("/api/auth/tokens").await.ok()["tokens"][0]["last_used_ip"], "127.0.0.1");
 }
 
-#[tokio::test]
-async fn a_stream_of_events_ends_with_it() {
-    let engine = TestEngine::start().await;
-    let admin = engine.admin().await;
-    step_up(&admin).await;
-    let (program, made) = program(&admin, &["read"]).await;
+/// A stream of the events of a run that has none, asked for by `who`.
+async fn stream(engine: &TestEngine, who: &Actor) -> reqwest::Response {
     let id = Uuid::now_v7();
     let _ = sqlx::query(
         "INSERT INTO workflow_runs (id, workflow, version, state, step, input, site_ids)
@@ -495,13 +491,29 @@ async fn a_stream_of_events_ends_with_it() {
     .execute(&engine.database.pool)
     .await
     .expect("a run");
-    let request = program.request(reqwest::Method::GET, &format!("/api/runs/{id}/events"));
+    let request = who.request(reqwest::Method::GET, &format!("/api/runs/{id}/events"));
     let accept = (reqwest::header::ACCEPT, reqwest::header::HeaderValue::from_static("text/event-stream"));
     let mut stream = request.headers([accept].into_iter().collect()).send().await.expect("an answer");
     assert_eq!(stream.status(), 200);
     let early = tokio::time::timeout(Duration::from_secs(1), stream.chunk()).await;
     assert!(early.is_err(), "it stays open, with nothing to tell: {early:?}");
+    stream
+}
+
+#[tokio::test]
+async fn a_stream_of_events_ends_with_token_or_session() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    step_up(&admin).await;
+    let (program, made) = program(&admin, &["read"]).await;
+    let second = engine.second_admin().await;
+    let (of_token, of_session) = (stream(&engine, &program).await, stream(&engine, &second).await);
+    let ended = async |stream: reqwest::Response| {
+        let end = tokio::time::timeout(Duration::from_secs(10), stream.text()).await.expect("an end").expect("a stream");
+        assert_eq!(end, "");
+    };
     let _ = admin.delete(&format!("/api/auth/tokens/{}", made["id"].as_str().expect("an id"))).await.ok();
-    let end = tokio::time::timeout(Duration::from_secs(10), stream.text()).await.expect("an end").expect("a stream");
-    assert_eq!(end, "");
+    ended(of_token).await;
+    let _ = second.post("/api/auth/logout", json!({})).await.ok();
+    ended(of_session).await;
 }

@@ -201,6 +201,13 @@ async fn what_jobs_of_other_sites_use_is_not_an_operators_to_remove() {
     let theirs = neighbour.post("/api/scheduled_jobs", by_path).await.ok()["job"]["id"].clone();
 
     let path = format!("/api/assemblies/{guid}");
+    let mut harm = body(bash());
+    harm["payload"]["script"] = json!("echo harm");
+    for change in [json!({"payload": harm["payload"]}), json!({"display_name": "Harm"})] {
+        let refused = operator.put(&path, change).await.error(409, "assembly_in_use");
+        assert!(!refused.text.contains("Theirs"), "{}", refused.text);
+    }
+    assert!(!operator.get(&path).await.text.contains("harm"));
     let refused = operator.delete(&path).await.error(409, "assembly_in_use");
     assert_eq!(refused.body["jobs"], json!([{"id": own, "name": "Own"}]), "jobs of other sites are not named");
     let refused = operator.delete(&format!("{path}?force=true")).await.error(409, "assembly_in_use");
@@ -210,6 +217,7 @@ async fn what_jobs_of_other_sites_use_is_not_an_operators_to_remove() {
     assert_eq!(refused.body["jobs"], json!([{"id": own, "name": "Own"}, {"id": theirs, "name": "Theirs"}]));
 
     let _ = neighbour.delete(&format!("/api/scheduled_jobs/{theirs}")).await;
+    let _ = operator.put(&path, json!({"summary": "own again"})).await.ok();
     let _ = operator.delete(&path).await.error(409, "assembly_in_use");
     let _ = operator.delete(&format!("{path}?force=perhaps")).await.error(400, "invalid_query");
     let gone = operator.delete(&format!("{path}?force=true")).await.expect(202);

@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 
-use borealis_tests::{Actor, TestEngine};
+use borealis_tests::{
+    Actor, TestEngine,
+    actor::{Enrollment, new_key},
+    engine::{CIPHER, PASSWORD},
+};
 use serde_json::{Value, json};
 
 /// Waits until all events are sealed; the report of the check.
@@ -36,6 +40,123 @@ async fn it_can_only_grow() {
         let refused = run(&engine, sql).await.expect_err(sql);
         assert!(refused.to_string().contains("append-only"), "{sql}: {refused}");
     }
+}
+
+/// What the tables hold that people change, apart from when somebody was last seen.
+async fn contents(engine: &TestEngine) -> Vec<(String, i64, Option<String>)> {
+    let mut found = Vec::new();
+    for (table, columns) in [
+        ("users", "to_jsonb(t) - 'last_login'"),
+        ("user_site_assignments", "to_jsonb(t)"),
+        ("sites", "to_jsonb(t)"),
+        ("devices", "to_jsonb(t)"),
+        ("device_approvals", "to_jsonb(t)"),
+        ("credentials", "to_jsonb(t)"),
+        ("directory_providers", "to_jsonb(t)"),
+        ("api_tokens", "to_jsonb(t) - 'last_used_at'"),
+        ("assemblies", "to_jsonb(t)"),
+        ("scheduled_jobs", "to_jsonb(t)"),
+        ("activity_history", "to_jsonb(t)"),
+        ("operator_sessions", "to_jsonb(t) - 'last_seen_at'"),
+        ("aegis", "to_jsonb(t)"),
+        ("github_token", "to_jsonb(t)"),
+    ] {
+        let sql = format!("SELECT count(*), md5(string_agg(({columns})::text, ',' ORDER BY ({columns})::text)) FROM {table} t");
+        let (count, digest): (i64, Option<String>) = sqlx::query_as(sqlx::AssertSqlSafe(sql))
+            .fetch_one(&engine.database.pool)
+            .await
+            .unwrap_or_else(|error| panic!("{table}: {error}"));
+        found.push((table.to_owned(), count, digest));
+    }
+    found
+}
+
+#[tokio::test]
+async fn what_cannot_be_told_is_not_done() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let (site, code) = engine.site("North").await;
+    let device = engine.device(site).await;
+    let operator = engine.operator(&[site]).await;
+    let name = &operator.name;
+    let _other_session = operator.sign_in(name, PASSWORD, 1).await;
+    let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
+    let credential =
+        admin.post("/api/credentials", json!({"name": "Web", "username": "deploy"})).await.ok()["credential"]["id"].clone();
+    let provider = admin.post("/api/directory/providers", json!({"name": "Main"})).await.ok()["provider"]["id"].clone();
+    let token = json!({"name": "x", "scopes": ["read"], "expires_in_days": 1});
+    let token = admin.post("/api/auth/tokens", token).await.ok()["id"].as_str().expect("an id").to_owned();
+    let assembly = json!({"domain": "user", "display_name": "Hello", "assembly_type": "script", "assembly_subtype": "bash",
+        "payload": {"name": "Hello", "type": "bash", "script": "echo hello"}});
+    let made = admin.post("/api/assemblies", assembly.clone()).await.ok();
+    let guid = made["assembly_guid"].as_str().expect("a guid").to_owned();
+    let job = json!({"name": "A job", "components": [{"assembly_guid": guid, "name": "Hello"}],
+        "targets": [{"kind": "all_devices"}], "schedule": {"type": "daily", "start": "2090-01-01T03:00:00Z"}});
+    let scheduled = admin.post("/api/scheduled_jobs", job.clone()).await.ok()["job"]["id"].clone();
+    let pending = Enrollment::request(&engine.anonymous(), "waiting", &code, new_key()).await;
+    let approval = engine.approval(pending.reference()).await;
+
+    for sql in [
+        "CREATE FUNCTION full_up() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no space for it'; END $$",
+        "CREATE TRIGGER full_up BEFORE INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION full_up()",
+    ] {
+        run(&engine, sql).await.expect(sql);
+    }
+    let before = contents(&engine).await;
+    for (who, method, path, body) in [
+        (&admin, "POST", "/api/sites".to_owned(), json!({"name": "South"})),
+        (&admin, "POST", format!("/api/sites/{site}/rotate-enrollment-code"), json!({})),
+        (&admin, "POST", "/api/users".to_owned(), json!({"username": "new", "password": PASSWORD, "role": "User"})),
+        (&admin, "POST", format!("/api/users/{name}/role"), json!({"role": "Admin"})),
+        (&admin, "POST", format!("/api/users/{name}/mfa"), json!({"enabled": false})),
+        (&admin, "POST", format!("/api/users/{name}/reset_password"), json!({"password": "an entirely new one"})),
+        (&admin, "DELETE", format!("/api/users/{name}"), json!({})),
+        (&admin, "POST", "/api/user_site_assignments/assign".to_owned(), json!({"usernames": [name], "site_ids": [site]})),
+        (&admin, "POST", "/api/credentials".to_owned(), json!({"name": "Other", "username": "deploy"})),
+        (&admin, "PUT", format!("/api/credentials/{credential}"), json!({"password": "x"})),
+        (&admin, "DELETE", format!("/api/credentials/{credential}"), json!({})),
+        (&admin, "POST", "/api/directory/providers".to_owned(), json!({"name": "Other"})),
+        (&admin, "PATCH", format!("/api/directory/providers/{provider}"), json!({"priority": 1})),
+        (&admin, "DELETE", format!("/api/directory/providers/{provider}"), json!({})),
+        (&admin, "POST", "/api/auth/tokens".to_owned(), json!({"name": "y", "scopes": ["read"], "expires_in_days": 1})),
+        (&admin, "DELETE", format!("/api/auth/tokens/{token}"), json!({})),
+        (&admin, "POST", "/api/assemblies".to_owned(), assembly),
+        (&admin, "PUT", format!("/api/assemblies/{guid}"), json!({"summary": "s"})),
+        (&admin, "POST", "/api/scheduled_jobs".to_owned(), job),
+        (&admin, "DELETE", format!("/api/scheduled_jobs/{scheduled}"), json!({})),
+        (&admin, "POST", format!("/api/admin/device-approvals/{approval}/approve"), json!({})),
+        (&admin, "POST", format!("/api/admin/device-approvals/{approval}/deny"), json!({})),
+        (
+            &admin,
+            "POST",
+            "/api/aegis/rotate".to_owned(),
+            json!({"current_cipher": CIPHER, "new_cipher": "an entirely new passphrase"}),
+        ),
+        (&admin, "POST", "/api/aegis/force_reset".to_owned(), json!({"confirm": "reset"})),
+        (
+            &operator,
+            "POST",
+            "/api/auth/password/reset".to_owned(),
+            json!({"current_password": PASSWORD, "new_password": "an entirely new one"}),
+        ),
+        (&operator, "POST", "/api/auth/step-up".to_owned(), json!({"password": PASSWORD})),
+        (&operator, "DELETE", "/api/auth/sessions".to_owned(), json!({})),
+        (&operator, "POST", "/api/auth/logout".to_owned(), json!({})),
+        (
+            &operator,
+            "POST",
+            "/api/scripts/quick_run".to_owned(),
+            json!({"script_path": made["path"], "hostnames": [device.hostname]}),
+        ),
+    ] {
+        let reply = who.call(method, &path, Some(&body)).await;
+        assert!(reply.status >= 500, "{method} {path}: {} {}", reply.status, reply.text);
+        assert!(!reply.text.contains("no space"), "{method} {path} tells internals: {}", reply.text);
+        assert_eq!(contents(&engine).await, before, "{method} {path}");
+    }
+    run(&engine, "DROP TRIGGER full_up ON audit_events").await.expect("no trigger");
+    let _ = admin.post("/api/sites", json!({"name": "South"})).await.expect(201);
+    let _ = operator.get("/api/auth/me").await.ok();
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use borealis_tests::{
     Actor, Processes, Reply, TestEngine,
+    actor::Credential,
     directory::{Certificates, DomainController, Slapd, group, person},
     engine::{ADMIN, PASSWORD},
     eventually, totp,
@@ -421,12 +422,18 @@ async fn people_of_a_directory_sign_in_with_the_rights_of_their_groups() {
 
     // A provider that is off lets nobody in, and puts out who is.
     let bob_again = Actor { totp_secret: bob.totp_secret.clone(), ..nobody.clone() };
+    let _ = bob.post("/api/auth/step-up", json!({"password": BOB})).await.ok();
+    let token = json!({"name": "x", "scopes": ["read"], "expires_in_days": 1});
+    let token = bob.post("/api/auth/tokens", token).await.ok()["token"].as_str().expect("a token").to_owned();
+    let program = Actor { credential: Credential::Bearer(token), ..nobody.clone() };
+    let _ = program.get("/api/sites").await.ok();
     let off = world.patch(id, json!({"enabled": false})).await.ok();
     assert_eq!(off["provider"]["enabled"], false);
     let code = totp::code(ada.totp_secret.as_deref().expect("a secret"), 1);
     let late = json!({"pending_token": open["pending_token"], "code": code});
     let _ = nobody.post("/api/auth/mfa/verify", late).await.error(401, "invalid_session");
     let _ = bob.get("/api/auth/me").await.error(401, "unauthorized");
+    let _ = program.get("/api/sites").await.error(401, "unauthorized");
     let _ = bob_again
         .post("/api/auth/login", json!({"username": "bob", "password": BOB}))
         .await

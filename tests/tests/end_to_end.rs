@@ -1,15 +1,26 @@
 //! The README's walk with real processes: API, worker and agent, from an empty database to a script's own output; then the
 //! same with what goes wrong in practice.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use borealis_tests::{
     Actor, Child, Processes, TestDatabase,
-    engine::{bootstrap, id_text},
+    actor::Credential,
+    directory::Certificates,
+    engine::{ADMIN, CIPHER, PASSWORD, bootstrap, id_text},
     eventually,
     processes::free_port,
 };
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
 use url::Url;
 
 /// How long a step with nothing in its way may take. Far above what it takes.
@@ -21,7 +32,7 @@ struct House {
     admin: Actor,
     worker: Option<Child>,
     agent: Option<Child>,
-    _api: Child,
+    api: Child,
     processes: Processes,
     _state: tempfile::TempDir,
     _database: TestDatabase,
@@ -29,12 +40,17 @@ struct House {
 
 impl House {
     async fn new() -> Self {
+        Self::with(Processes::new(), free_port(), None).await
+    }
+
+    /// On this port, and with another address that agents are told.
+    async fn with(mut processes: Processes, port: u16, public: Option<Url>) -> Self {
         let database = TestDatabase::start().await;
         let state = tempfile::tempdir().expect("a folder");
         let folder = |name: &str| state.path().join(name).display().to_string();
-        let (port, internal_port) = (free_port(), free_port());
+        let internal_port = free_port();
         let base = Url::parse(&format!("http://127.0.0.1:{port}")).expect("a URL");
-        let mut processes = Processes::new();
+        let public = public.unwrap_or_else(|| base.clone());
         processes
             .set("DATABASE_URL", database.url.as_str())
             .set("BOREALIS_STATE_DIR", folder("engine"))
@@ -42,7 +58,8 @@ impl House {
             .set("BOREALIS_INTERNAL_LISTEN", format!("127.0.0.1:{internal_port}"))
             .set("BOREALIS_INTERNAL_URL", format!("http://127.0.0.1:{internal_port}"))
             .set("BOREALIS_ENGINE_SECRET_FILE", folder("engine/secrets/engine.secret"))
-            .set("BOREALIS_AGENT_SERVER_URL", base.as_str())
+            .set("BOREALIS_PUBLIC_BASE_URL", public.as_str())
+            .set("BOREALIS_AGENT_SERVER_URL", public.as_str())
             .set("BOREALIS_AGENT_STATE_DIR", folder("agent"))
             .set("BOREALIS_AGENT_HOSTNAME", HOSTNAME);
         let api = processes.start("borealis-api", &["serve"]);
@@ -59,7 +76,7 @@ impl House {
         })
         .await;
         let _ = admin.post(&format!("/api/admin/device-approvals/{approval}/approve"), json!({})).await.ok();
-        let house = Self { admin, worker, agent, _api: api, processes, _state: state, _database: database };
+        let house = Self { admin, worker, agent, api, processes, _state: state, _database: database };
         house.online(true).await;
         house
     }
@@ -123,6 +140,127 @@ async fn a_script_scheduled_over_rest_runs_on_a_real_agent_and_its_output_comes_
     let _ = house.until(job, "Success").await;
     let output = house.output(job).await;
     assert!(output.contains("walked on Linux") && output.contains("twice-21"), "{output:?}");
+}
+
+/// A proxy that speaks TLS with this certificate, and plain HTTP with what is behind it; how often a handshake failed.
+async fn tls_proxy(listener: TcpListener, certificates: &Certificates, behind: u16) -> Arc<AtomicUsize> {
+    let chain = vec![CertificateDer::from_pem_slice(certificates.server.as_bytes()).expect("a certificate")];
+    let key = PrivateKeyDer::from_pem_slice(certificates.key().as_bytes()).expect("a key");
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .and_then(|config| config.with_no_client_auth().with_single_cert(chain, key))
+        .expect("a configuration");
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let refused = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&refused);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (acceptor, refused) = (acceptor.clone(), Arc::clone(&counter));
+            tokio::spawn(async move {
+                let Ok(mut outside) = acceptor.accept(stream).await else {
+                    refused.fetch_add(1, Ordering::Relaxed);
+                    return;
+                };
+                let Ok(mut inside) = TcpStream::connect(("127.0.0.1", behind)).await else { return };
+                let _ = tokio::io::copy_bidirectional(&mut outside, &mut inside).await;
+            });
+        }
+    });
+    refused
+}
+
+#[tokio::test]
+async fn an_agent_works_over_tls_and_believes_its_own_authorities_only() {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
+    let public = format!("https://localhost:{}", listener.local_addr().expect("its address").port());
+    let public = Url::parse(&public).expect("a URL");
+    let certificates = Certificates::for_name("localhost");
+    let port = free_port();
+    let refused = tls_proxy(listener, &certificates, port).await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let authority = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).expect("written");
+        path.display().to_string()
+    };
+    let mut processes = Processes::new();
+    processes.set("BOREALIS_AGENT_CA_FILE", authority("right.pem", &certificates.authority));
+    let mut house = House::with(processes, port, Some(public.clone())).await;
+    let job = house.run_now("echo through-$((40 + 2))").await;
+    let _ = house.until(job, "Success").await;
+    assert!(house.output(job).await.contains("through-42"));
+    assert_eq!(refused.load(Ordering::Relaxed), 0);
+
+    // The same agent, with another authority, or at a name that the certificate is not for: it does not come, and says why.
+    let other = authority("other.pem", &Certificates::for_name("localhost").authority);
+    let right = authority("right.pem", &certificates.authority);
+    let by_address = format!("https://127.0.0.1:{}", public.port().expect("a port"));
+    for (authority, url) in [(other, public.as_str()), (right, &*by_address)] {
+        drop(house.agent.take());
+        house.online(false).await;
+        let before = refused.load(Ordering::Relaxed);
+        house.processes.set("BOREALIS_AGENT_CA_FILE", authority).set("BOREALIS_AGENT_SERVER_URL", url);
+        house.agent = Some(house.processes.start("borealis-agent", &["run"]));
+        eventually("it refuses twice", SOON, async || (refused.load(Ordering::Relaxed) >= before + 2).then_some(())).await;
+        house.online(false).await;
+        let said = house.agent.as_ref().expect("the agent").output();
+        assert!(said.to_lowercase().contains("certificate"), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn no_secret_is_in_any_log_however_much_is_logged() {
+    let mut processes = Processes::new();
+    processes.set("BOREALIS_LOG", "trace").set("BOREALIS_AGENT_LOG", "trace");
+    let house = House::with(processes, free_port(), None).await;
+    let admin = &house.admin;
+    let job = house.run_now("echo done").await;
+    let _ = house.until(job, "Success").await;
+    let nobody = Actor::anonymous(&admin.base);
+    let wrong = json!({"username": ADMIN, "password": "canary-wrong-password"});
+    let _ = nobody.post("/api/auth/login", wrong).await.error(401, "invalid username or password");
+    let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
+    let secrets = json!({"name": "Web", "username": "deploy", "password": "canary-credential", "private_key": "canary-key"});
+    let _ = admin.post("/api/credentials", secrets).await.ok();
+    let provider =
+        json!({"name": "Main", "server_urls": "ldaps://dc1.ad.test", "bind_dn": "cn=x", "bind_password": "canary-bind"});
+    let _ = admin.post("/api/directory/providers", provider).await.ok();
+    let token = admin.post("/api/auth/tokens", json!({"name": "x", "scopes": ["read"], "expires_in_days": 1})).await.ok();
+    let token = token["token"].as_str().expect("a token").to_owned();
+    let _ = Actor { credential: Credential::Bearer(token.clone()), ..nobody.clone() }.get("/api/sites").await.ok();
+    // A browser, with its cookie, and an operator's socket.
+    let _ = admin.as_browser().get("/api/auth/me").await.ok();
+    let code = admin.get("/api/sites").await.ok()["sites"][0]["enrollment_code"].as_str().expect("a code").to_owned();
+    let Credential::Bearer(session) = &admin.credential else { panic!("the administrator has a token") };
+    let agent: Value = {
+        let text = std::fs::read_to_string(house._state.path().join("agent/agent.json")).expect("the agent's file");
+        serde_json::from_str(&text).expect("JSON")
+    };
+    let kept = |name: &str| agent["tokens"][name].as_str().unwrap_or_else(|| panic!("no {name} in the agent's file")).to_owned();
+    let engine_secret = std::fs::read_to_string(house._state.path().join("engine/secrets/engine.secret")).expect("a file");
+    let secrets = [
+        PASSWORD.to_owned(),
+        CIPHER.to_owned(),
+        "canary-".to_owned(),
+        admin.totp_secret.clone().expect("a secret"),
+        session.clone(),
+        token,
+        code,
+        kept("access_token"),
+        kept("refresh_token"),
+        engine_secret.trim().to_owned(),
+    ];
+    let logs = [&house.api, house.worker.as_ref().expect("a worker"), house.agent.as_ref().expect("an agent")];
+    for process in logs {
+        let log = process.output();
+        assert!(log.contains("DEBUG") && log.len() > 2_000, "{} logs much: {}", process.name, log.len());
+        for (place, secret) in secrets.iter().enumerate() {
+            let line = log.lines().find(|line| line.contains(secret.as_str()));
+            assert!(line.is_none(), "secret {place} is in the log of {}: {line:?}", process.name);
+        }
+    }
+    assert!(house.api.output().contains("/api/credentials"), "what was done is there");
 }
 
 #[tokio::test]

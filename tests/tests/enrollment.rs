@@ -330,8 +330,15 @@ async fn a_key_has_one_open_request_and_an_approval_survives_a_restart_of_the_ag
     let engine = TestEngine::start().await;
     let (site, code) = engine.site("north").await;
     let key = new_key();
-    let first = ask(&engine, "web", &code, &key).await;
-    let second = ask(&engine, "web-new", &code, &key).await;
+    let zeroth = ask(&engine, "web", &code, &key).await;
+    let shown = engine.approval(zeroth.reference()).await;
+    let first = ask(&engine, "web-new", &code, &key).await;
+    // Who looks at the first and approves it, does not approve the other name.
+    assert_ne!(zeroth.reference(), first.reference());
+    let approve = format!("/api/admin/device-approvals/{shown}/approve");
+    let _ = engine.admin().await.post(&approve, json!({})).await.error(409, "approval_not_pending");
+    assert_eq!(zeroth.poll().await.ok(), json!({"status": "expired"}));
+    let second = ask(&engine, "Web-New", &code, &key).await;
     assert_eq!(first.reference(), second.reference());
     let _ = first.poll().await.error(400, "nonce_mismatch");
     let _ = decide(&engine, &engine.admin().await, &second, json!({})).await.ok();

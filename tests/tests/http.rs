@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use borealis_api::serve::HEAD_TIMEOUT_S;
 use borealis_tests::{Reply, TestCluster, TestDatabase, TestEngine, eventually, raw};
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 #[track_caller]
 fn no_such_route(reply: Reply) {
@@ -154,9 +156,20 @@ async fn every_answer_carries_the_headers_that_tame_browsers() {
         assert_eq!(reply.header("x-content-type-options"), Some("nosniff"), "{path}");
         assert_eq!(reply.header("x-frame-options"), Some("DENY"), "{path}");
         assert!(reply.header("content-security-policy").is_some_and(|policy| policy.contains("default-src 'none'")), "{path}");
+        assert_eq!(reply.header("referrer-policy"), Some("no-referrer"), "{path}");
+        assert_eq!(reply.header("strict-transport-security"), None, "{path}: this engine is not behind TLS");
         assert!(reply.header("x-request-id").is_some_and(|id| id.len() == 32), "{path}");
         let is_api = path.starts_with("/api/");
         assert_eq!(reply.header("cache-control"), is_api.then_some("no-store"), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn behind_tls_browsers_are_told_to_stay_there() {
+    let engine = TestEngine::with(|settings| settings.public_base_url = "https://rmm.example/".parse().expect("a URL")).await;
+    for (path, status) in [("/health", 200), ("/api/sites", 401), ("/nothing", 404)] {
+        let reply = engine.anonymous().get(path).await.expect(status);
+        assert!(reply.header("strict-transport-security").is_some_and(|text| text.starts_with("max-age=")), "{path}");
     }
 }
 
@@ -176,11 +189,30 @@ async fn the_docs_page_comes_from_the_engine_alone() {
 #[tokio::test]
 async fn a_slow_head_is_cut_and_many_idle_connections_do_not_stop_others() {
     let engine = TestEngine::start().await;
+    let mut slow = tokio::net::TcpStream::connect(engine.addr).await.expect("a connection");
+    let slow = tokio::spawn(async move {
+        let started = std::time::Instant::now();
+        slow.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n").await.expect("a beginning");
+        // A line every other second, so that it is never silent.
+        let (mut reading, mut writing) = slow.into_split();
+        let dripping = tokio::spawn(async move {
+            while writing.write_all(b"a: b\r\n").await.is_ok() {
+                tokio::time::sleep(Duration::from_secs(2)).await;
+            }
+        });
+        let mut rest = Vec::new();
+        let _ = reading.read_to_end(&mut rest).await;
+        dripping.abort();
+        (started.elapsed(), String::from_utf8_lossy(&rest).into_owned())
+    });
     let mut idle = Vec::new();
     for _ in 0..200 {
         idle.push(tokio::net::TcpStream::connect(engine.addr).await.expect("a connection"));
     }
     assert_eq!(engine.anonymous().get("/health").await.ok()["status"], "ok");
+    let limit = Duration::from_secs(HEAD_TIMEOUT_S);
+    let (lasted, said) = tokio::time::timeout(limit * 2, slow).await.expect("it is cut").expect("no panic");
+    assert!(lasted + Duration::from_secs(1) >= limit && !said.contains("200 OK"), "{lasted:?}: {said}");
 }
 
 #[tokio::test]

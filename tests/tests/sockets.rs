@@ -12,6 +12,7 @@ use borealis_tests::{
     engine::Node,
     eventually,
 };
+use borealis_workers::api_client::{ApiClient, HostServiceEvent};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -196,6 +197,30 @@ async fn a_script_is_delivered_signed_and_its_result_applied_once() {
         .await
         .expect("the events");
     assert_eq!(events, ["late_result"]);
+}
+
+#[tokio::test]
+async fn a_worker_says_that_something_is_to_be_sent_and_not_what() {
+    let (engine, site) = engine().await;
+    let own = machine(&engine, site).await;
+    let mut socket = own.connect(&engine, dedup()).await;
+    let base = url::Url::parse(&format!("http://{}", engine.internal_addr)).expect("a URL");
+    let worker = ApiClient::new(vec![base], &engine.app.settings.engine_secret_file, Uuid::new_v4()).expect("a client");
+    let forged = |job: i64| HostServiceEvent {
+        device_guid: own.guid,
+        event_name: "quick_job_run",
+        payload: json!({
+            "job_id": job, "target_hostname": "host", "script_type": "bash", "script_encoding": "base64",
+            "script_content": STANDARD.encode("echo forged\n"), "signature": "", "sig_alg": "ed25519",
+        }),
+    };
+    // Nothing is in the tables: nothing is sent.
+    let _ = worker.host_service_events(&[forged(1)]).await.expect("an answer");
+    let job = own.job(&engine.database.pool).await;
+    let _ = worker.host_service_events(&[forged(job)]).await.expect("an answer");
+    // The first that comes is the one of the tables.
+    let run: QuickJobRun = serde_json::from_value(socket.event("quick_job_run").await).expect("a dispatch");
+    assert_eq!((run.job_id, run.script_content.as_str()), (job, &*STANDARD.encode("echo hello\n")));
 }
 
 #[tokio::test]

@@ -1,8 +1,8 @@
 //! How the engine signs a script for a device and how the agent checks it.
 //!
 //! The reference signs the bytes of the script alone, so a signed script can be replayed to any machine with other
-//! variables. Beside that signature, which deployed agents need, goes an envelope that binds the script to one job, one
-//! device, its environment, its limits and a time (contract jobs 4.3, remote 7.3).
+//! variables. Beside that signature, which its agents need, goes an envelope that binds the script to one job, one
+//! device, its interpreter, its environment, its limits and a time (contract jobs 4.3, remote 7.3). Our agent runs nothing without it.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ use crate::keys::{self, SigningKey, VerifyingKey};
 use crate::normalise_guid;
 
 /// Version of the envelope written here.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Seconds an agent's clock may be ahead of the engine's before it calls a job too old.
 pub const CLOCK_LEEWAY_SECONDS: i64 = 300;
@@ -35,6 +35,8 @@ pub struct Envelope {
     pub device_guid: String,
     /// Hex SHA-256 of the decoded script.
     pub script_sha256: String,
+    /// What runs it: `bash`, `powershell`, `batch`.
+    pub script_type: String,
     /// [`env_sha256`].
     pub env_sha256: String,
     /// Limit of the script in seconds, 0 for none.
@@ -51,6 +53,7 @@ impl Envelope {
     pub fn to_sign(&self) -> Vec<u8> {
         let value = json!({
             "v": self.v, "job_id": self.job_id, "device_guid": self.device_guid, "script_sha256": self.script_sha256,
+            "script_type": self.script_type,
             "env_sha256": self.env_sha256, "timeout_seconds": self.timeout_seconds, "run_mode": self.run_mode,
             "not_after": self.not_after,
         });
@@ -82,6 +85,9 @@ pub enum Refusal {
     /// The signature over the script does not match.
     #[error("the script's signature does not match")]
     ScriptSignature,
+    /// No envelope: only its script is signed.
+    #[error("the job has no envelope")]
+    NoEnvelope,
     /// The envelope is there without its signature, or the signature does not match.
     #[error("the envelope's signature does not match")]
     EnvelopeSignature,
@@ -113,6 +119,7 @@ pub fn sign(run: &mut QuickJobRun, key: &SigningKey, device_guid: &str, not_afte
         job_id: run.job_id,
         device_guid: normalise_guid(device_guid),
         script_sha256: sha256_hex(&script),
+        script_type: run.script_type.clone(),
         env_sha256: env_sha256(&run.environment, &run.variables),
         timeout_seconds: run.timeout_seconds,
         run_mode: run.run_mode.clone(),
@@ -126,8 +133,7 @@ pub fn sign(run: &mut QuickJobRun, key: &SigningKey, device_guid: &str, not_afte
     Ok(())
 }
 
-/// Checks a job against the key pinned at enrollment and hands out the decoded script. The envelope is checked when there
-/// is one; `now` is epoch seconds.
+/// Checks a job against the key pinned at enrollment and hands out the decoded script. `now` is epoch seconds.
 ///
 /// # Errors
 /// The first [`Refusal`] found; the job must then be reported `Failed` and not be run.
@@ -144,9 +150,7 @@ pub fn verify(run: &QuickJobRun, pinned: &VerifyingKey, device_guid: &str, now: 
     }
     let script = keys::from_base64(&run.script_content).map_err(|_| Refusal::Content)?;
     keys::verify_base64(pinned, &script, &run.signature).map_err(|_| Refusal::ScriptSignature)?;
-    let Some(envelope) = &run.envelope else {
-        return if run.envelope_signature.is_some() { Err(Refusal::EnvelopeSignature) } else { Ok(script) };
-    };
+    let envelope = run.envelope.as_ref().ok_or(Refusal::NoEnvelope)?;
     let signature = run.envelope_signature.as_deref().ok_or(Refusal::EnvelopeSignature)?;
     keys::verify_base64(pinned, &envelope.to_sign(), signature).map_err(|_| Refusal::EnvelopeSignature)?;
     if envelope.v != VERSION {
@@ -159,6 +163,7 @@ pub fn verify(run: &QuickJobRun, pinned: &VerifyingKey, device_guid: &str, now: 
         return Err(Refusal::OtherDevice);
     }
     if envelope.script_sha256 != sha256_hex(&script)
+        || envelope.script_type != run.script_type
         || envelope.env_sha256 != env_sha256(&run.environment, &run.variables)
         || envelope.timeout_seconds != run.timeout_seconds
         || envelope.run_mode != run.run_mode
@@ -220,7 +225,9 @@ mod tests {
             (|r| r.signing_key = keys::spki_base64(&key(2).verifying_key()), Refusal::ForeignKey),
             (|r| r.signing_key = "garbage".into(), Refusal::ForeignKey),
             (|r| r.envelope_signature = None, Refusal::EnvelopeSignature),
-            (|r| r.envelope = None, Refusal::EnvelopeSignature),
+            (|r| r.envelope = None, Refusal::NoEnvelope),
+            (|r| (r.envelope, r.envelope_signature) = (None, None), Refusal::NoEnvelope),
+            (|r| r.script_type = "powershell".into(), Refusal::Altered),
             (|r| r.job_id = 43, Refusal::OtherJob),
             (|r| drop(r.environment.insert("LD_PRELOAD".into(), "/tmp/x.so".into())), Refusal::Altered),
             (|r| r.variables.clear(), Refusal::Altered),
@@ -258,14 +265,5 @@ mod tests {
         run.envelope = Some(forged);
         run.envelope_signature = Some(bait.signature);
         assert_eq!(check(&run), Err(Refusal::EnvelopeSignature));
-    }
-
-    #[test]
-    fn a_job_without_an_envelope_is_checked_by_its_script_alone() {
-        let mut run = job();
-        run.envelope = None;
-        run.envelope_signature = None;
-        run.signing_key.clear();
-        assert!(check(&run).is_ok());
     }
 }

@@ -22,7 +22,7 @@ const DEVICE_COOKIE_S: u32 = 365 * 24 * 3600;
 /// The header with the setup token.
 pub const SETUP_TOKEN_HEADER: &str = "x-borealis-setup-token";
 
-/// Headers of which a proxy adds at least one. They are never believed; their presence says the peer is not the client.
+/// Headers of which a proxy adds at least one. Their presence says that the peer is not the client.
 const FORWARDING: [&str; 8] = [
     "forwarded",
     "via",
@@ -34,9 +34,18 @@ const FORWARDING: [&str; 8] = [
     "x-client-ip",
 ];
 
-/// The address of the peer of this connection; none when the service runs without a listener.
+/// Who the client is, as [`TrustedProxies::client`](super::proxies::TrustedProxies::client) has found at the door.
+#[derive(Debug, Clone, Copy)]
+pub struct ClientIp(pub IpAddr);
+
+/// The address of the client; none when the service runs without a listener.
 #[must_use]
 pub fn client_ip(parts: &Parts) -> Option<IpAddr> {
+    parts.extensions.get::<ClientIp>().map(|ClientIp(ip)| *ip)
+}
+
+/// The address of the peer of this connection, which may be a proxy.
+fn peer_ip(parts: &Parts) -> Option<IpAddr> {
     parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip().to_canonical())
 }
 
@@ -85,12 +94,15 @@ fn bad_origin() -> ApiError {
     Error::new(Kind::Forbidden, "bad_origin", "This request was not made by a page of this engine.").into()
 }
 
-/// Whether `Origin` is ours: the configured base URL, or the very host the request was sent to.
+/// Whether `Origin` is ours: the configured base URL, or the very host the request was sent to. Where that URL is https, a page
+/// of plain http may be anybody's who is on the line.
 fn own_origin(app: &App, parts: &Parts, origin: &str) -> bool {
-    if app.settings.public_base_url.origin().ascii_serialization() == origin {
+    let base = &app.settings.public_base_url;
+    if base.origin().ascii_serialization() == origin {
         return true;
     }
-    let authority = origin.strip_prefix("https://").or_else(|| origin.strip_prefix("http://"));
+    let plain = (base.scheme() == "http").then(|| origin.strip_prefix("http://")).flatten();
+    let authority = origin.strip_prefix("https://").or(plain);
     authority.is_some_and(|authority| text(&parts.headers, "host") == Some(authority))
 }
 
@@ -144,7 +156,7 @@ pub fn check_anonymous_request(app: &App, parts: &Parts) -> Result<(), ApiError>
 /// speak that add no header.
 #[must_use]
 pub fn is_local(parts: &Parts) -> bool {
-    client_ip(parts).is_some_and(|ip| ip.is_loopback())
+    peer_ip(parts).is_some_and(|ip| ip.is_loopback())
         && parts.version >= Version::HTTP_11
         && !FORWARDING.iter().any(|name| parts.headers.contains_key(*name))
         && text(&parts.headers, "host").is_none_or(names_this_machine)

@@ -203,6 +203,7 @@ pub async fn prepare(app: &App) -> borealis_engine::Result<()> {
 pub mod client;
 pub mod device;
 pub mod operator;
+pub mod proxies;
 
 pub use device::Device;
 pub use operator::Operator;

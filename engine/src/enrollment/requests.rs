@@ -157,6 +157,16 @@ struct Known {
     active: bool,
 }
 
+/// The open request of a key.
+struct Before {
+    id: Uuid,
+    approval_reference: Uuid,
+    status: String,
+    site_id: Option<i64>,
+    hostname_claimed: String,
+    approved_by_user_id: Option<String>,
+}
+
 /// Whether a site's open door lets a machine in, and as which device: as a new one when neither its key nor its name is
 /// known here; as itself when it is active in this site. Everything else is for a person.
 fn open_door(known: &[Known]) -> Option<Option<Uuid>> {
@@ -206,18 +216,20 @@ async fn open(pool: &db::Pool, request: &Request, address: &str, site_id: i64, d
     let (job, run, target) = &request.onboarding;
     let mut tx = pool.begin().await?;
     sqlx::query!("DELETE FROM enrollment_code_failures WHERE fingerprint = $1", request.fingerprint).execute(&mut *tx).await?;
-    let before = sqlx::query!(
+    let before = sqlx::query_as!(
+        Before,
         "SELECT id, approval_reference, status, site_id, hostname_claimed, approved_by_user_id FROM device_approvals
          WHERE fingerprint = $1 AND status IN ('pending', 'approved') FOR UPDATE",
         request.fingerprint,
     )
     .fetch_optional(&mut *tx)
     .await?;
-    if let Some(before) = &before
-        && before.status == "approved"
-    {
+    let same = |before: &Before| {
+        before.site_id == Some(site_id) && before.hostname_claimed.to_lowercase() == request.hostname.to_lowercase()
+    };
+    if let Some(before) = &before {
         // The decision was for this key, in this site, under this name; a restart of the agent does not undo it.
-        if before.site_id == Some(site_id) && before.hostname_claimed.to_lowercase() == request.hostname.to_lowercase() {
+        if before.status == "approved" && same(before) {
             sqlx::query!(
                 "UPDATE device_approvals SET client_nonce = $2, server_nonce = $3, remote_addr = $4, updated_at = now() WHERE id = $1",
                 before.id,
@@ -238,23 +250,25 @@ async fn open(pool: &db::Pool, request: &Request, address: &str, site_id: i64, d
                 auto_approved: before.approved_by_user_id.as_deref() == Some("site_auto_approval"),
             });
         }
-        sqlx::query!("UPDATE device_approvals SET status = 'expired', updated_at = now() WHERE id = $1", before.id)
-            .execute(&mut *tx)
-            .await?;
-        let why = "the key asked again under another name or in another site";
-        approvals::record_expired(&mut tx, before.id, before.site_id, why).await?;
+        // Somebody may be looking at it: what they decide is for what they see.
+        if !same(before) {
+            sqlx::query!("UPDATE device_approvals SET status = 'expired', updated_at = now() WHERE id = $1", before.id)
+                .execute(&mut *tx)
+                .await?;
+            let why = "the key asked again under another name or in another site";
+            approvals::record_expired(&mut tx, before.id, before.site_id, why).await?;
+        }
     }
-    let (id, reference) = match before.filter(|before| before.status == "pending") {
+    let (id, reference) = match before.filter(same) {
         Some(before) => {
             sqlx::query!(
-                "UPDATE device_approvals SET hostname_claimed = $2, enrollment_code = $3, site_id = $4, client_nonce = $5,
-                        server_nonce = $6, remote_addr = $7, onboarding_job_id = $8, onboarding_run_id = $9,
-                        onboarding_target = $10, updated_at = now()
+                "UPDATE device_approvals SET hostname_claimed = $2, enrollment_code = $3, client_nonce = $4,
+                        server_nonce = $5, remote_addr = $6, onboarding_job_id = $7, onboarding_run_id = $8,
+                        onboarding_target = $9, updated_at = now()
                  WHERE id = $1",
                 before.id,
                 request.hostname,
                 request.code,
-                site_id,
                 request.client_nonce,
                 server_nonce.as_slice(),
                 address,

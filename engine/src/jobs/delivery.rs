@@ -67,6 +67,7 @@ pub struct Shared {
 struct Signed {
     signature: String,
     script_sha256: String,
+    script_type: String,
     env_sha256: String,
     timeout_seconds: u64,
     run_mode: String,
@@ -285,6 +286,7 @@ pub fn payload(keys: &Keys, delivery: &Delivery) -> Result<Value> {
         job_id: delivery.activity_id,
         device_guid: guid_text(delivery.device),
         script_sha256: signed.script_sha256,
+        script_type: signed.script_type,
         env_sha256: signed.env_sha256,
         timeout_seconds: signed.timeout_seconds,
         run_mode: signed.run_mode,
@@ -305,6 +307,7 @@ impl Signed {
         Ok(Self {
             signature: keys.sign_script(&script),
             script_sha256: borealis_protocol::canonical::sha256_hex(&script),
+            script_type: run.script_type,
             env_sha256: envelope::env_sha256(&run.environment, &run.variables),
             timeout_seconds: run.timeout_seconds,
             run_mode: run.run_mode,

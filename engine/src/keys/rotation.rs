@@ -157,13 +157,12 @@ impl Rotation {
             // From now on, as a key of tokens is forgotten some time after. Before anything else: both names are of one file for a moment.
             fs::File::options().write(true).open(&current)?.set_modified(SystemTime::now())?;
             let draft = self.draft();
-            match fs::remove_file(&draft) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+            gone(&draft)?;
             // Never without a current key, and never without the old one among the accepted.
             fs::hard_link(&current, &draft)?;
             fs::rename(&draft, &previous)?;
+            // Renaming one name of a file to another of its names leaves both.
+            gone(&draft)?;
             fs::rename(&next, &current)?;
             self.sync()
         };
@@ -180,11 +179,7 @@ impl Rotation {
             return Err(Error::conflict("rotation_not_switched", why));
         }
         let previous = self.path(Role::Previous);
-        let removed = match fs::remove_file(&previous) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            removed => removed,
-        };
-        removed.and_then(|()| self.sync()).map_err(|error| files::unusable(&previous, &error))
+        gone(&previous).and_then(|()| self.sync()).map_err(|error| files::unusable(&previous, &error))
     }
 
     fn check(&self, role: Role) -> Result<()> {
@@ -202,6 +197,13 @@ impl Rotation {
 
     fn sync(&self) -> std::io::Result<()> {
         self.path(Role::Current).parent().map_or(Ok(()), |folder| fs::File::open(folder)?.sync_all())
+    }
+}
+
+fn gone(path: &Path) -> std::io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
