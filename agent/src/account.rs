@@ -10,6 +10,7 @@ use borealis_protocol::rest::{
     EnrollRequest, EnrollResponse, PATH_ENROLL_POLL, PATH_ENROLL_REQUEST, PATH_TOKEN_REFRESH, PollRequest, PollResponse,
     RefreshRequest, RefreshResponse, RemoteOpsRoute, TokenCapabilities,
 };
+use borealis_protocol::succession::{self, Succession};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -29,6 +30,9 @@ const DEFAULT_LIFETIME_SECONDS: i64 = 900;
 /// The longest lifetime believed, so that a wrong number cannot stop refreshing.
 const MAX_LIFETIME_SECONDS: i64 = 86_400;
 
+/// How long jobs of a script key that has passed its place on are still run, in seconds.
+const FORMER_KEY_S: i64 = 300;
+
 const CAPABILITIES: TokenCapabilities = TokenCapabilities { rotates: true };
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -43,8 +47,19 @@ struct Stored {
     /// Base64 SPKI of the engine's script key, as received at enrollment.
     #[serde(default)]
     server_signing_key: Option<String>,
+    /// The script key before the present one.
+    #[serde(default)]
+    former_signing_key: Option<Former>,
     #[serde(default)]
     remote_ops_route: Option<RemoteOpsRoute>,
+}
+
+/// A script key that has passed its place on.
+#[derive(Clone, Serialize, Deserialize)]
+struct Former {
+    key: String,
+    /// Until when jobs signed with it are run, in epoch seconds of the machine's clock: not every process of the engine changes at once.
+    until: i64,
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -150,6 +165,7 @@ impl Account {
                     guid: None,
                     tokens: None,
                     server_signing_key: None,
+                    former_signing_key: None,
                     remote_ops_route: None,
                 };
                 files::replace_json(&*platform, &path, &stored).map_err(Error::file(&path))?;
@@ -185,9 +201,32 @@ impl Account {
         self.read(|stored| stored.guid.clone()).unwrap_or_default()
     }
 
-    /// The engine key pinned at enrollment.
-    pub(crate) fn engine_key(&self) -> Option<VerifyingKey> {
-        self.read(|stored| stored.server_signing_key.clone()).and_then(|text| keys::from_spki_base64(&text).ok())
+    /// The key that what `announced` has signed is to be checked with: the one pinned at enrollment, or one that it has passed its place
+    /// to, which is pinned from then on.
+    pub(crate) fn engine_key(&self, announced: &str, successions: &[Succession]) -> Option<VerifyingKey> {
+        let read = |text: String| keys::from_spki_base64(&text).ok();
+        let pinned = self.read(|stored| stored.server_signing_key.clone()).and_then(read)?;
+        let announced = announced.trim();
+        if announced.is_empty() || keys::from_spki_base64(announced).is_ok_and(|key| key == pinned) {
+            return Some(pinned);
+        }
+        let former = self.read(|stored| stored.former_signing_key.clone()).filter(|former| former.until > local_now());
+        if let Some(former) = former.and_then(|former| read(former.key))
+            && keys::from_spki_base64(announced).is_ok_and(|key| key == former)
+        {
+            return Some(former);
+        }
+        let Some(next) = succession::follow(&pinned, successions, announced) else { return Some(pinned) };
+        info!("the engine's script key has passed its place to another");
+        let saved = self.write(None, |stored| {
+            stored.server_signing_key = Some(keys::spki_base64(&next));
+            let until = local_now().saturating_add(FORMER_KEY_S);
+            stored.former_signing_key = Some(Former { key: keys::spki_base64(&pinned), until });
+        });
+        if let Err(error) = saved {
+            warn!(%error, "the engine's new script key is not on disk yet");
+        }
+        Some(next)
     }
 
     pub(crate) fn route(&self) -> Option<RemoteOpsRoute> {
@@ -362,6 +401,7 @@ impl Account {
             stored.guid = Some(normalise_guid(&guid));
             stored.tokens = Some(Tokens { access_token, access_expires_at: local_now().saturating_add(lifetime), refresh_token });
             stored.server_signing_key = Some(keys::spki_base64(&signing_key));
+            stored.former_signing_key = None;
             stored.remote_ops_route = decision.remote_ops_route;
         })
         .map_err(|error| transient(&format!("cannot store the tokens: {error}")))?;
@@ -392,9 +432,16 @@ impl Account {
     /// Changes the account in memory, then on disk. The file is replaced as a whole, so a crash leaves the old or the new
     /// refresh token there, never none.
     fn update(&self, lifetime: i64, change: impl FnOnce(&mut Stored)) -> std::io::Result<()> {
+        self.write(Some(lifetime), change)
+    }
+
+    /// Changes what is stored; with a lifetime, of the tokens in it.
+    fn write(&self, lifetime: Option<i64>, change: impl FnOnce(&mut Stored)) -> std::io::Result<()> {
         let mut inner = self.inner.lock().map_err(|_| std::io::Error::other("poisoned"))?;
         change(&mut inner.stored);
-        inner.usable_until = Instant::now() + seconds(lifetime);
+        if let Some(lifetime) = lifetime {
+            inner.usable_until = Instant::now() + seconds(lifetime);
+        }
         let saved = files::replace_json(&*self.platform, &self.path, &inner.stored);
         inner.unsaved = saved.is_err();
         saved
@@ -491,7 +538,7 @@ mod tests {
         let second = open(dir.path());
         assert_eq!(second.fingerprint(), fingerprint);
         assert_eq!(second.guid(), "0D2F7B1A-0000-4000-8000-00000000ABCD");
-        assert!(second.engine_key().is_some());
+        assert!(second.engine_key("", &[]).is_some());
         assert_eq!(second.bearer().await.unwrap(), "access");
         second.distrust_access_token();
         assert!(matches!(second.bearer().await, Err(TokenError::Transient { .. })), "no engine there to refresh with");
@@ -504,6 +551,38 @@ mod tests {
         let third = open(dir.path());
         assert_eq!(third.fingerprint(), fingerprint);
         assert!(!third.is_enrolled());
+    }
+
+    #[test]
+    fn the_script_key_is_followed_and_the_former_one_counts_for_a_while() {
+        let dir = tempfile::tempdir().unwrap();
+        let account = open(dir.path());
+        account.admit(admission("refresh"), "").unwrap();
+        let key = |seed: u8| SigningKey::from_bytes(&[seed; 32]);
+        let public = |seed: u8| keys::spki_base64(&key(seed).verifying_key());
+        let chain = [Succession::sign(&key(9), &key(10).verifying_key())];
+        let used = |account: &Account, announced: &str, chain: &[Succession]| {
+            keys::spki_base64(&account.engine_key(announced, chain).expect("a key"))
+        };
+        // Nobody takes its place without its word.
+        let forged = [Succession::sign(&key(8), &key(10).verifying_key())];
+        for chain in [&[][..], &forged] {
+            assert_eq!(used(&account, &public(10), chain), public(9));
+        }
+        // That it is named does not make it the one.
+        assert_eq!(used(&account, &public(9), &chain), public(9));
+        assert_eq!(used(&account, &public(10), &chain), public(10));
+        // Another process of the engine has not changed yet.
+        assert_eq!(used(&account, &public(9), &[]), public(9));
+        assert_eq!(used(&account, "", &[]), public(10));
+        drop(account);
+
+        let again = open(dir.path());
+        assert_eq!(used(&again, &public(9), &[]), public(9));
+        again.write(None, |stored| stored.former_signing_key.as_mut().expect("a former key").until = local_now() - 1).unwrap();
+        assert_eq!(used(&again, &public(9), &[]), public(10), "its time is over");
+        again.admit(admission("another"), "").unwrap();
+        assert_eq!(used(&again, "", &[]), public(9), "an enrollment begins anew");
     }
 
     #[test]

@@ -247,6 +247,8 @@ impl Reporter {
                 Ok(answer) => {
                     let answer: IngestResponse = serde_json::from_value(answer).unwrap_or_default();
                     debug!(path, status = %answer.status, coalesced = answer.coalesced, "reported");
+                    // Also when there is nothing to run for a long time: the next key may pass its place on meanwhile.
+                    let _ = self.account.engine_key(&answer.signing_key, &answer.signing_key_successions);
                     trouble.reset();
                     return Ok(());
                 }
@@ -284,7 +286,7 @@ impl Reporter {
         } else {
             role("context_system", "Scripts", "unsupported", "No script interpreter on this machine".to_owned())
         };
-        if self.shared.account.engine_key().is_none() {
+        if self.shared.account.engine_key("", &[]).is_none() {
             "unhealthy".clone_into(&mut scripts.status_code);
             "unhealthy".clone_into(&mut scripts.status);
             "No engine key to check scripts with".clone_into(&mut scripts.detail);

@@ -119,6 +119,8 @@ enum Rotatable {
     EngineSecret,
     /// What the access tokens of agents are signed with.
     AgentTokens,
+    /// What scripts are signed with.
+    ScriptSigning,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
@@ -270,6 +272,7 @@ impl Console {
         let what = match key {
             Rotatable::EngineSecret => What::EngineSecret,
             Rotatable::AgentTokens => What::AgentTokens,
+            Rotatable::ScriptSigning => What::ScriptSigning,
         };
         let rotation = Rotation::new(what, &self.secrets_dir, &self.engine_secret_file);
         let detail = json!({ "key": key, "step": step, "stolen": stolen });

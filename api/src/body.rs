@@ -43,11 +43,39 @@ pub async fn bytes<S: Send + Sync>(request: Request, state: &S) -> Result<Bytes,
     })
 }
 
+/// How deep the arrays and objects of a body may be nested.
+pub const MAX_DEPTH: usize = 64;
+
+/// How deep arrays and objects are nested in what is JSON; anything in what is not.
+fn depth(bytes: &[u8]) -> usize {
+    let (mut now, mut most) = (0_usize, 0_usize);
+    let (mut in_text, mut escaped) = (false, false);
+    for byte in bytes {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_text => escaped = true,
+            b'"' => in_text = !in_text,
+            _ if in_text => {}
+            b'[' | b'{' => {
+                now += 1;
+                most = most.max(now);
+            }
+            b']' | b'}' => now = now.saturating_sub(1),
+            _ => {}
+        }
+    }
+    most
+}
+
 /// Reads JSON from `bytes`, naming the field and the place of the fault.
 ///
 /// # Errors
 /// 400 `invalid_json`.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    if depth(bytes) > MAX_DEPTH {
+        let why = format!("The request body is nested more than {MAX_DEPTH} levels deep.");
+        return Err(ApiError(Error::invalid("invalid_json", why)));
+    }
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
@@ -127,6 +155,18 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_body_is_nested_so_deep_and_no_deeper() {
+        let nested = |levels: usize| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
+        assert!(parse::<serde_json::Value>(nested(MAX_DEPTH).as_bytes()).is_ok());
+        let refused = parse::<serde_json::Value>(nested(MAX_DEPTH + 1).as_bytes()).unwrap_err();
+        assert_eq!(refused.0.code, "invalid_json");
+        // What looks like it inside a text is none.
+        let text = serde_json::json!({"a": "\\\"".to_owned() + &"[{".repeat(100), "b": [1]}).to_string();
+        assert_eq!(depth(text.as_bytes()), 2);
+        assert!(parse::<serde_json::Value>(text.as_bytes()).is_ok());
+    }
 
     #[derive(Debug, Default, serde::Deserialize)]
     #[serde(deny_unknown_fields)]

@@ -7,7 +7,7 @@ use borealis_api::{
     settings::{Environment, Settings},
     up,
 };
-use borealis_engine::{Error, Result, db, state_dir};
+use borealis_engine::{Error, Result, db, secret::keep_out_of_core_dumps, state_dir};
 use borealis_telemetry::{Exports, log::Format};
 use clap::{Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
@@ -50,6 +50,7 @@ const ALREADY_RUNNING: u8 = 75;
 
 fn main() -> ExitCode {
     let line = Line::parse();
+    keep_out_of_core_dumps();
     match run(line) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -113,6 +114,7 @@ async fn openapi() -> Result<()> {
         public_base_url: "http://127.0.0.1:0".parse().map_err(Error::bug)?,
         enroll_per_minute: 1,
         enroll_wrong_codes: 1,
+        enrollment_code_days: 1,
         unseal: borealis_engine::access::aegis::Unseal::Manual,
         access: borealis_engine::access::Settings::default(),
         trusted_proxies: Default::default(),

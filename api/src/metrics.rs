@@ -33,6 +33,7 @@ pub(crate) struct Meters {
     pub results_waiting: IntGauge,
     pub errors_delivery: IntCounter,
     pub errors_results: IntCounter,
+    pub audit_broken: IntGauge,
     sockets: IntGaugeVec,
     requests: IntCounterVec,
     seconds: HistogramVec,
@@ -72,6 +73,10 @@ pub(crate) static METERS: LazyLock<Meters> = LazyLock::new(|| {
         results_waiting: meter::gauge("borealis_results_waiting", "Reports of agents that wait to be applied."),
         errors_delivery: errors.with_label_values(&["delivery"]),
         errors_results: errors.with_label_values(&["results"]),
+        audit_broken: meter::gauge(
+            "borealis_audit_broken",
+            "1 when the daily check of the audit by this process has found that it was tampered with.",
+        ),
         sockets: meter::gauges("borealis_sockets", "Sockets connected to this process, of agents and of operators.", &["kind"]),
         requests: meter::counters(
             "borealis_http_requests_total",

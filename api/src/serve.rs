@@ -45,6 +45,8 @@ pub const MAX_HEAD_BYTES: usize = 64 * 1024;
 pub const DRAIN_S: u64 = 10;
 /// How often it is looked for audit events to seal.
 const SEAL_EVERY: Duration = Duration::from_secs(1);
+/// How often it is looked whether the audit has to be checked, which is once a day.
+const CHECK_LOOK_EVERY: Duration = Duration::from_secs(15 * 60);
 /// How often it is looked for directories to sync.
 const SYNC_LOOK_EVERY: Duration = Duration::from_secs(10);
 /// How often it is looked whether another process has changed the secret store.
@@ -120,6 +122,7 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
     tasks.spawn(keep_open(app.clone(), shutdown.clone()));
     tasks.spawn(read_keys(app.clone(), shutdown.clone()));
     tasks.spawn(seal_audit(app.clone(), shutdown.clone()));
+    tasks.spawn(check_audit(app.clone(), shutdown.clone()));
     tasks.spawn(sync_directories(app.clone(), shutdown.clone()));
     tasks.spawn(accept(public, router, Arc::new(app.settings.trusted_proxies.clone()), shutdown.clone()));
     tasks.spawn(accept(internal, internal_router, Arc::default(), shutdown.clone()));
@@ -227,6 +230,35 @@ async fn seal_audit(app: App, shutdown: CancellationToken) {
                     break;
                 }
             }
+        }
+    }
+}
+
+/// Checks once a day that nobody has changed the audit. Of several processes the first that comes does; two that come at once both do.
+async fn check_audit(app: App, shutdown: CancellationToken) {
+    let mut every = tokio::time::interval(CHECK_LOOK_EVERY);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // A process that starts has something else to do.
+    every.reset();
+    while shutdown.run_until_cancelled(every.tick()).await.is_some() {
+        if !app.vault.is_open() {
+            continue;
+        }
+        match chain::daily(&app.pool, &app.vault).await {
+            Ok(None) => {}
+            Ok(Some(report)) => {
+                metrics::METERS.audit_broken.set(i64::from(report.broken.is_some()));
+                match report.broken {
+                    Some(broken) => tracing::error!(
+                        seq = broken.seq,
+                        event_id = broken.event_id,
+                        why = broken.why,
+                        "THE AUDIT WAS TAMPERED WITH; see GET /api/audit/check"
+                    ),
+                    None => tracing::info!(checked = report.checked, head = report.head, "the audit is whole"),
+                }
+            }
+            Err(error) => tracing::warn!(%error, "the audit could not be checked"),
         }
     }
 }

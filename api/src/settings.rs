@@ -1,14 +1,12 @@
 //! The settings of an API process: read once, from the environment or the command line, where each has the same name.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    path::PathBuf,
-};
+use std::{net::SocketAddr, path::PathBuf};
 
 use borealis_engine::{
     Error, Result, Secret,
     access::{self, aegis, sessions::Lifetimes},
     egress,
+    sites::CODE_MAX_DAYS,
 };
 use borealis_telemetry::{Exports, Optional};
 use clap::{Args, ValueEnum};
@@ -33,6 +31,8 @@ pub struct Settings {
     pub enroll_per_minute: u32,
     /// Wrong enrollment codes from one address in 15 minutes; with more it is refused.
     pub enroll_wrong_codes: u32,
+    /// For how many days an enrollment code can be used, unless it is said; 0 for ever.
+    pub enrollment_code_days: i32,
     /// How a process opens the secret store by itself.
     pub unseal: aegis::Unseal,
     /// Sign-in: how long sessions live, the name an authenticator app shows.
@@ -110,6 +110,9 @@ pub struct Environment {
     /// Wrong enrollment codes from one address in 15 minutes; with more it is refused.
     #[arg(long, env = "BOREALIS_ENROLL_WRONG_CODES", value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub enroll_wrong_codes: u32,
+    /// For how many days an enrollment code can be used, unless the request that makes it says; 0 for ever.
+    #[arg(long, env = "BOREALIS_ENROLLMENT_CODE_DAYS", value_name = "N", default_value_t = 90, value_parser = clap::value_parser!(i32).range(0..=CODE_MAX_DAYS as i64))]
+    pub enrollment_code_days: i32,
     /// How long a session lives at most, in seconds.
     #[arg(long, env = "BOREALIS_TOKEN_TTL_SECONDS", value_name = "N", default_value_t = Lifetimes::default().absolute_s, value_parser = clap::value_parser!(u32).range(60..=31_536_000))]
     pub token_ttl_seconds: u32,
@@ -218,10 +221,16 @@ impl Environment {
             engine_secret_file: self.store.engine_secret_file()?,
             public_base_url: match &self.public_base_url {
                 Some(url) => public(url.clone())?,
-                None => own(self.listen)?,
+                None if self.listen.ip().is_loopback() && self.trusted_proxies == TrustedProxies::default() => own(self.listen)?,
+                None => {
+                    let why =
+                        "it must be set where others than this machine reach the engine: agents, passkeys and cookies go by it.";
+                    return Err(Error::field("invalid_setting", "BOREALIS_PUBLIC_BASE_URL", why));
+                }
             },
             enroll_per_minute: self.enroll_per_minute,
             enroll_wrong_codes: self.enroll_wrong_codes,
+            enrollment_code_days: self.enrollment_code_days,
             unseal: self.store.unseal()?,
             access: access::Settings {
                 sessions: Lifetimes { idle_s: self.store.session_idle_seconds, absolute_s: self.token_ttl_seconds },
@@ -277,16 +286,9 @@ fn github_api(mut url: Url) -> Result<Url> {
     Ok(url)
 }
 
-/// The listener's own URL. One that listens everywhere is named by its loopback address, which is right on this machine;
-/// for others the public base URL has to be set.
+/// The listener's own URL.
 fn own(listen: SocketAddr) -> Result<Url> {
-    let loopback = match listen.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
-        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
-        named => named,
-    };
-    let at = SocketAddr::new(loopback, listen.port());
-    Url::parse(&format!("http://{at}")).map_err(Error::bug)
+    Url::parse(&format!("http://{listen}")).map_err(Error::bug)
 }
 
 #[cfg(test)]
@@ -312,9 +314,13 @@ mod tests {
         assert_eq!(settings.engine_secret_file, std::path::Path::new("/srv/b/secrets/engine.secret"));
         assert_eq!(settings.public_base_url.as_str(), "http://127.0.0.1:9000/");
         assert_eq!(settings.unseal, aegis::Unseal::Own("/srv/b/secrets/unseal.key".into()));
-        let everywhere = read(&["--listen", "[::]:9000", "--unseal", "manual"]).unwrap();
-        assert_eq!(everywhere.public_base_url.as_str(), "http://[::1]:9000/");
-        assert_eq!(everywhere.unseal, aegis::Unseal::Manual);
+        assert_eq!(read(&["--listen", "[::1]:9000"]).unwrap().public_base_url.as_str(), "http://[::1]:9000/");
+        assert_eq!(read(&["--unseal", "manual"]).unwrap().unseal, aegis::Unseal::Manual);
+        for open in [&["--listen", "[::]:9000"][..], &["--listen", "192.0.2.1:9000"], &["--trusted-proxies", "127.0.0.1"]] {
+            assert!(read(open).unwrap_err().fields.contains_key("BOREALIS_PUBLIC_BASE_URL"), "{open:?}");
+            let named = [open, &["--public-base-url", "https://rmm.example"]].concat();
+            assert_eq!(read(&named).unwrap().public_base_url.as_str(), "https://rmm.example/");
+        }
     }
 
     #[tokio::test]

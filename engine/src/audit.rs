@@ -24,14 +24,19 @@ pub struct Entry<'a> {
     pub detail: serde_json::Value,
 }
 
-/// Writes one row. What an API token did says so: `api_token` in the detail is its id and name.
+/// Writes one row. The detail says with what it was done: `session` is the id of a session, `api_token` id and name of an API token.
 ///
 /// # Errors
 /// When the database refuses; the caller's transaction must then not commit.
 pub async fn record(db: &mut sqlx::PgConnection, actor: &Actor, entry: Entry<'_>) -> Result<()> {
     let mut detail = if entry.detail.is_null() { serde_json::json!({}) } else { entry.detail };
-    if let (Some(token), Some(detail)) = (&actor.token, detail.as_object_mut()) {
-        detail.insert("api_token".to_owned(), serde_json::to_value(token)?);
+    if let Some(detail) = detail.as_object_mut() {
+        if let Some(token) = &actor.token {
+            detail.insert("api_token".to_owned(), serde_json::to_value(token)?);
+        }
+        if let Some(session) = &actor.session {
+            detail.insert("session".to_owned(), serde_json::to_value(session)?);
+        }
     }
     sqlx::query!(
         "WITH event AS (

@@ -9,8 +9,9 @@
 //! | `agent-token.pem` | the Ed25519 key new access tokens are signed with (PKCS#8) |
 //! | `agent-token-*.pem` | further keys whose tokens are accepted |
 //! | `script-signing.pem` | the Ed25519 key scripts are signed with (PKCS#8) |
+//! | `script-signing.successions.json` | how it came to its place, once it has been rotated; nothing in it is secret |
 //!
-//! The first two are rotated while everything runs ([`rotation`]): running processes read them again every two seconds.
+//! They are rotated while everything runs ([`rotation`]): running processes read them again every two seconds.
 
 use std::{
     collections::BTreeMap,
@@ -24,6 +25,7 @@ use base64::{
     Engine as _,
     engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
 };
+use borealis_protocol::succession::Succession;
 use chrono::{DateTime, Utc};
 use ed25519_dalek::{
     Signer, SigningKey, VerifyingKey,
@@ -59,7 +61,7 @@ const MAX_TOKEN_CHARS: usize = 4096;
 const ENGINE_SECRET_BYTES: usize = 64;
 const MIN_ENGINE_SECRET_CHARS: usize = 32;
 const TOKEN_KEY: &str = "agent-token";
-const SCRIPT_KEY: &str = "script-signing.pem";
+const SCRIPT_KEY: &str = "script-signing";
 /// How long the tokens of the key before the present one are accepted after a rotation: longer than they live.
 const PREVIOUS_TOKEN_KEY_FOR: Duration = Duration::from_secs(1200);
 /// Of what API processes share and workers do not have.
@@ -72,8 +74,6 @@ pub struct Keys(Arc<Inner>);
 struct Inner {
     secrets_dir: PathBuf,
     engine_secret_file: PathBuf,
-    script: SigningKey,
-    script_spki: String,
     rotating: RwLock<Arc<Rotating>>,
 }
 
@@ -84,6 +84,9 @@ struct Rotating {
     token_signer: EncodingKey,
     /// By `kid`. Every key whose tokens are accepted.
     token_verifiers: BTreeMap<String, DecodingKey>,
+    script: SigningKey,
+    script_spki: String,
+    successions: Successions,
     /// A digest of all of it, to notice a change by.
     digest: [u8; 32],
 }
@@ -159,13 +162,11 @@ impl Keys {
         let engine_secret_file = engine_secret_file.map_or_else(|| secrets_dir.join("engine.secret"), Path::to_path_buf);
         engine_secret(&engine_secret_file)?;
         signing_key(&secrets_dir.join(format!("{TOKEN_KEY}.pem")))?;
-        let script = signing_key(&secrets_dir.join(SCRIPT_KEY))?;
+        signing_key(&secrets_dir.join(format!("{SCRIPT_KEY}.pem")))?;
         let rotating = Rotating::read(secrets_dir, &engine_secret_file)?;
         Ok(Self(Arc::new(Inner {
             secrets_dir: secrets_dir.to_owned(),
             engine_secret_file,
-            script_spki: STANDARD.encode(spki(&script.verifying_key())?),
-            script,
             rotating: RwLock::new(Arc::new(rotating)),
         })))
     }
@@ -198,28 +199,31 @@ impl Keys {
     pub fn handover_key(&self) -> Secret<[u8; 32]> {
         let mut key = Zeroizing::new([0; 32]);
         // 32 bytes are within HKDF-SHA256's 8160, so this cannot fail.
-        let derived = Hkdf::<Sha256>::new(None, self.0.script.as_bytes()).expand(HANDOVER_INFO, key.as_mut());
+        let derived = Hkdf::<Sha256>::new(None, self.rotating().script.as_bytes()).expand(HANDOVER_INFO, key.as_mut());
         debug_assert!(derived.is_ok());
         Secret::new(*key)
     }
 
-    /// The Ed25519 signature over `script`, in standard base64.
+    /// The key scripts are signed with at this moment.
     #[must_use]
-    pub fn sign_script(&self, script: &[u8]) -> String {
-        STANDARD.encode(self.0.script.sign(script).to_bytes())
+    pub fn script_key(&self) -> ScriptKey {
+        ScriptKey(self.rotating())
     }
 
-    /// The public key of [`Self::sign_script`]: SPKI DER in standard base64, what agents call `signing_key`.
+    /// Its public half: SPKI DER in standard base64, what agents call `signing_key`.
     #[must_use]
-    pub fn script_public_spki_base64(&self) -> &str {
-        &self.0.script_spki
+    pub fn script_public_spki_base64(&self) -> String {
+        self.rotating().script_spki.clone()
     }
 
     /// The guid under which a site's agents find their worker: the same in every process and after every restart.
     /// Nothing is secret about it.
     #[must_use]
     pub fn site_worker_guid(&self, site_id: i64) -> Uuid {
-        let digest = Sha256::digest(format!("borealis-site-worker-v2:{}:{site_id}", self.0.script_spki));
+        let now = self.rotating();
+        // The first of all script keys, so that a rotation changes nothing.
+        let first = now.successions.first.as_deref().unwrap_or(&now.script_spki);
+        let digest = Sha256::digest(format!("borealis-site-worker-v2:{first}:{site_id}"));
         let mut bytes = [0; 16];
         for (byte, hashed) in bytes.iter_mut().zip(digest) {
             *byte = hashed;
@@ -296,6 +300,57 @@ impl Keys {
     }
 }
 
+/// The script key at one moment: what is signed together is signed by one key.
+#[derive(Clone)]
+pub struct ScriptKey(Arc<Rotating>);
+
+impl std::fmt::Debug for ScriptKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ScriptKey")
+    }
+}
+
+impl ScriptKey {
+    /// The Ed25519 signature over `script`, in standard base64.
+    #[must_use]
+    pub fn sign(&self, script: &[u8]) -> String {
+        STANDARD.encode(self.0.script.sign(script).to_bytes())
+    }
+
+    /// Its public half: SPKI DER in standard base64, what agents call `signing_key`.
+    #[must_use]
+    pub fn spki_base64(&self) -> &str {
+        &self.0.script_spki
+    }
+
+    /// How it came to its place, from the first key; empty while it is the first.
+    #[must_use]
+    pub fn successions(&self) -> &[Succession] {
+        &self.0.successions.successions
+    }
+}
+
+/// `script-signing.successions.json`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Successions {
+    /// The first of all keys, base64 SPKI.
+    first: Option<String>,
+    /// All that followed, each signed by the one before.
+    successions: Vec<Succession>,
+}
+
+impl Successions {
+    fn path(secrets_dir: &Path) -> PathBuf {
+        secrets_dir.join(format!("{SCRIPT_KEY}.successions.json"))
+    }
+
+    fn read(secrets_dir: &Path) -> Result<Self> {
+        let path = Self::path(secrets_dir);
+        let Some(text) = when_there(read(&path), &path)? else { return Ok(Self::default()) };
+        serde_json::from_str(&text).map_err(|error| unusable(&path, &error))
+    }
+}
+
 impl Rotating {
     /// All of it as it was at one moment: files are renamed while we read.
     fn read(secrets_dir: &Path, engine_secret_file: &Path) -> Result<Self> {
@@ -336,9 +391,13 @@ impl Rotating {
         let text = |secret: &Option<Secret<String>>| secret.as_ref().map(|secret| Zeroizing::new(secret.expose().clone()));
         let (next, previous) = (text(&next), text(&previous));
         let token_kid = kid(&spki(&current.verifying_key())?);
+        let script = read_signing_key(&secrets_dir.join(format!("{SCRIPT_KEY}.pem")))?;
+        let script_spki = STANDARD.encode(spki(&script.verifying_key())?);
+        let successions = Successions::read(secrets_dir)?;
+        let known = serde_json::to_string(&successions)?;
         let mut digest = Sha256::new();
         let secrets = [Some(current_secret.expose()), next.as_deref(), previous.as_deref()];
-        for part in secrets.into_iter().flatten().chain([&token_kid]).chain(token_verifiers.keys()) {
+        for part in secrets.into_iter().flatten().chain([&token_kid, &script_spki, &known]).chain(token_verifiers.keys()) {
             digest.update(part.len().to_le_bytes());
             digest.update(part);
         }
@@ -351,6 +410,9 @@ impl Rotating {
             token_kid,
             token_signer: EncodingKey::from_ed_der(current.to_pkcs8_der().map_err(Error::bug)?.as_bytes()),
             token_verifiers,
+            script,
+            script_spki,
+            successions,
             digest: digest.finalize().into(),
         })
     }
@@ -620,7 +682,7 @@ mod tests {
         use ed25519_dalek::pkcs8::DecodePublicKey;
         let (_dir, keys) = keys();
         let public = VerifyingKey::from_public_key_der(&STANDARD.decode(keys.script_public_spki_base64()).unwrap()).unwrap();
-        let signature: [u8; 64] = STANDARD.decode(keys.sign_script(b"uptime")).unwrap().try_into().unwrap();
+        let signature: [u8; 64] = STANDARD.decode(keys.script_key().sign(b"uptime")).unwrap().try_into().unwrap();
         let signature = ed25519_dalek::Signature::from_bytes(&signature);
         assert!(public.verify_strict(b"uptime", &signature).is_ok());
         assert!(public.verify_strict(b"uptime ", &signature).is_err());

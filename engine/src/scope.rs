@@ -43,6 +43,8 @@ pub struct Actor {
     pub name: String,
     /// The client's address, as text.
     pub ip: String,
+    /// The session it was done with.
+    pub session: Option<uuid::Uuid>,
     /// The API token it was done with, in place of a person at a session.
     pub token: Option<ActorToken>,
 }

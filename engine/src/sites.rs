@@ -39,6 +39,8 @@ pub struct Site {
     pub device_count: i64,
     /// What an agent presents to ask for enrollment; 8 groups of 4 upper-case hex digits.
     pub enrollment_code: String,
+    /// Until when it opens anything; none for ever.
+    pub enrollment_code_expires_at: Option<DateTime<Utc>>,
     /// Until when enrollments are approved without an operator.
     pub auto_approve_until: Option<DateTime<Utc>>,
 }
@@ -48,6 +50,21 @@ impl Site {
     #[must_use]
     pub fn auto_approval_active(&self, now: DateTime<Utc>) -> bool {
         self.auto_approve_until.is_some_and(|until| until > now)
+    }
+}
+
+/// The most days an enrollment code is given.
+pub const CODE_MAX_DAYS: i32 = 3650;
+
+/// How many days an enrollment code opens a site; none for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CodeDays(Option<i32>);
+
+impl CodeDays {
+    /// So many, 0 for ever; none of them when it is too many.
+    #[must_use]
+    pub fn new(days: i32) -> Option<Self> {
+        (0..=CODE_MAX_DAYS).contains(&days).then_some(Self((days > 0).then_some(days)))
     }
 }
 
@@ -108,7 +125,7 @@ fn name_taken(error: sqlx::Error) -> Error {
 pub async fn list(pool: &db::Pool, scope: &Scope) -> Result<Vec<Site>> {
     Ok(sqlx::query_as!(
         Site,
-        r#"SELECT s.id, s.name, s.description, s.created_at, s.enrollment_code, s.auto_approve_until,
+        r#"SELECT s.id, s.name, s.description, s.created_at, s.enrollment_code, s.enrollment_code_expires_at, s.auto_approve_until,
                   (SELECT count(*) FROM devices d WHERE d.site_id = s.id) AS "device_count!"
            FROM sites s WHERE $1::bigint[] IS NULL OR s.id = ANY($1)
            ORDER BY lower(s.name)"#,
@@ -121,7 +138,7 @@ pub async fn list(pool: &db::Pool, scope: &Scope) -> Result<Vec<Site>> {
 async fn get(tx: &mut db::Tx<'_>, id: i64) -> Result<Site> {
     sqlx::query_as!(
         Site,
-        r#"SELECT s.id, s.name, s.description, s.created_at, s.enrollment_code, s.auto_approve_until,
+        r#"SELECT s.id, s.name, s.description, s.created_at, s.enrollment_code, s.enrollment_code_expires_at, s.auto_approve_until,
                   (SELECT count(*) FROM devices d WHERE d.site_id = s.id) AS "device_count!"
            FROM sites s WHERE s.id = $1"#,
         id,
@@ -142,7 +159,7 @@ async fn record(tx: &mut db::Tx<'_>, actor: &Actor, action: &str, site: i64, det
 /// # Errors
 /// 400 `name is required`, `invalid_name`, `invalid_description`; 409 `name already exists`;
 /// 500 `unable_to_generate_enrollment_code`.
-pub async fn create(pool: &db::Pool, actor: &Actor, new_name: &str, description: &str) -> Result<Site> {
+pub async fn create(pool: &db::Pool, actor: &Actor, new_name: &str, description: &str, code_days: CodeDays) -> Result<Site> {
     let name = name(new_name, "name")?;
     let description = description.trim();
     if description.chars().count() > DESCRIPTION_MAX_CHARS {
@@ -155,11 +172,13 @@ pub async fn create(pool: &db::Pool, actor: &Actor, new_name: &str, description:
     let mut tx = pool.begin().await?;
     for _ in 0..CODE_TRIES {
         let id = sqlx::query_scalar!(
-            "INSERT INTO sites (name, description, enrollment_code) VALUES ($1, $2, $3)
+            "INSERT INTO sites (name, description, enrollment_code, enrollment_code_expires_at)
+             VALUES ($1, $2, $3, now() + make_interval(days => $4))
              ON CONFLICT (enrollment_code) DO NOTHING RETURNING id",
             name,
             description,
             new_enrollment_code(),
+            code_days.0,
         )
         .fetch_optional(&mut *tx)
         .await
@@ -197,17 +216,22 @@ pub async fn rename(pool: &db::Pool, actor: &Actor, id: i64, new_name: &str) -> 
 ///
 /// # Errors
 /// 404 `site not found`; 500 `unable_to_generate_enrollment_code`.
-pub async fn rotate_enrollment_code(pool: &db::Pool, actor: &Actor, id: i64) -> Result<Site> {
+pub async fn rotate_enrollment_code(pool: &db::Pool, actor: &Actor, id: i64, code_days: CodeDays) -> Result<Site> {
     let mut tx = pool.begin().await?;
     let taken = || Error::new(Kind::Bug, "unable_to_generate_enrollment_code", "No free enrollment code was found.");
-    let changed = sqlx::query!("UPDATE sites SET enrollment_code = $2 WHERE id = $1", id, new_enrollment_code())
-        .execute(&mut *tx)
-        .await
-        .map_err(|error| Error::from(error).on_constraint("sites_enrollment_code_key", taken))?;
+    let changed = sqlx::query!(
+        "UPDATE sites SET enrollment_code = $2, enrollment_code_expires_at = now() + make_interval(days => $3) WHERE id = $1",
+        id,
+        new_enrollment_code(),
+        code_days.0,
+    )
+    .execute(&mut *tx)
+    .await
+    .map_err(|error| Error::from(error).on_constraint("sites_enrollment_code_key", taken))?;
     if changed.rows_affected() == 0 {
         return Err(not_found());
     }
-    record(&mut tx, actor, "site.rotate_enrollment_code", id, json!({})).await?;
+    record(&mut tx, actor, "site.rotate_enrollment_code", id, json!({ "days": code_days.0 })).await?;
     let site = get(&mut tx, id).await?;
     tx.commit().await?;
     Ok(site)

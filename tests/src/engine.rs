@@ -88,6 +88,7 @@ pub fn settings(state_dir: PathBuf) -> Settings {
         public_base_url: Url::parse("http://127.0.0.1:0").expect("a URL"),
         enroll_per_minute: 100_000,
         enroll_wrong_codes: 20,
+        enrollment_code_days: 90,
         access: Default::default(),
         trusted_proxies: Default::default(),
         // Nothing answers there.
@@ -202,6 +203,12 @@ impl TestEngine {
         }
         let body = json!({"username": username, "password": PASSWORD, "role": role});
         let _ = admin.post("/api/users", body).await.ok();
+        // As if they had chosen it, so that each test need not.
+        sqlx::query("UPDATE users SET password_change_required = false WHERE username = $1")
+            .bind(&username)
+            .execute(&self.database.pool)
+            .await
+            .expect("a user");
         if role == "User" {
             let body = json!({"usernames": [username], "site_ids": sites});
             let _ = admin.post("/api/user_site_assignments/assign", body).await.ok();

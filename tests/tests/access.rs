@@ -318,6 +318,7 @@ async fn whatever_says_that_it_asks_for_a_step_up_does() {
         ("POST", "/api/aegis/rotate", "".into(), json!({"current_cipher": CIPHER, "new_cipher": "an entirely new passphrase"})),
         ("POST", "/api/aegis/force_reset", "".into(), json!({"confirm": "reset"})),
         ("POST", "/api/auth/mfa/reset", "".into(), json!({})),
+        ("POST", "/api/auth/mfa/recovery-codes", "".into(), json!({})),
         ("POST", "/api/auth/tokens", "".into(), json!({"name": "x", "scopes": ["read"], "expires_in_days": 1})),
         ("POST", "/api/auth/passkeys/register/options", "".into(), json!({"label": "Key"})),
         ("POST", "/api/users", "".into(), json!({"username": "other", "password": PASSWORD, "role": "Admin"})),
@@ -390,6 +391,65 @@ async fn behind_a_known_proxy_each_client_counts_for_itself() {
     let _ = from("203.0.113.6", ADMIN, PASSWORD).await.ok();
     let event = &admin.get("/api/audit?action=session.login&outcome=failure&limit=1").await.ok()["events"][0];
     assert_eq!(event["ip"], "203.0.113.5", "{event}");
+}
+
+#[tokio::test]
+async fn a_recovery_code_stands_once_for_the_app_and_goes_with_it() {
+    const PATH: &str = "/api/auth/mfa/recovery-codes";
+    let engine = TestEngine::start().await;
+    let user = engine.operator(&[]).await;
+    assert_eq!(user.get(PATH).await.ok(), json!({"left": 0, "made_at": 0}));
+    let _ = user.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
+    let make = async || -> Vec<String> {
+        let made = user.post(PATH, json!({})).await.ok();
+        serde_json::from_value(made["codes"].clone()).expect("codes")
+    };
+    let former = make().await;
+    let codes = make().await;
+    assert_eq!(codes.len(), 10);
+    assert!(codes.iter().all(|code| !former.contains(code)));
+    let kept: Vec<String> =
+        sqlx::query_scalar("SELECT r::text FROM recovery_codes r UNION ALL SELECT a::text FROM audit_events a")
+            .fetch_all(&engine.database.pool)
+            .await
+            .expect("the rows");
+    assert!(codes.iter().all(|code| kept.iter().all(|row| !row.contains(code.as_str()))), "only hashes are kept");
+
+    let nobody = engine.anonymous();
+    let pending = async || {
+        let login = json!({"username": user.name, "password": PASSWORD});
+        nobody.post("/api/auth/login", login).await.ok()["pending_token"].clone()
+    };
+    let verify =
+        async |code: &str| nobody.post("/api/auth/mfa/verify", json!({"pending_token": pending().await, "code": code})).await;
+    let _ = verify(&former[0]).await.error(401, "invalid_code");
+    assert_eq!(verify(&codes[0].to_lowercase()).await.ok()["username"], user.name);
+    let _ = verify(&codes[0]).await.error(401, "invalid_code");
+    assert_eq!(user.get(PATH).await.ok()["left"], 9);
+    // Twice at the same moment, it works once.
+    let (first, second) = (pending().await, pending().await);
+    let both =
+        [first, second].map(|token| nobody.post("/api/auth/mfa/verify", json!({"pending_token": token, "code": codes[1]})));
+    let worked = futures::future::join_all(both).await.iter().filter(|reply| reply.status == 200).count();
+    assert_eq!(worked, 1);
+    // It is for signing in alone.
+    let _ = user.post("/api/auth/step-up", json!({"code": codes[2]})).await.error(400, "invalid_code");
+
+    let events = engine.admin().await.get("/api/audit?action=mfa.recovery_code_used").await.ok();
+    assert_eq!(events["events"][0]["detail"]["left"], 8, "{events}");
+    // Wrong ones count like wrong codes of the app.
+    sqlx::query("DELETE FROM rate_counters").execute(&engine.database.pool).await.expect("a deletion");
+    for _ in 0..5 {
+        let _ = verify("AAAA-BBBB-CCCC-DDDD").await.error(401, "invalid_code");
+    }
+    let _ = verify(&codes[3]).await.error(429, "rate_limited");
+    sqlx::query("DELETE FROM rate_counters").execute(&engine.database.pool).await.expect("a deletion");
+
+    // They go with the app, and stand for none before there is one.
+    let _ = user.post("/api/auth/mfa/reset", json!({})).await.ok();
+    assert_eq!(user.get(PATH).await.ok()["left"], 0);
+    let _ = user.post(PATH, json!({})).await.error(403, "mfa_not_configured");
+    let _ = verify(&codes[4]).await.error(400, "invalid_code");
 }
 
 #[tokio::test]
@@ -762,6 +822,10 @@ async fn users_are_made_listed_and_removed() {
     assert!(listed["created_at"].as_i64().is_some_and(|at| at > 1_700_000_000));
 
     let ada = engine.anonymous().sign_in("ada", PASSWORD, 0).await;
+    // The administrator who has made the account does not know its lasting password.
+    let _ = ada.get("/api/sites").await.error(403, "password_change_required");
+    let chosen = json!({"current_password": PASSWORD, "new_password": "one of her own choosing"});
+    let _ = ada.post("/api/auth/password/reset", chosen).await.ok();
     for (method, path) in [
         ("GET", "/api/users"),
         ("POST", "/api/users"),

@@ -312,10 +312,18 @@ impl World {
                 let id = self.api_token(&user).await;
                 admin(&format!("/api/users/{user}/tokens/{id}"), Value::Null)
             }
-            ("GET", "/api/auth/me" | "/api/auth/sessions" | "/api/auth/passkeys" | "/api/auth/tokens" | "/api/aegis/status") => {
-                with(path, Value::Null, Rule::Anyone)
+            (
+                "GET",
+                "/api/auth/me"
+                | "/api/auth/sessions"
+                | "/api/auth/passkeys"
+                | "/api/auth/tokens"
+                | "/api/auth/mfa/recovery-codes"
+                | "/api/aegis/status",
+            ) => with(path, Value::Null, Rule::Anyone),
+            ("POST", "/api/auth/step-up" | "/api/auth/mfa/reset" | "/api/auth/mfa/recovery-codes") => {
+                with(path, json!({"password": PASSWORD}), Rule::Own)
             }
-            ("POST", "/api/auth/step-up" | "/api/auth/mfa/reset") => with(path, json!({"password": PASSWORD}), Rule::Own),
             ("POST", "/api/auth/password/reset") => {
                 with(path, json!({"current_password": PASSWORD, "new_password": "an entirely new one"}), Rule::Own)
             }

@@ -32,6 +32,8 @@ struct House {
     admin: Actor,
     worker: Option<Child>,
     agent: Option<Child>,
+    /// The agent's file, put aside.
+    before: Option<String>,
     api: Child,
     processes: Processes,
     _state: tempfile::TempDir,
@@ -76,7 +78,7 @@ impl House {
         })
         .await;
         let _ = admin.post(&format!("/api/admin/device-approvals/{approval}/approve"), json!({})).await.ok();
-        let house = Self { admin, worker, agent, api, processes, _state: state, _database: database };
+        let house = Self { admin, worker, agent, before: None, api, processes, _state: state, _database: database };
         house.online(true).await;
         house
     }
@@ -192,7 +194,8 @@ async fn an_agent_works_over_tls_and_believes_its_own_authorities_only() {
     assert!(house.output(job).await.contains("through-42"));
     assert_eq!(refused.load(Ordering::Relaxed), 0);
 
-    // The same agent, with another authority, or at a name that the certificate is not for: it does not come, and says why.
+    // The same agent, with another authority, or sent to a name that the certificate is not for: it says why it does not go there. (Its
+    // socket goes where the engine has told it.)
     let other = authority("other.pem", &Certificates::for_name("localhost").authority);
     let right = authority("right.pem", &certificates.authority);
     let by_address = format!("https://127.0.0.1:{}", public.port().expect("a port"));
@@ -203,9 +206,42 @@ async fn an_agent_works_over_tls_and_believes_its_own_authorities_only() {
         house.processes.set("BOREALIS_AGENT_CA_FILE", authority).set("BOREALIS_AGENT_SERVER_URL", url);
         house.agent = Some(house.processes.start("borealis-agent", &["run"]));
         eventually("it refuses twice", SOON, async || (refused.load(Ordering::Relaxed) >= before + 2).then_some(())).await;
-        house.online(false).await;
         let said = house.agent.as_ref().expect("the agent").output();
         assert!(said.to_lowercase().contains("certificate"), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn the_script_key_is_rotated_and_agents_follow() {
+    let mut house = House::new().await;
+    let kept = |house: &House, name: &str| {
+        let text = std::fs::read_to_string(house._state.path().join("agent/agent.json")).expect("the agent's file");
+        serde_json::from_str::<Value>(&text).expect("JSON")[name].clone()
+    };
+    let pinned = kept(&house, "server_signing_key");
+    for round in 1..=2 {
+        if round == 2 {
+            // One that misses the first rotation and this one follows both.
+            drop(house.agent.take());
+            house.online(false).await;
+            std::fs::write(house._state.path().join("agent/agent.json"), house.before.take().expect("its file"))
+                .expect("written");
+        } else {
+            house.before = Some(std::fs::read_to_string(house._state.path().join("agent/agent.json")).expect("its file"));
+        }
+        let mut rotated = house.processes.start("borealis-api", &["admin", "rotate-keys", "script-signing"]);
+        while rotated.is_running() {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        assert!(rotated.output().contains("does not count any more"), "{}", rotated.output());
+        if house.agent.is_none() {
+            house.agent = Some(house.processes.start("borealis-agent", &["run"]));
+            house.online(true).await;
+        }
+        let job = house.run_now(&format!("echo round-{round}")).await;
+        let _ = house.until(job, "Success").await;
+        assert!(house.output(job).await.contains(&format!("round-{round}")));
+        assert_ne!(kept(&house, "server_signing_key"), pinned);
     }
 }
 

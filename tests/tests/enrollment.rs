@@ -372,6 +372,41 @@ async fn a_key_has_one_open_request_and_an_approval_survives_a_restart_of_the_ag
 }
 
 #[tokio::test]
+async fn an_enrollment_code_ends_and_the_next_one_lasts_as_asked() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let (site, code) = engine.site("north").await;
+    let listed = async || admin.get("/api/sites").await.ok()["sites"][0].clone();
+    let ahead = |site: &Value| site["enrollment_code_expires_at"].as_i64().expect("an instant") - Utc::now().timestamp();
+    let days = |days: i64| days * 86_400 - 120..=days * 86_400 + 120;
+    assert!(days(90).contains(&ahead(&listed().await)), "{}", listed().await);
+    let waiting = ask(&engine, "early", &code, &new_key()).await;
+
+    sql(&engine, "UPDATE sites SET enrollment_code_expires_at = now() - interval '1 second'").await;
+    assert_eq!(listed().await["enrollment_code_expired"], true);
+    let body = json!({"hostname": "late", "enrollment_code": code, "agent_pubkey": spki(&new_key()), "client_nonce": STANDARD.encode([1; 16])});
+    let _ = engine.anonymous().post("/api/agent/enroll/request", body).await.error(400, "invalid_enrollment_code");
+    // Who has asked in time is decided on as before.
+    let _ = decide(&engine, &admin, &waiting, json!({})).await.ok();
+    let _ = waiting.finish(site).await;
+
+    let path = format!("/api/sites/{site}/rotate-enrollment-code");
+    for wrong in [-1, 3651] {
+        let body = json!({"enrollment_code_days": wrong});
+        let _ = admin.post(&path, body.clone()).await.error(400, "invalid_enrollment_code_days");
+        let named = json!({"name": "x", "enrollment_code_days": wrong});
+        let _ = admin.post("/api/sites", named).await.error(400, "invalid_enrollment_code_days");
+    }
+    let week = admin.post(&path, json!({"enrollment_code_days": 7})).await.ok();
+    assert!(days(7).contains(&ahead(&week)), "{week}");
+    let forever = admin.post(&path, json!({"enrollment_code_days": 0})).await.ok();
+    assert_eq!((&forever["enrollment_code_expires_at"], &forever["enrollment_code_expired"]), (&json!(0), &json!(false)));
+    let again = admin.call("POST", &path, None).await.ok();
+    assert!(days(90).contains(&ahead(&again)), "{again}");
+    let _ = ask(&engine, "in-time", again["enrollment_code"].as_str().expect("a code"), &new_key()).await;
+}
+
+#[tokio::test]
 async fn a_wrong_code_is_shown_to_administrators_until_the_right_one_comes() {
     let engine = TestEngine::start().await;
     let (site, code) = engine.site("north").await;

@@ -174,7 +174,7 @@ async fn a_script_is_delivered_signed_and_its_result_applied_once() {
     let sent = socket.event("quick_job_run").await;
     let run: QuickJobRun = serde_json::from_value(sent).expect("a dispatch");
     assert_eq!(run.job_id, job);
-    let key = keys::from_spki_base64(engine.app.keys.script_public_spki_base64()).expect("the engine's key");
+    let key = keys::from_spki_base64(&engine.app.keys.script_public_spki_base64()).expect("the engine's key");
     let script = envelope::verify(&run, &key, &own.guid.to_string(), chrono::Utc::now().timestamp()).expect("a good signature");
     assert_eq!(script, b"echo hello\n");
     assert!(run.envelope.is_some());

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
-use borealis_engine::db;
+use borealis_engine::{db, secret::keep_out_of_core_dumps};
 use borealis_telemetry::{Exports, log::Format};
 use borealis_workers::api_client::ApiClient;
 use clap::{Parser, Subcommand};
@@ -63,6 +63,7 @@ fn main() -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
+    keep_out_of_core_dumps();
     match tokio::runtime::Runtime::new().map_err(|error| error.to_string()).and_then(|runtime| runtime.block_on(run(arguments))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

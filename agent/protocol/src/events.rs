@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 use crate::envelope::Envelope;
+use crate::succession::Succession;
 
 /// Agent to engine, once after the namespace is connected: [`ConnectAgent`].
 pub const CONNECT_AGENT: &str = "connect_agent";
@@ -237,9 +238,12 @@ pub struct QuickJobRun {
     /// `ed25519`; `eddsa` and empty mean the same.
     #[serde(default)]
     pub sig_alg: String,
-    /// Base64 SPKI of the signer. Our agent trusts only the key it pinned at enrollment.
+    /// Base64 SPKI of the signer. Our agent trusts only the key it pinned at enrollment, and whom that has passed its place to.
     #[serde(default)]
     pub signing_key: String,
+    /// How the script key has passed its place on, from the first; left out where it never has.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub signing_key_successions: Vec<Succession>,
     /// Repeated verbatim in every report.
     #[serde(default)]
     pub context: Map<String, Value>,

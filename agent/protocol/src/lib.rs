@@ -14,6 +14,7 @@ pub mod events;
 pub mod framing;
 pub mod keys;
 pub mod rest;
+pub mod succession;
 
 /// Header naming the context an agent process speaks for.
 pub const HEADER_AGENT_CONTEXT: &str = "X-Borealis-Agent-Context";

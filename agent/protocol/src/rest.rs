@@ -6,6 +6,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::succession::Succession;
+
 /// Path of [`EnrollRequest`].
 pub const PATH_ENROLL_REQUEST: &str = "/api/agent/enroll/request";
 /// Path of [`PollRequest`].
@@ -274,6 +276,12 @@ pub struct IngestResponse {
     /// The report repeated the one before.
     #[serde(default, skip_serializing_if = "is_false")]
     pub coalesced: bool,
+    /// The engine's script key now, base64 SPKI; of heartbeats.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub signing_key: String,
+    /// How it came to its place; left out where it is the first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub signing_key_successions: Vec<Succession>,
 }
 
 /// State of all roles (contract devices 2.4).

@@ -163,7 +163,7 @@ impl Shared {
         if self.platform.interpreter(&run.script_type).is_none() {
             return Some(format!("script type {} is not supported on this system", run.script_type));
         }
-        let Some(key) = self.account.engine_key() else {
+        let Some(key) = self.account.engine_key(&run.signing_key, &run.signing_key_successions) else {
             return Some("the agent has no engine key to check the script's signature with".to_owned());
         };
         envelope::verify(run, &key, &self.account.guid(), now).err().map(|why| why.to_string())

@@ -111,8 +111,9 @@ pub async fn authenticate(app: &App, parts: &Parts, needed: Option<TokenScope>) 
     if carrier == Carrier::Cookie && client::changes(&parts.method) {
         client::check_cookie_request(app, parts)?;
     }
-    if let Proof::Token(token) = &operator.proof {
-        token.require(needed)?;
+    match &operator.proof {
+        Proof::Token(token) => token.require(needed)?,
+        Proof::Session(session) => sessions::touch(&app.pool, session).await?,
     }
     if operator.password_change_required() && !BEFORE_PASSWORD_CHANGE.contains(&parts.uri.path()) {
         return Err(ApiError(Error::new(

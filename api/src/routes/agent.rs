@@ -47,7 +47,7 @@ async fn object(app: &App, request: Request) -> Result<Map<String, Value>> {
 
 /// Say that the machine is alive, with what changes often.
 #[utoipa::path(post, path = "/api/agent/heartbeat", tag = "Agents", request_body = Value, responses(
-    (status = 200, body = Value, description = "`{status: ok, poll_after_ms, site_id, site_name, metadata_fields: {}, metadata_field_acks: []}`"),
+    (status = 200, body = Value, description = "`{status: ok, poll_after_ms, site_id, site_name, metadata_fields: {}, metadata_field_acks: []}`; and `signing_key, signing_key_successions` once the script key has been rotated"),
     (status = 400, description = "`invalid_request`"),
     (status = 401, description = "`missing_authorization`, `token_expired`, `invalid_token`, `invalid_claims`, `device_purged`"),
     (status = 403, description = "`fingerprint_mismatch`, `token_version_mismatch`, `device_revoked`"),
@@ -58,10 +58,16 @@ async fn object(app: &App, request: Request) -> Result<Map<String, Value>> {
 async fn heartbeat(State(app): State<App>, device: Device, request: Request) -> Result<Json<Value>> {
     let body = object(&app, request).await?;
     let noted = ingest::heartbeat(&app.pool, &device.identity, &device.context, &body).await?;
-    Ok(Json(json!({
+    let mut answer = json!({
         "status": "ok", "poll_after_ms": POLL_AFTER_MS, "site_id": noted.site_id, "site_name": noted.site_name,
         "metadata_fields": {}, "metadata_field_acks": [],
-    })))
+    });
+    let key = app.keys.script_key();
+    if !key.successions().is_empty() {
+        answer["signing_key"] = key.spki_base64().into();
+        answer["signing_key_successions"] = serde_json::to_value(key.successions()).map_err(Error::from)?;
+    }
+    Ok(Json(answer))
 }
 
 /// Report the progress of the agent's start.
@@ -126,6 +132,6 @@ async fn script_request(State(app): State<App>, device: Device) -> Json<ScriptId
         status: if active { "idle" } else { "quarantined" }.to_owned(),
         poll_after_ms: if active { 30_000 } else { 60_000 },
         sig_alg: "ed25519".to_owned(),
-        signing_key: app.keys.script_public_spki_base64().to_owned(),
+        signing_key: app.keys.script_public_spki_base64(),
     })
 }

@@ -10,6 +10,7 @@ use borealis_engine::{
     access::{
         bootstrap, passkeys,
         passwords::Sent,
+        recovery_codes,
         sign_in::{Outcome, Pending, SignedIn, Stage},
         users,
     },
@@ -38,6 +39,7 @@ pub(super) fn routes(app: &App) -> Routes {
         .operator(routes!(step_up))
         .operator(routes!(password_reset))
         .operator(routes!(mfa_reset))
+        .operator(routes!(recovery_codes_left, make_recovery_codes))
         .operator(routes!(own_sessions, end_other_sessions))
         .operator(routes!(end_session))
         .area(Area::ReadOnly)
@@ -199,7 +201,7 @@ pub(super) struct MfaCode {
 /// Take the code of the second step.
 #[utoipa::path(post, path = "/api/auth/mfa/verify", tag = "Authentication", request_body = MfaCode, responses(
     (status = 200, body = SignInAnswer),
-    (status = 400, description = "`invalid_code`: not six digits"),
+    (status = 400, description = "`invalid_code`: neither six digits nor a recovery code"),
     (status = 401, description = "`mfa_pending`, `invalid_session`, `expired`, `invalid_code`"),
     (status = 403, description = "`mfa_not_configured`, `user_disabled`, `bad_origin`"),
     (status = 423, description = "`bootstrap_required` with the state"),
@@ -369,6 +371,47 @@ async fn password_reset(
         app.hub.drop_session(session).await;
     }
     Ok(Done::json())
+}
+
+/// What is left of the own recovery codes.
+#[derive(Debug, serde::Serialize, ToSchema)]
+struct RecoveryCodesLeft {
+    /// How many.
+    left: i64,
+    /// When they were made, in seconds since 1970; 0 without any.
+    made_at: i64,
+}
+
+/// How many recovery codes are left.
+#[utoipa::path(get, path = "/api/auth/mfa/recovery-codes", tag = "Authentication", responses(
+    (status = 200, body = RecoveryCodesLeft),
+    (status = 401, description = "`unauthorized`"),
+    (status = 403, description = "`session_required`"),
+))]
+async fn recovery_codes_left(State(app): State<App>, operator: Operator) -> Result<Json<RecoveryCodesLeft>> {
+    let mut connection = app.pool.acquire().await.map_err(borealis_engine::Error::from)?;
+    let left = recovery_codes::left(&mut connection, operator.session()?.user_id).await?;
+    Ok(Json(RecoveryCodesLeft { left: left.count, made_at: left.made_at.map_or(0, |at| at.timestamp()) }))
+}
+
+/// New recovery codes, told once.
+#[derive(serde::Serialize, ToSchema)]
+struct RecoveryCodes {
+    /// `ok`.
+    status: &'static str,
+    /// Ten codes, each of which stands once for a code of the authenticator app at `POST /api/auth/mfa/verify`.
+    codes: Vec<String>,
+}
+
+/// Make ten recovery codes for the case that the authenticator app is lost; former ones are void. Needs a step-up.
+#[utoipa::path(post, path = "/api/auth/mfa/recovery-codes", tag = "Authentication", responses(
+    (status = 200, body = RecoveryCodes),
+    (status = 401, description = "`unauthorized`"),
+    (status = 403, description = "`step_up_required`, `mfa_not_configured`"),
+))]
+async fn make_recovery_codes(State(app): State<App>, operator: Operator, Head(parts): Head) -> Result<Json<RecoveryCodes>> {
+    let codes = app.access().make_recovery_codes(&Caller::of(&parts).client, operator.session()?).await?;
+    Ok(Json(RecoveryCodes { status: "ok", codes }))
 }
 
 /// What becomes of the own second factor.

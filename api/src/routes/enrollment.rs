@@ -88,7 +88,7 @@ async fn request(State(app): State<App>, peer: Peer, request: Request) -> Result
         server_nonce: to_base64(&server_nonce),
         poll_after_ms: Some(if approved { 250 } else { 3000 }),
         auto_approved,
-        signing_key: app.keys.script_public_spki_base64().to_owned(),
+        signing_key: app.keys.script_public_spki_base64(),
     }))
 }
 
@@ -131,7 +131,7 @@ async fn approved(app: &App, issued: &Issued) -> PollResponse {
         expires_in: Some(ACCESS_TOKEN_TTL_S),
         refresh_token: Some(issued.refresh_token.expose().clone()),
         token_type: Some("Bearer".to_owned()),
-        signing_key: Some(app.keys.script_public_spki_base64().to_owned()),
+        signing_key: Some(app.keys.script_public_spki_base64()),
         remote_ops_route: Some(tokens::remote_ops_route(&app.keys, app.settings.public_base_url.as_str(), issued.site_id)),
         ..PollResponse::default()
     }

@@ -321,7 +321,7 @@ async fn cancel(
         CancelAsked::Ended => return Err(Error::conflict("run_already_finished", "The run has ended already.").into()),
         CancelAsked::Unknown => return Err(Error::not_found().into()),
     };
-    record(&mut tx, &operator, "workflow_run.cancel", id).await?;
+    record(&mut tx, &operator, "workflow_run.cancel", id, serde_json::json!({ "reason": reason })).await?;
     let run = runs::get(&mut tx, &operator.scope, id).await?.into();
     tx.commit().await?;
     Ok(Json(Accepted { status, run }))
@@ -335,14 +335,15 @@ async fn retry(State(app): State<App>, operator: Operator, Path(id): Path<String
     let mut tx = app.pool.begin().await?;
     runs::get(&mut tx, &operator.scope, id).await?;
     borealis_workflows::retry(&mut tx, id, &operator.username).await?;
-    record(&mut tx, &operator, "workflow_run.retry", id).await?;
+    record(&mut tx, &operator, "workflow_run.retry", id, Value::Null).await?;
     let run = runs::get(&mut tx, &operator.scope, id).await?.into();
     tx.commit().await?;
     Ok(Json(Accepted { status: "queued", run }))
 }
 
-async fn record(tx: &mut borealis_engine::db::Tx<'_>, operator: &Operator, action: &str, id: Uuid) -> Result<()> {
-    let entry = audit::Entry { action, object_kind: "workflow_run", object_id: id.to_string(), ..audit::Entry::default() };
+async fn record(tx: &mut borealis_engine::db::Tx<'_>, operator: &Operator, action: &str, id: Uuid, detail: Value) -> Result<()> {
+    let entry =
+        audit::Entry { action, object_kind: "workflow_run", object_id: id.to_string(), detail, ..audit::Entry::default() };
     audit::record(tx, &operator.actor, entry).await?;
     Ok(())
 }

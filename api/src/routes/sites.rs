@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use axum::{Json, extract::State, http::StatusCode};
-use borealis_engine::{Error, Kind, sites};
+use borealis_engine::{
+    Error, Kind,
+    sites::{self, CODE_MAX_DAYS, CodeDays},
+};
 use chrono::{DateTime, Utc};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
@@ -41,6 +44,10 @@ pub(super) struct Site {
     device_count: i64,
     /// What an agent presents to ask for enrollment.
     enrollment_code: String,
+    /// Until when, in epoch seconds; 0 for ever.
+    enrollment_code_expires_at: i64,
+    /// Whether it opens nothing any more: rotate it.
+    enrollment_code_expired: bool,
     /// Until when enrollments are approved without an operator, in epoch seconds; 0 when not.
     auto_approve_until: i64,
     /// Whether they are at this moment.
@@ -57,6 +64,8 @@ impl From<sites::Site> for Site {
             created_at: site.created_at.timestamp(),
             device_count: site.device_count,
             enrollment_code: site.enrollment_code,
+            enrollment_code_expires_at: site.enrollment_code_expires_at.map_or(0, |at| at.timestamp()),
+            enrollment_code_expired: site.enrollment_code_expires_at.is_some_and(|at| at <= Utc::now()),
             auto_approve_until: site.auto_approve_until.map(|at| at.timestamp()).unwrap_or(0),
         }
     }
@@ -95,12 +104,29 @@ struct NewSite {
     /// What it is.
     #[serde(default)]
     description: Option<String>,
+    /// For how many days its enrollment code can be used, 0 for ever; else as the engine is set.
+    #[serde(default)]
+    enrollment_code_days: Option<i32>,
+}
+
+/// How long the next enrollment code can be used.
+#[derive(Debug, Default, serde::Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+struct Rotation {
+    /// For how many days, 0 for ever; else as the engine is set.
+    enrollment_code_days: Option<i32>,
+}
+
+fn code_days(app: &App, asked: Option<i32>) -> Result<CodeDays> {
+    CodeDays::new(asked.unwrap_or(app.settings.enrollment_code_days)).ok_or_else(|| {
+        Error::field("invalid_enrollment_code_days", "enrollment_code_days", format!("must be from 0 to {CODE_MAX_DAYS}.")).into()
+    })
 }
 
 /// Make a site with a new enrollment code.
 #[utoipa::path(post, path = "/api/sites", tag = "Sites", request_body = NewSite, responses(
     (status = 201, body = Site),
-    (status = 400, description = "`name is required`, `invalid_name`, `invalid_description`"),
+    (status = 400, description = "`name is required`, `invalid_name`, `invalid_description`, `invalid_enrollment_code_days`"),
     (status = 403, description = "`forbidden`"),
     (status = 409, description = "`name already exists`"),
     (status = 500, description = "`unable_to_generate_enrollment_code`"),
@@ -111,7 +137,8 @@ async fn create(
     body::Json(body): body::Json<NewSite>,
 ) -> Result<(StatusCode, Json<Site>)> {
     let description = body.description.unwrap_or_default();
-    let site = sites::create(&app.pool, &operator.actor, &body.name, &description).await?;
+    let site =
+        sites::create(&app.pool, &operator.actor, &body.name, &description, code_days(&app, body.enrollment_code_days)?).await?;
     Ok((StatusCode::CREATED, Json(site.into())))
 }
 
@@ -277,13 +304,20 @@ fn path_id(text: String) -> Result<i64> {
 ///
 /// The old one opens nothing from then on; requests made with it wait for a decision as before.
 #[utoipa::path(post, path = "/api/sites/{site_id}/rotate-enrollment-code", tag = "Sites",
-    params(("site_id" = i64, Path, description = "The site")), responses(
+    params(("site_id" = i64, Path, description = "The site")), request_body = Rotation, responses(
     (status = 200, body = Site),
+    (status = 400, description = "`invalid_enrollment_code_days`"),
     (status = 403, description = "`forbidden`"),
     (status = 404, description = "`site not found`"),
 ))]
-async fn rotate_enrollment_code(State(app): State<App>, operator: Operator, Path(id): Path<String>) -> Result<Json<Site>> {
-    Ok(Json(sites::rotate_enrollment_code(&app.pool, &operator.actor, path_id(id)?).await?.into()))
+async fn rotate_enrollment_code(
+    State(app): State<App>,
+    operator: Operator,
+    Path(id): Path<String>,
+    body::OptionalJson(body): body::OptionalJson<Rotation>,
+) -> Result<Json<Site>> {
+    let days = code_days(&app, body.enrollment_code_days)?;
+    Ok(Json(sites::rotate_enrollment_code(&app.pool, &operator.actor, path_id(id)?, days).await?.into()))
 }
 
 /// Until when enrollments are approved without an operator.

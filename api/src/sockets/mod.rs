@@ -79,6 +79,7 @@ struct Running {
     bus: bus::Bus,
     process_id: Uuid,
     keys: Keys,
+    session_idle_s: u32,
     registry: Arc<registry::Registry>,
     gate: upgrade::Gate,
     lobby: agents::Lobby,
@@ -306,6 +307,7 @@ impl Running {
             bus,
             process_id: app.process_id,
             keys: app.keys.clone(),
+            session_idle_s: app.settings.access.sessions.idle_s,
             registry: Arc::default(),
             gate: upgrade::Gate::default(),
             lobby: agents::Lobby::default(),
@@ -522,7 +524,7 @@ impl Running {
             return Ok(());
         }
         let sessions: Vec<Uuid> = people.iter().map(|(person, _)| person.session).collect();
-        let now = sockets::operators(&self.pool, &sessions).await?;
+        let now = sockets::operators(&self.pool, &sessions, self.session_idle_s).await?;
         for (person, socket) in people {
             if !socket.connected() {
                 self.registry.remove_person(&socket.id.to_string());

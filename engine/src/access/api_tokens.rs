@@ -111,7 +111,7 @@ impl ApiToken {
     #[must_use]
     pub fn actor(&self, ip: String) -> Actor {
         let token = Some(ActorToken { id: self.id, name: self.name.clone() });
-        Actor { kind: ActorKind::Operator, id: self.user_id.to_string(), name: self.username.clone(), ip, token }
+        Actor { kind: ActorKind::Operator, id: self.user_id.to_string(), name: self.username.clone(), ip, token, session: None }
     }
 }
 

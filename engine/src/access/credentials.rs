@@ -406,7 +406,7 @@ async fn write(
     }
     let detail = json!({
         "name": credential.name, "username": credential.username, "site_before": before.site_id, "site_after": credential.site_id,
-        "secrets_changed": changed,
+        "name_before": before.name, "username_before": before.username, "secrets_changed": changed,
     });
     let entry = Entry {
         action,

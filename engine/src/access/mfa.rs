@@ -27,10 +27,12 @@ pub fn new_secret() -> Secret<String> {
 pub fn digits(typed: &str) -> Result<String> {
     // More than any code has is cut, so that the text stays small.
     let digits: String = typed.chars().filter(char::is_ascii_digit).take(DIGITS + 1).collect();
-    if digits.len() < DIGITS {
-        return Err(Error::field("invalid_code", "code", "must have six digits."));
-    }
-    Ok(digits)
+    if digits.len() < DIGITS { Err(not_digits()) } else { Ok(digits) }
+}
+
+/// 400 `invalid_code`.
+pub(super) fn not_digits() -> Error {
+    Error::field("invalid_code", "code", "must have six digits.")
 }
 
 fn totp(secret: &Secret<String>) -> Result<Builder> {

@@ -371,10 +371,17 @@ impl Access<'_> {
     ) -> Result<SignedIn> {
         no_ceremony(request_id)?;
         let answer: PublicKeyCredential = read(credential)?;
-        let attempt = limits::attempt(self.pool, &[(limits::ADDRESS, limits::address(client.ip))]).await?;
         let tag = self.lookup_tag(&answer.raw_id)?;
         let owner =
             sqlx::query_scalar!("SELECT user_id FROM passkeys WHERE lookup_tag = $1", &tag).fetch_optional(self.pool).await?;
+        let mut counted = vec![(limits::ADDRESS, limits::address(client.ip))];
+        if let Some(account) = match owner {
+            Some(owner) => sign_in::by_id(self.pool, owner).await?,
+            None => None,
+        } {
+            counted.push((limits::ACCOUNT_HOUR, self.name_subject(&account.username)?));
+        }
+        let attempt = limits::attempt(self.pool, &counted).await?;
         let mut tx = self.pool.begin().await?;
         // The account first, as everywhere; then the passkey, whose counter only goes up.
         let account = match owner {

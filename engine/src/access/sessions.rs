@@ -77,7 +77,7 @@ impl Session {
     #[must_use]
     pub fn actor(&self, ip: String) -> Actor {
         let (id, name) = (self.user_id.to_string(), self.username.clone());
-        Actor { kind: ActorKind::Operator, id, name, ip, ..Actor::default() }
+        Actor { kind: ActorKind::Operator, id, name, ip, session: Some(self.id), token: None }
     }
 }
 
@@ -152,6 +152,14 @@ pub async fn find(pool: &db::Pool, token: &str, lifetimes: Lifetimes) -> Result<
         key_id: row.key_id,
         last_seen_at: row.last_seen_at,
     };
+    Ok(Some(session))
+}
+
+/// Remembers that somebody works with the session now. What a page goes on asking by itself is no work.
+///
+/// # Errors
+/// When the database is away.
+pub async fn touch(pool: &db::Pool, session: &Session) -> Result<()> {
     if (Utc::now() - session.last_seen_at).num_seconds() >= TOUCH_AFTER_S {
         sqlx::query!(
             "UPDATE operator_sessions SET last_seen_at = now()
@@ -161,7 +169,7 @@ pub async fn find(pool: &db::Pool, token: &str, lifetimes: Lifetimes) -> Result<
         .execute(pool)
         .await?;
     }
-    Ok(Some(session))
+    Ok(())
 }
 
 /// Remembers that the session's user has just proven anew who they are.

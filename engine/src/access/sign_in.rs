@@ -13,6 +13,7 @@ use super::{
     limits::{self, Attempt},
     mfa,
     passwords::{self, Digest, Sent},
+    recovery_codes::{self, RecoveryCode},
     sessions::{self, Session},
 };
 use crate::{
@@ -362,7 +363,7 @@ impl Access<'_> {
                 "No sign-in waits for a code; pending_token is required.",
             ));
         }
-        let code = mfa::digits(code)?;
+        let code = Typed::parse(code)?;
         let user_id = challenges::owner(self.pool, Purpose::Mfa, token).await?.flatten().ok_or_else(challenges::invalid)?;
         let account = by_id(self.pool, user_id).await?.ok_or_else(challenges::invalid)?;
         let attempt = self.attempt(client, limits::MFA, Some(&account), &account.username).await?;
@@ -372,8 +373,11 @@ impl Access<'_> {
         if !account.may_sign_in {
             return Err(disabled());
         }
-        let (secret, last_step) = match (&challenge.state, &account.mfa_secret_sealed) {
-            (MfaState::Verify, Some(sealed)) => (self.vault.open(MFA_SECRET, user_id, sealed)?, account.mfa_last_step),
+        let (secret, last_step, code) = match (&challenge.state, &account.mfa_secret_sealed) {
+            (MfaState::Verify, Some(sealed)) => match code {
+                Typed::Code(code) => (self.vault.open(MFA_SECRET, user_id, sealed)?, account.mfa_last_step, code),
+                Typed::Recovery(code) => return self.recover(tx, client, &account, challenge.id, &code, attempt).await,
+            },
             (MfaState::Verify, None) => {
                 return Err(Error::new(
                     Kind::Forbidden,
@@ -381,23 +385,15 @@ impl Access<'_> {
                     "This account has no second factor; sign in again.",
                 ));
             }
-            (MfaState::Setup { secret }, None) => (Secret::new(secret.clone()), 0),
+            (MfaState::Setup { secret }, None) => match code {
+                Typed::Code(code) => (Secret::new(secret.clone()), 0, code),
+                Typed::Recovery(_) => return Err(mfa::not_digits()),
+            },
             // Another sign-in has enrolled one in the meantime; this one's secret must not replace it.
             (MfaState::Setup { .. }, Some(_)) => return Err(challenges::invalid()),
         };
         let Some(step) = mfa::accepted_step(&secret, &code, Utc::now(), last_step)? else {
-            challenges::failed(&mut tx, challenge.id).await?;
-            let entry = Entry {
-                action: "session.mfa",
-                object_kind: "user",
-                object_id: user_id.to_string(),
-                failed: true,
-                detail: json!({ "reason": "wrong code" }),
-                ..Entry::default()
-            };
-            audit::record(&mut tx, &client.anonymous(), entry).await?;
-            tx.commit().await?;
-            return Err(wrong_code());
+            return Err(refuse_code(tx, client, challenge.id, user_id, "wrong code").await);
         };
         challenges::used(&mut tx, challenge.id).await?;
         match challenge.state {
@@ -419,6 +415,35 @@ impl Access<'_> {
             MfaState::Verify => use_step(&mut tx, user_id, step).await?,
         }
         let signed_in = self.complete(&mut tx, client, &account, "totp").await?;
+        tx.commit().await?;
+        limits::give_back(self.pool, attempt).await?;
+        Ok(signed_in)
+    }
+
+    /// Takes a recovery code in place of the app's.
+    async fn recover(
+        &self,
+        mut tx: db::Tx<'_>,
+        client: &Client,
+        account: &Account,
+        challenge: uuid::Uuid,
+        code: &RecoveryCode,
+        attempt: Attempt,
+    ) -> Result<SignedIn> {
+        if !recovery_codes::use_up(&mut tx, account.id, code).await? {
+            return Err(refuse_code(tx, client, challenge, account.id, "wrong recovery code").await);
+        }
+        challenges::used(&mut tx, challenge).await?;
+        let left = recovery_codes::left(&mut tx, account.id).await?.count;
+        let entry = Entry {
+            action: "mfa.recovery_code_used",
+            object_kind: "user",
+            object_id: account.id.to_string(),
+            detail: json!({ "left": left }),
+            ..Entry::default()
+        };
+        audit::record(&mut tx, &client.acting_as(account.id, &account.username), entry).await?;
+        let signed_in = self.complete(&mut tx, client, account, "recovery code").await?;
         tx.commit().await?;
         limits::give_back(self.pool, attempt).await?;
         Ok(signed_in)
@@ -595,6 +620,40 @@ impl Access<'_> {
         tx.commit().await?;
         Ok(ended)
     }
+}
+
+/// What was typed at the second step.
+enum Typed {
+    Code(String),
+    Recovery(RecoveryCode),
+}
+
+impl Typed {
+    fn parse(typed: &str) -> Result<Self> {
+        match RecoveryCode::parse(typed) {
+            Some(code) => Ok(Self::Recovery(code)),
+            None => mfa::digits(typed).map(Self::Code),
+        }
+    }
+}
+
+/// Counts a wrong code against its sign-in; the refusal.
+async fn refuse_code(mut tx: db::Tx<'_>, client: &Client, challenge: uuid::Uuid, user_id: i64, reason: &str) -> Error {
+    let entry = Entry {
+        action: "session.mfa",
+        object_kind: "user",
+        object_id: user_id.to_string(),
+        failed: true,
+        detail: json!({ "reason": reason }),
+        ..Entry::default()
+    };
+    let work = async {
+        challenges::failed(&mut tx, challenge).await?;
+        audit::record(&mut tx, &client.anonymous(), entry).await?;
+        tx.commit().await?;
+        Ok(())
+    };
+    work.await.err().unwrap_or_else(wrong_code)
 }
 
 async fn record_ended(tx: &mut db::Tx<'_>, client: &Client, session: &Session, ended: &[uuid::Uuid]) -> Result<()> {

@@ -208,7 +208,8 @@ pub struct New {
     pub password: Sent,
 }
 
-/// Makes an account. Its user sets a second factor up at the first sign-in.
+/// Makes an account. Its user sets a second factor up and chooses another password at the first sign-in: who has made the account
+/// does not know the lasting one.
 ///
 /// # Errors
 /// 400 `username and password are required`, `invalid_username`, `invalid_display_name`, `invalid role`,
@@ -226,7 +227,9 @@ pub async fn create(pool: &db::Pool, vault: &Vault, actor: &Actor, new: &New) ->
     let mut tx = pool.begin().await?;
     let id = insert(&mut tx, &name, &display_name, role).await?;
     let sealed = vault.seal(&mut tx, PASSWORD, id, verifier.expose()).await?;
-    sqlx::query!("UPDATE users SET password_sealed = $2 WHERE id = $1", id, sealed).execute(&mut *tx).await?;
+    sqlx::query!("UPDATE users SET password_sealed = $2, password_change_required = true WHERE id = $1", id, sealed)
+        .execute(&mut *tx)
+        .await?;
     let detail = json!({ "username": name, "role": role.as_str() });
     record(&mut tx, actor, "user.create", id, detail).await?;
     tx.commit().await?;

@@ -11,6 +11,7 @@ use crate::{
     access::aegis::{Tagger, Vault},
     db,
     error::{Error, Kind, Result},
+    scope::{Actor, ActorKind},
 };
 
 /// What the tags are made for.
@@ -174,6 +175,36 @@ pub async fn check(pool: &db::Pool, vault: &Vault) -> Result<Report> {
     }
     outside(&mut conn, &mut report).await?;
     Ok(report)
+}
+
+/// Checks the chain, unless that was done by itself in the last day, and notes in the audit what was found. None when it was not due.
+///
+/// # Errors
+/// As [`check`].
+pub async fn daily(pool: &db::Pool, vault: &Vault) -> Result<Option<Report>> {
+    let due = sqlx::query_scalar!(
+        r#"SELECT NOT EXISTS (
+               SELECT FROM audit_events WHERE action = 'audit.check' AND actor_kind = 'system' AND at > now() - interval '1 day'
+           ) AS "due!""#
+    )
+    .fetch_one(pool)
+    .await?;
+    if !due {
+        return Ok(None);
+    }
+    let report = check(pool, vault).await?;
+    let mut tx = pool.begin().await?;
+    let actor = Actor { kind: ActorKind::System, ..Actor::default() };
+    let entry = super::Entry {
+        action: "audit.check",
+        object_kind: "audit",
+        failed: report.broken.is_some(),
+        detail: serde_json::to_value(&report)?,
+        ..super::Entry::default()
+    };
+    super::record(&mut tx, &actor, entry).await?;
+    tx.commit().await?;
+    Ok(Some(report))
 }
 
 /// Events that are neither in the chain nor on their way to it.

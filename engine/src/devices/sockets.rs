@@ -378,18 +378,21 @@ pub struct OperatorNow {
     pub sites: Vec<i64>,
 }
 
-/// Which of these sessions still stand, and what their users may see now. A session that is not in the answer has ended.
+/// Which of these sessions still stand, and what their users may see now; by the same conditions as those of requests. A session
+/// that is not in the answer has ended.
 ///
 /// # Errors
 /// When the database is away.
-pub async fn operators(pool: &Pool, sessions: &[Uuid]) -> Result<Vec<OperatorNow>> {
+pub async fn operators(pool: &Pool, sessions: &[Uuid], idle_s: u32) -> Result<Vec<OperatorNow>> {
     let rows = sqlx::query_as!(
         OperatorNow,
         r#"SELECT s.id AS session, lower(u.role) = 'admin' AS "admin!",
                   ARRAY(SELECT a.site_id FROM user_site_assignments a WHERE a.user_id = u.id ORDER BY 1) AS "sites!"
            FROM operator_sessions s JOIN users u ON u.id = s.user_id
-           WHERE s.id = ANY($1) AND s.expires_at > now() AND u.may_sign_in"#,
-        sessions
+           WHERE s.id = ANY($1) AND s.expires_at > now() AND s.last_seen_at > now() - make_interval(secs => $2) AND u.may_sign_in
+             AND EXISTS (SELECT 1 FROM ready_admins) AND EXISTS (SELECT 1 FROM aegis)"#,
+        sessions,
+        f64::from(idle_s),
     )
     .fetch_all(pool)
     .await?;

@@ -189,7 +189,8 @@ pub async fn submit(pool: &db::Pool, request: &Request, source: &Source) -> Resu
     let site = sqlx::query!(
         r#"SELECT id, upper(translate(enrollment_code, '- ', '')) AS "code!",
                   coalesce(auto_approve_until > now(), false) AS "open_door!"
-           FROM sites WHERE upper(translate(enrollment_code, '- ', '')) = $1"#,
+           FROM sites WHERE upper(translate(enrollment_code, '- ', '')) = $1
+             AND (enrollment_code_expires_at IS NULL OR enrollment_code_expires_at > now())"#,
         code,
     )
     .fetch_optional(pool)
@@ -199,7 +200,7 @@ pub async fn submit(pool: &db::Pool, request: &Request, source: &Source) -> Resu
         record_wrong_code(pool, request, address).await?;
         // Stays taken: it was wrong. Of many at once, those over the limit hear that and not whether they were right.
         let _taken = limits::attempt(pool, &[(source.wrong_codes, source.subject.clone())]).await?;
-        return Err(Error::invalid("invalid_enrollment_code", "No site has this enrollment code."));
+        return Err(Error::invalid("invalid_enrollment_code", "No site has this enrollment code, or it has expired."));
     };
     for _ in 0..3 {
         match open(pool, request, address, site.id, site.open_door).await {

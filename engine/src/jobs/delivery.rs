@@ -20,7 +20,7 @@ use super::results::{self, Change, Settled, Status};
 use crate::{
     Error, Result,
     db::{self, Pool, Tx},
-    keys::{Keys, guid_text},
+    keys::{Keys, ScriptKey, guid_text},
 };
 
 /// The channel on which API processes tell each other that there is something to send.
@@ -65,6 +65,8 @@ pub struct Shared {
 /// What signatures need of a script, whichever device it is for.
 #[derive(Debug, Clone)]
 struct Signed {
+    /// The key, base64 SPKI.
+    by: String,
     signature: String,
     script_sha256: String,
     script_type: String,
@@ -269,11 +271,13 @@ pub fn payload(keys: &Keys, delivery: &Delivery) -> Result<Value> {
         _ => return Err(Error::bug("the request of an activity is not an object")),
     }
     object.insert("job_id".into(), delivery.activity_id.into());
-    let known = delivery.shared.as_ref().and_then(|shared| shared.signed.get());
+    let key = keys.script_key();
+    // By the key before it, where that has passed its place on in the meantime, it is of no use.
+    let known = delivery.shared.as_ref().and_then(|shared| shared.signed.get()).filter(|known| known.by == key.spki_base64());
     let signed = match known {
         Some(signed) => signed.clone(),
         None => {
-            let signed = Signed::of(keys, &object)?;
+            let signed = Signed::of(&key, &object)?;
             if let Some(shared) = &delivery.shared {
                 // Another task may have been faster; its is the same.
                 let _ = shared.signed.set(signed.clone());
@@ -294,18 +298,22 @@ pub fn payload(keys: &Keys, delivery: &Delivery) -> Result<Value> {
     };
     object.insert("signature".into(), signed.signature.into());
     object.insert("sig_alg".into(), "ed25519".into());
-    object.insert("signing_key".into(), keys.script_public_spki_base64().into());
-    object.insert("envelope_signature".into(), keys.sign_script(&envelope.to_sign()).into());
+    object.insert("signing_key".into(), key.spki_base64().into());
+    if !key.successions().is_empty() {
+        object.insert("signing_key_successions".into(), serde_json::to_value(key.successions())?);
+    }
+    object.insert("envelope_signature".into(), key.sign(&envelope.to_sign()).into());
     object.insert("envelope".into(), serde_json::to_value(envelope)?);
     Ok(Value::Object(object))
 }
 
 impl Signed {
-    fn of(keys: &Keys, request: &Map<String, Value>) -> Result<Self> {
+    fn of(key: &ScriptKey, request: &Map<String, Value>) -> Result<Self> {
         let run: QuickJobRun = serde_json::from_value(Value::Object(request.clone()))?;
         let script = borealis_protocol::keys::from_base64(&run.script_content).map_err(Error::bug)?;
         Ok(Self {
-            signature: keys.sign_script(&script),
+            by: key.spki_base64().to_owned(),
+            signature: key.sign(&script),
             script_sha256: borealis_protocol::canonical::sha256_hex(&script),
             script_type: run.script_type,
             env_sha256: envelope::env_sha256(&run.environment, &run.variables),

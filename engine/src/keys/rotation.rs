@@ -1,10 +1,13 @@
-//! Another engine secret, or another key for access tokens, while everything runs.
+//! Another engine secret, or another key for access tokens or scripts, while everything runs.
 //!
 //! In three steps, each of which may be repeated, and after each of which everything works:
 //!
 //! 1. *prepare*: a new key lies beside the present one (`engine.secret.next`, `agent-token-next.pem`) and is accepted;
 //! 2. *switch*: the new one is used, and the one before it (`engine.secret.previous`, `agent-token-previous.pem`) is still accepted;
 //! 3. *finish*: the old one is removed.
+//!
+//! The script key is different in two ways: nobody has to accept the old one but agents, who look after that, and the old one signs that the
+//! next one follows ([`Succession`]), because agents have pinned it.
 //!
 //! Running processes read the files every two seconds ([`Keys::read_again`](super::Keys::read_again)), workers when they are refused. With API processes
 //! on several hosts a step is done on each before the next begins, with copies of the same files.
@@ -15,8 +18,13 @@ use std::{
     time::SystemTime,
 };
 
-use super::{TOKEN_KEY, files, new_engine_secret};
-use crate::error::{Error, Result};
+use borealis_protocol::{keys, succession::Succession};
+
+use super::{SCRIPT_KEY, Successions, TOKEN_KEY, files, new_engine_secret};
+use crate::{
+    access::aegis::write_private,
+    error::{Error, Result},
+};
 
 /// What can be rotated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +33,8 @@ pub enum What {
     EngineSecret,
     /// What the access tokens of agents are signed with.
     AgentTokens,
+    /// What scripts are signed with.
+    ScriptSigning,
 }
 
 /// Which of three.
@@ -49,13 +59,13 @@ impl Role {
         path.into()
     }
 
-    fn of_token_key(self, secrets_dir: &Path) -> PathBuf {
+    fn of_key(self, name: &str, secrets_dir: &Path) -> PathBuf {
         let role = match self {
             Self::Current => "",
             Self::Next => "-next",
             Self::Previous => "-previous",
         };
-        secrets_dir.join(format!("{TOKEN_KEY}{role}.pem"))
+        secrets_dir.join(format!("{name}{role}.pem"))
     }
 }
 
@@ -90,7 +100,8 @@ impl Rotation {
     pub fn path(&self, role: Role) -> PathBuf {
         match self.what {
             What::EngineSecret => role.of_secret(&self.engine_secret_file),
-            What::AgentTokens => role.of_token_key(&self.secrets_dir),
+            What::AgentTokens => role.of_key(TOKEN_KEY, &self.secrets_dir),
+            What::ScriptSigning => role.of_key(SCRIPT_KEY, &self.secrets_dir),
         }
     }
 
@@ -133,9 +144,24 @@ impl Rotation {
         let next = self.path(Role::Next);
         match self.what {
             What::EngineSecret => files::read_or_create(&next, new_engine_secret)?,
-            What::AgentTokens => files::read_or_create(&next, files::new_signing_key)?,
+            What::AgentTokens | What::ScriptSigning => files::read_or_create(&next, files::new_signing_key)?,
         };
-        self.check(Role::Next)
+        self.check(Role::Next)?;
+        if self.what == What::ScriptSigning { self.name_successor() } else { Ok(()) }
+    }
+
+    /// Has the present script key sign that the next one follows, unless it has.
+    fn name_successor(&self) -> Result<()> {
+        let present = files::read_signing_key(&self.path(Role::Current))?;
+        let next = files::read_signing_key(&self.path(Role::Next))?;
+        let succession = Succession::sign(&present, &next.verifying_key());
+        let mut known = Successions::read(&self.secrets_dir)?;
+        if known.successions.last() == Some(&succession) {
+            return Ok(());
+        }
+        known.first.get_or_insert_with(|| keys::spki_base64(&present.verifying_key()));
+        known.successions.push(succession);
+        write_private(&Successions::path(&self.secrets_dir), &serde_json::to_vec_pretty(&known)?)
     }
 
     /// Uses the next key. Does nothing where that was done.
@@ -186,7 +212,7 @@ impl Rotation {
         let path = self.path(role);
         match self.what {
             What::EngineSecret => super::read_engine_secret(&path).map(drop),
-            What::AgentTokens => files::read_signing_key(&path).map(drop),
+            What::AgentTokens | What::ScriptSigning => files::read_signing_key(&path).map(drop),
         }
     }
 
@@ -343,6 +369,33 @@ mod tests {
             rotation.finish().unwrap();
         }
         assert_eq!(fs::read_dir(&stand.secrets).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn a_script_key_passes_its_place_on_and_the_site_workers_stay() {
+        let stand = Stand::new();
+        let first = stand.keys.script_key();
+        let pinned = keys::from_spki_base64(first.spki_base64()).unwrap();
+        let worker = stand.keys.site_worker_guid(7);
+        for rotated in 1..=2 {
+            let rotation = stand.of(What::ScriptSigning);
+            rotation.prepare().unwrap();
+            rotation.prepare().unwrap();
+            let before = stand.keys.script_public_spki_base64();
+            assert!(stand.keys.read_again().unwrap());
+            assert_eq!(stand.keys.script_public_spki_base64(), before, "it is only named yet");
+            rotation.switch().unwrap();
+            assert!(stand.keys.read_again().unwrap());
+            rotation.finish().unwrap();
+            let now = stand.keys.script_key();
+            assert_ne!(now.spki_base64(), before);
+            assert_eq!(now.successions().len(), rotated);
+            let followed = borealis_protocol::succession::follow(&pinned, now.successions(), now.spki_base64());
+            assert_eq!(keys::spki_base64(&followed.expect("a way from the first key")), now.spki_base64());
+        }
+        assert_eq!(stand.keys.site_worker_guid(7), worker);
+        assert_eq!(Keys::load_or_create(&stand.secrets, None).unwrap().site_worker_guid(7), worker);
+        assert_eq!(fs::read_dir(&stand.secrets).unwrap().count(), 4);
     }
 
     #[test]

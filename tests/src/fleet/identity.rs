@@ -90,7 +90,7 @@ pub async fn enrollment_code(admin: &Actor, site: i64) -> String {
 /// # Panics
 /// When the database refuses.
 pub async fn write(pool: &Pool, engine: &Keys, site: i64, prefix: &str, count: usize) -> Vec<Machine> {
-    let engine_key = keys::from_spki_base64(engine.script_public_spki_base64()).expect("the engine's key");
+    let engine_key = keys::from_spki_base64(&engine.script_public_spki_base64()).expect("the engine's key");
     let mut machines = Vec::with_capacity(count);
     for start in (0..count).step_by(BATCH) {
         let (mut guids, mut hostnames, mut agents, mut fingerprints, mut publics, mut hashes) =

@@ -622,7 +622,7 @@ impl Access<'_> {
         if remapped {
             sync::remap(&mut tx, actor, &provider).await?;
         }
-        let mut detail = shown(&provider);
+        let mut detail = changed(&shown(&before), &shown(&provider));
         detail["bind_password_forgotten"] = json!(forgotten && before.has_bind_password());
         record(&mut tx, actor, "directory.update", id, detail).await?;
         tx.commit().await?;
@@ -861,6 +861,17 @@ fn shown(provider: &Provider) -> serde_json::Value {
         "group_mappings": groups.collect::<Vec<_>>(),
         "site_mappings": sites.collect::<Vec<_>>(),
     })
+}
+
+/// What is, and under `before` what was, of that which has changed.
+fn changed(before: &serde_json::Value, after: &serde_json::Value) -> serde_json::Value {
+    let was: serde_json::Map<_, _> = (before.as_object().into_iter().flatten())
+        .filter(|(name, value)| after.get(name) != Some(value))
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect();
+    let mut detail = after.clone();
+    detail["before"] = was.into();
+    detail
 }
 
 async fn record(tx: &mut db::Tx<'_>, actor: &Actor, action: &str, id: i64, detail: serde_json::Value) -> Result<()> {
