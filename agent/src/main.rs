@@ -7,8 +7,7 @@ use std::process::ExitCode;
 use borealis_agent::platform::{self, ServiceSpec};
 use borealis_agent::{CancellationToken, Config, DEFAULT_CONFIG_PATH, DEFAULT_STATE_DIR, Error, Result, Settings};
 use clap::{Args, Parser, Subcommand};
-use tracing_subscriber::Layer as _;
-use tracing_subscriber::filter::{FilterExt as _, filter_fn};
+use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
@@ -116,7 +115,7 @@ fn run(options: &Options) -> Result<ExitCode> {
         .with_writer(std::io::stderr);
     // Libraries say at `trace` what goes over the wire, with the tokens in it: that is heard of nobody but ourselves.
     let discreet = filter_fn(|about| *about.level() <= tracing::Level::DEBUG || about.target().starts_with("borealis"));
-    tracing_subscriber::registry().with(lines.with_filter(filter.and(discreet))).init();
+    tracing_subscriber::registry().with(discreet).with(filter).with(lines).init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

@@ -6,7 +6,7 @@ use std::{io::IsTerminal, sync::LazyLock};
 use tracing::{Event, Level, Subscriber, field};
 use tracing_subscriber::{
     EnvFilter, Layer,
-    filter::{FilterExt, FilterFn, Targets, filter_fn},
+    filter::{FilterFn, Targets, filter_fn},
     layer::{Context, SubscriberExt},
     registry::LookupSpan,
     util::SubscriberInitExt,
@@ -38,18 +38,21 @@ pub fn start(filter: &str, format: Format, measured: bool) -> Result<(), Error> 
         // Each with a filter of its own: what one wants to hear of is not for the other.
         let waits = Targets::new().with_target(ACQUIRE_TARGET, Level::TRACE);
         tracing_subscriber::registry()
-            .with(lines(format).with_filter(filter.and(discreet())))
+            .with(discreet())
+            .with(lines(format).with_filter(filter))
             .with(Acquires.with_filter(waits))
             .try_init()
     } else {
-        tracing_subscriber::registry().with(lines(format).with_filter(filter.and(discreet()))).try_init()
+        tracing_subscriber::registry().with(discreet()).with(filter).with(lines(format)).try_init()
     };
     started.map_err(|_| Error::Twice)
 }
 
-/// Libraries say at `trace` what goes over the wire, with the tokens in it: that is heard of nobody but ourselves.
+/// Libraries say at `trace` what goes over the wire, with the tokens in it: that is heard of nobody but ourselves, and of who counts.
 fn discreet() -> FilterFn {
-    filter_fn(|about| *about.level() <= Level::DEBUG || about.target().starts_with("borealis"))
+    filter_fn(|about| {
+        *about.level() <= Level::DEBUG || about.target().starts_with("borealis") || about.target() == ACQUIRE_TARGET
+    })
 }
 
 fn lines<S>(format: Format) -> Box<dyn Layer<S> + Send + Sync>
