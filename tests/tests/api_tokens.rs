@@ -514,6 +514,12 @@ async fn a_stream_of_events_ends_with_token_or_session() {
         let end = tokio::time::timeout(Duration::from_secs(10), stream.text()).await.expect("an end").expect("a stream");
         assert_eq!(end, "");
     };
+    // A page that only listens is nobody at work: the session grows idle all the same.
+    let age = "UPDATE operator_sessions SET last_seen_at = now() - interval '1 hour'";
+    sqlx::query(age).execute(&engine.database.pool).await.expect("an update");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let idle = "SELECT bool_and(last_seen_at < now() - interval '50 minutes') FROM operator_sessions";
+    assert!(sqlx::query_scalar::<_, bool>(idle).fetch_one(&engine.database.pool).await.expect("the sessions"));
     let _ = admin.delete(&format!("/api/auth/tokens/{}", made["id"].as_str().expect("an id"))).await.ok();
     ended(of_token).await;
     let _ = second.post("/api/auth/logout", json!({})).await.ok();

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use borealis_engine::audit::chain;
 use borealis_tests::{
     Actor, TestEngine,
     actor::{Enrollment, new_key},
@@ -40,6 +41,32 @@ async fn it_can_only_grow() {
         let refused = run(&engine, sql).await.expect_err(sql);
         assert!(refused.to_string().contains("append-only"), "{sql}: {refused}");
     }
+}
+
+#[tokio::test]
+async fn it_is_checked_once_a_day_and_says_what_was_found() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let _ = sealed(&admin).await;
+    let daily = async || chain::daily(&engine.database.pool, &engine.app.vault).await.expect("a check");
+    let found = daily().await.expect("the first of the day");
+    assert!(found.broken.is_none() && found.checked > 0, "{found:?}");
+    assert_eq!(daily().await, None, "once a day");
+    let event = async || admin.get("/api/audit?action=audit.check").await.ok()["events"][0].clone();
+    let first = event().await;
+    assert_eq!(
+        (&first["actor_kind"], &first["outcome"], &first["detail"]["head"]),
+        (&json!("system"), &json!("success"), &json!(found.head))
+    );
+
+    let _ = sealed(&admin).await;
+    // Somebody with all rights changes an event, and a day goes by.
+    engine.database.tamper("UPDATE audit_events SET actor_name = 'nobody' WHERE action = 'aegis.setup'").await;
+    engine.database.tamper("UPDATE audit_events SET at = at - interval '25 hours' WHERE action = 'audit.check'").await;
+    let found = daily().await.expect("the next day");
+    assert!(found.broken.is_some(), "{found:?}");
+    let second = event().await;
+    assert_eq!((&second["outcome"], second["detail"]["broken"]["why"].is_string()), (&json!("failure"), true), "{second}");
 }
 
 /// What the tables hold that people change, apart from when somebody was last seen.

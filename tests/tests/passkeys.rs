@@ -171,6 +171,12 @@ async fn a_copied_passkey_is_refused_and_told() {
     error(&browser.call("signIn", json!([])).await, 400, "passkey_verification_failed");
     let reasons = world.refusals().await;
     assert!(reasons[0].as_str().is_some_and(|reason| reason.contains("counter went back")), "{reasons:?}");
+    let counted: Vec<String> =
+        sqlx::query_scalar("SELECT scope FROM rate_counters WHERE hits > 0 AND scope <> 'auth.ceremony' ORDER BY 1")
+            .fetch_all(&world.engine.database.pool)
+            .await
+            .expect("the counters");
+    assert_eq!(counted, ["auth.account_hour", "auth.address"], "it counts as a wrong password does");
     // The original goes on.
     browser.replace_credential(original).await;
     let _ = ok(browser.call("signIn", json!([])).await);

@@ -415,9 +415,14 @@ async fn operators_hear_of_their_own_sites_only() {
     assert!(agent.silent("device_activity_changed", Duration::from_millis(200)).await, "agents hear no operator's event");
     assert!(matches!(outsider.call("operator_presence_sync", json!({"current_page": "x"})).await["status"].as_str(), Some("ok")));
 
+    // One that nobody has worked with for too long is over, and its sockets with it. The administrator's are not concerned.
+    let idle = "UPDATE operator_sessions s SET last_seen_at = now() - interval '13 hours' FROM users u WHERE u.id = s.user_id AND u.role = 'User'";
+    sqlx::query(idle).execute(&engine.database.pool).await.expect("an update");
+    assert!(tokio::time::timeout(Duration::from_secs(8), outsider.closed()).await.is_ok(), "an idle session closes its sockets");
+    assert!(matches!(admin.call("operator_presence_sync", json!({"current_page": "x"})).await["status"].as_str(), Some("ok")));
     sqlx::query("DELETE FROM operator_sessions").execute(&engine.database.pool).await.expect("a delete");
     assert!(
-        tokio::time::timeout(Duration::from_secs(8), insider.closed()).await.is_ok(),
+        tokio::time::timeout(Duration::from_secs(8), admin.closed()).await.is_ok(),
         "a session that ended closes its sockets"
     );
     let _ = agent::PATIENCE;
