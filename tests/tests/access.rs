@@ -351,7 +351,8 @@ async fn whatever_says_that_it_asks_for_a_step_up_does() {
     let mut tried: Vec<String> = rows.iter().map(|(method, route, ..)| format!("{method} {route}")).collect();
     // That one asks where there are many devices: `many_devices_need_a_fresh_proof_of_who_asks`.
     tried.push("POST /api/scripts/quick_run".to_owned());
-    (said.sort(), tried.sort());
+    said.sort();
+    tried.sort();
     assert_eq!(said, tried);
 
     let stale = admin.sign_in(ADMIN, PASSWORD, 1).await;

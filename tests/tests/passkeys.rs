@@ -7,8 +7,14 @@ use axum::{
     response::{Html, IntoResponse, Response},
     routing,
 };
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use borealis_tests::{Actor, Browser, Processes, TestEngine, engine::PASSWORD, totp};
+use ring::{
+    rand::SystemRandom,
+    signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair},
+};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use url::Url;
 
@@ -190,6 +196,55 @@ async fn a_copied_passkey_is_refused_and_told() {
     foreign["userHandle"] = mine;
     browser.replace_credential(foreign).await;
     let _ = ok(browser.call("signIn", json!([])).await);
+}
+
+/// What the authenticator signed, changed, and signed again with its key: by somebody who has all of it but the right place.
+fn signed_anew(signed: &Value, key: &Value, change: impl FnOnce(&mut Vec<u8>, &mut Value)) -> Value {
+    let bytes = |text: &Value| URL_SAFE_NO_PAD.decode(text.as_str().expect("text").trim_end_matches('=')).expect("base64url");
+    let response = &signed["credential"]["response"];
+    let mut about = bytes(&response["authenticatorData"]);
+    let mut client: Value = serde_json::from_slice(&bytes(&response["clientDataJSON"])).expect("JSON");
+    change(&mut about, &mut client);
+    let client = client.to_string();
+    let random = SystemRandom::new();
+    let key = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &bytes(key), &random).expect("a key");
+    let message = [about.as_slice(), &Sha256::digest(client.as_bytes())].concat();
+    let signature = key.sign(&random, &message).expect("a signature");
+    let mut forged = signed.clone();
+    forged["credential"]["response"]["authenticatorData"] = json!(URL_SAFE_NO_PAD.encode(about));
+    forged["credential"]["response"]["clientDataJSON"] = json!(URL_SAFE_NO_PAD.encode(client));
+    forged["credential"]["response"]["signature"] = json!(URL_SAFE_NO_PAD.encode(signature));
+    forged
+}
+
+#[tokio::test]
+async fn what_was_signed_for_another_place_or_without_its_user_is_refused() {
+    /// The user was there; was verified.
+    const FLAGS: usize = 32;
+    const VERIFIED: u8 = 4;
+    let world = World::new().await;
+    let browser = &world.browser;
+    let _ = world.operator().await;
+    let _ = ok(browser.call("register", json!([])).await);
+    let key = browser.credentials().await[0]["privateKey"].clone();
+    type Change = fn(&mut Vec<u8>, &mut Value);
+    let cases: [(&str, Change); 6] = [
+        ("another origin", |_, client| client["origin"] = json!("https://localhost.example")),
+        ("another port's origin", |_, client| client["origin"] = json!("http://localhost:1")),
+        ("another kind of ceremony", |_, client| client["type"] = json!("webauthn.create")),
+        ("another challenge", |_, client| client["challenge"] = json!(URL_SAFE_NO_PAD.encode([7; 32]))),
+        ("another host", |about, _| about[..32].copy_from_slice(&Sha256::digest(b"localhost.example"))),
+        ("a user who was not verified", |about, _| about[FLAGS] &= !VERIFIED),
+    ];
+    for (name, change) in cases {
+        let signed = browser.call("get", json!([])).await;
+        let refused = world.api("POST", AUTHENTICATE, signed_anew(&signed, &key, change)).await;
+        assert_eq!(refused["body"]["error"], "passkey_verification_failed", "{name}: {refused}");
+        sqlx::query("DELETE FROM rate_counters").execute(&world.engine.database.pool).await.expect("a deletion");
+    }
+    // The forgery itself is good enough: with nothing changed it signs in.
+    let signed = browser.call("get", json!([])).await;
+    let _ = ok(world.api("POST", AUTHENTICATE, signed_anew(&signed, &key, |_, _| {})).await);
 }
 
 #[tokio::test]
