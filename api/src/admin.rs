@@ -84,8 +84,8 @@ enum Verb {
     /// Replaces a key in the state folder while everything runs.
     ///
     /// Makes a new key, waits until the processes on this machine accept it, uses it, and forgets the old one when nobody needs it any more. A
-    /// rotation that was interrupted goes on where it stopped. With API processes on several machines: do each --step on all of them before
-    /// the next, with copies of the same file.
+    /// rotation that was interrupted goes on where it stopped. With API processes on several machines: prepare on one and copy the files it
+    /// names to the others, then switch on each, then finish on each.
     RotateKeys {
         /// Which key.
         #[arg(value_enum)]
@@ -93,7 +93,7 @@ enum Verb {
         /// Do this step only.
         #[arg(long, value_enum, conflicts_with = "stolen")]
         step: Option<Step>,
-        /// Do not accept the old key any longer. Agents that have a token of it get another one by themselves.
+        /// Make a new key whatever lies there, and do not accept any other one any longer. Agents that have a token of it get another one by themselves.
         #[arg(long)]
         stolen: bool,
     },
@@ -287,13 +287,16 @@ impl Console {
             None => return rotate_whole(&rotation, what, stolen).await,
         }
         say(match step {
-            Some(Step::Prepare) => "Copy it to every other machine with an API process, and wait ten seconds, before you switch.",
+            Some(Step::Prepare) => {
+                "Copy this to every other machine with an API process, and wait ten seconds, before you switch."
+            }
             Some(Step::Switch) => {
                 "Switch on every other machine too, replace the copies of workers, and wait ten seconds, before you finish."
             }
             _ => "The old key does not count on this machine any more.",
         });
-        print(&format!("{}\n", rotation.path(if step == Some(Step::Prepare) { Role::Next } else { Role::Current }).display()))
+        let files = if step == Some(Step::Prepare) { rotation.to_copy() } else { vec![rotation.path(Role::Current)] };
+        files.iter().try_for_each(|file| print(&format!("{}\n", file.display())))
     }
 
     async fn force_reset(&self, yes: bool) -> Result<()> {
@@ -377,6 +380,10 @@ impl Console {
 
 async fn rotate_whole(rotation: &Rotation, what: What, stolen: bool) -> Result<()> {
     let others_look = || tokio::time::sleep(KEYS_EVERY * 3);
+    if stolen {
+        // They lay in the same folder.
+        rotation.discard()?;
+    }
     let begun = rotation.state()?;
     if begun == State::Switched && what == What::AgentTokens && !stolen {
         return rotation.prepare();

@@ -45,8 +45,10 @@ pub const MAX_HEAD_BYTES: usize = 64 * 1024;
 pub const DRAIN_S: u64 = 10;
 /// How often it is looked for audit events to seal.
 const SEAL_EVERY: Duration = Duration::from_secs(1);
-/// How often it is looked whether the audit has to be checked, which is once a day.
+/// How often it is looked whether the audit has to be checked.
 const CHECK_LOOK_EVERY: Duration = Duration::from_secs(15 * 60);
+/// How often it is checked.
+const CHECK_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// How often it is looked for directories to sync.
 const SYNC_LOOK_EVERY: Duration = Duration::from_secs(10);
 /// How often it is looked whether another process has changed the secret store.
@@ -234,19 +236,21 @@ async fn seal_audit(app: App, shutdown: CancellationToken) {
     }
 }
 
-/// Checks once a day that nobody has changed the audit. Of several processes the first that comes does; two that come at once both do.
+/// Checks once a day that nobody has changed the audit. Each process does, by its own clock: who can write to the database must not be
+/// able to say that it was done.
 async fn check_audit(app: App, shutdown: CancellationToken) {
     let mut every = tokio::time::interval(CHECK_LOOK_EVERY);
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     // A process that starts has something else to do.
     every.reset();
+    let mut checked: Option<tokio::time::Instant> = None;
     while shutdown.run_until_cancelled(every.tick()).await.is_some() {
-        if !app.vault.is_open() {
+        if !app.vault.is_open() || checked.is_some_and(|at| at.elapsed() < CHECK_EVERY) {
             continue;
         }
-        match chain::daily(&app.pool, &app.vault).await {
-            Ok(None) => {}
-            Ok(Some(report)) => {
+        match chain::check_and_note(&app.pool, &app.vault).await {
+            Ok(report) => {
+                checked = Some(tokio::time::Instant::now());
                 metrics::METERS.audit_broken.set(i64::from(report.broken.is_some()));
                 match report.broken {
                     Some(broken) => tracing::error!(

@@ -64,6 +64,8 @@ const TOKEN_KEY: &str = "agent-token";
 const SCRIPT_KEY: &str = "script-signing";
 /// How long the tokens of the key before the present one are accepted after a rotation: longer than they live.
 const PREVIOUS_TOKEN_KEY_FOR: Duration = Duration::from_secs(1200);
+/// Some thousands of rotations.
+const SUCCESSIONS_MAX_BYTES: u64 = 1024 * 1024;
 /// Of what API processes share and workers do not have.
 const HANDOVER_INFO: &[u8] = b"borealis-aegis-handover-psk-v1";
 
@@ -346,7 +348,9 @@ impl Successions {
 
     fn read(secrets_dir: &Path) -> Result<Self> {
         let path = Self::path(secrets_dir);
-        let Some(text) = when_there(read(&path), &path)? else { return Ok(Self::default()) };
+        let Some(text) = when_there(files::read_bounded(&path, SUCCESSIONS_MAX_BYTES), &path)? else {
+            return Ok(Self::default());
+        };
         serde_json::from_str(&text).map_err(|error| unusable(&path, &error))
     }
 }

@@ -395,6 +395,23 @@ async fn behind_a_known_proxy_each_client_counts_for_itself() {
 }
 
 #[tokio::test]
+async fn a_second_factor_that_is_forgotten_meanwhile_lets_nobody_in() {
+    let engine = TestEngine::start().await;
+    let user = engine.operator(&[]).await;
+    let nobody = engine.anonymous();
+    let pending = nobody.post("/api/auth/login", json!({"username": user.name, "password": PASSWORD})).await.ok();
+    // What takes it ends the sign-ins that are under way; this is as if it had come between.
+    sqlx::query("UPDATE users SET mfa_secret_sealed = NULL WHERE username = $1")
+        .bind(&user.name)
+        .execute(&engine.database.pool)
+        .await
+        .expect("an update");
+    let code = totp::code(user.totp_secret.as_deref().expect("a secret"), 1);
+    let body = json!({"pending_token": pending["pending_token"], "code": code});
+    let _ = nobody.post("/api/auth/mfa/verify", body).await.error(403, "mfa_not_configured");
+}
+
+#[tokio::test]
 async fn a_recovery_code_stands_once_for_the_app_and_goes_with_it() {
     const PATH: &str = "/api/auth/mfa/recovery-codes";
     let engine = TestEngine::start().await;

@@ -18,7 +18,7 @@ use borealis_engine::{
     access::aegis::{PROTECTED, Unseal, Vault},
 };
 use borealis_tests::{
-    Actor, Processes, TestCluster, TestEngine,
+    Actor, Processes, TestCluster, TestDatabase, TestEngine,
     actor::Credential,
     engine::{ADMIN, CIPHER, PASSWORD},
     eventually,
@@ -236,6 +236,57 @@ impl Again for Actor {
         let known = Actor { totp_secret: who.totp_secret.clone(), ..self.clone() };
         known.sign_in(&who.name, who.password.as_deref().expect("a password"), steps).await
     }
+}
+
+/// Runs a program of Postgres' on a database.
+async fn postgres(program: &'static str, arguments: Vec<String>) {
+    let ran = tokio::task::spawn_blocking(move || Command::new(program).args(&arguments).output()).await.expect("no panic");
+    let ran = ran.unwrap_or_else(|error| panic!("{program} cannot be started: {error}"));
+    assert!(ran.status.success(), "{program}: {}", String::from_utf8_lossy(&ran.stderr));
+}
+
+#[tokio::test]
+async fn a_restored_backup_is_nobodys_to_set_up() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let (site, _) = engine.site("Oslo").await;
+    let device = engine.device(site).await;
+    let id = credential(&admin).await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let dump = folder.path().join("borealis.dump").display().to_string();
+    postgres("pg_dump", vec!["-Fc".into(), "-f".into(), dump.clone(), "-d".into(), engine.database.url.to_string()]).await;
+
+    // As `docs/operations.md` says, without the folder of secrets: somebody who has found the backup, or has lost the folder.
+    let database = TestDatabase::start().await;
+    let words = ["--clean", "--if-exists", "--single-transaction", "-d", database.url.as_str(), &dump].map(str::to_owned);
+    postgres("pg_restore", words.to_vec()).await;
+    let restored = TestEngine::on(database, |_| {}).await;
+    let nobody = restored.anonymous();
+    assert_eq!(phase(&restored.base).await, "aegis_unlock_required");
+    let first = json!({"username": "mallory", "password": NEW_PASSWORD});
+    let refused = async |path: &str, body: Value| {
+        let reply = nobody.post(path, body).await;
+        assert_eq!(reply.status, 409, "{path}: {}", reply.text);
+        reply.body["error"].clone()
+    };
+    assert_eq!(refused("/api/bootstrap/aegis/setup", json!({"cipher": NEW_CIPHER})).await, "invalid_phase");
+    assert_eq!(refused("/api/bootstrap/admin/setup", first.clone()).await, "invalid_phase");
+    assert_eq!(refused("/api/bootstrap/admin/recover", first.clone()).await, "invalid_phase");
+    let _ = admin.at(&restored.base).get("/api/auth/me").await.error(401, "unauthorized");
+    let _ = nobody.post("/api/bootstrap/aegis/unlock", json!({"cipher": NEW_CIPHER})).await.error(401, "invalid_cipher");
+
+    // Who has the cipher goes on where the backup was made.
+    let _ = nobody.post("/api/bootstrap/aegis/unlock", json!({"cipher": CIPHER})).await.ok();
+    for path in ["/api/bootstrap/admin/setup", "/api/bootstrap/admin/recover"] {
+        let _ = refused(path, first.clone()).await;
+    }
+    let here = admin.at(&restored.base).sign_in(ADMIN, PASSWORD, 1).await;
+    assert_eq!(here.get(&format!("/api/credentials/{id}")).await.ok()["credential"]["has_password"], true);
+    assert_eq!(checked(&here).await["ok"], true);
+    // The token of the agent was signed with a key that is not here; its refresh token gives it another.
+    let _ = device.at(&restored.base).post("/api/agent/heartbeat", json!({})).await.error(401, "invalid_token");
+    let renewal = json!({"guid": device.guid, "refresh_token": device.refresh_token});
+    let _ = nobody.post("/api/agent/token/refresh", renewal).await.ok();
 }
 
 #[tokio::test]

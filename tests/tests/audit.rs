@@ -44,15 +44,14 @@ async fn it_can_only_grow() {
 }
 
 #[tokio::test]
-async fn it_is_checked_once_a_day_and_says_what_was_found() {
+async fn a_check_by_the_engine_itself_is_an_event_and_says_what_was_found() {
     let engine = TestEngine::start().await;
     let admin = engine.admin().await;
     let _ = sealed(&admin).await;
-    let daily = async || chain::daily(&engine.database.pool, &engine.app.vault).await.expect("a check");
-    let found = daily().await.expect("the first of the day");
-    assert!(found.broken.is_none() && found.checked > 0, "{found:?}");
-    assert_eq!(daily().await, None, "once a day");
+    let check = async || chain::check_and_note(&engine.database.pool, &engine.app.vault).await.expect("a check");
     let event = async || admin.get("/api/audit?action=audit.check").await.ok()["events"][0].clone();
+    let found = check().await;
+    assert!(found.broken.is_none() && found.checked > 0, "{found:?}");
     let first = event().await;
     assert_eq!(
         (&first["actor_kind"], &first["outcome"], &first["detail"]["head"]),
@@ -60,11 +59,8 @@ async fn it_is_checked_once_a_day_and_says_what_was_found() {
     );
 
     let _ = sealed(&admin).await;
-    // Somebody with all rights changes an event, and a day goes by.
     engine.database.tamper("UPDATE audit_events SET actor_name = 'nobody' WHERE action = 'aegis.setup'").await;
-    engine.database.tamper("UPDATE audit_events SET at = at - interval '25 hours' WHERE action = 'audit.check'").await;
-    let found = daily().await.expect("the next day");
-    assert!(found.broken.is_some(), "{found:?}");
+    assert!(check().await.broken.is_some());
     let second = event().await;
     assert_eq!((&second["outcome"], second["detail"]["broken"]["why"].is_string()), (&json!("failure"), true), "{second}");
 }

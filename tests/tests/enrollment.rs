@@ -380,13 +380,15 @@ async fn an_enrollment_code_ends_and_the_next_one_lasts_as_asked() {
     let ahead = |site: &Value| site["enrollment_code_expires_at"].as_i64().expect("an instant") - Utc::now().timestamp();
     let days = |days: i64| days * 86_400 - 120..=days * 86_400 + 120;
     assert!(days(90).contains(&ahead(&listed().await)), "{}", listed().await);
-    let waiting = ask(&engine, "early", &code, &new_key()).await;
+    let key = new_key();
+    let _ = ask(&engine, "early", &code, &key).await;
 
     sql(&engine, "UPDATE sites SET enrollment_code_expires_at = now() - interval '1 second'").await;
     assert_eq!(listed().await["enrollment_code_expired"], true);
     let body = json!({"hostname": "late", "enrollment_code": code, "agent_pubkey": spki(&new_key()), "client_nonce": STANDARD.encode([1; 16])});
     let _ = engine.anonymous().post("/api/agent/enroll/request", body).await.error(400, "invalid_enrollment_code");
-    // Who has asked in time is decided on as before.
+    // Who has asked in time goes on, also after a restart, and is decided on as before.
+    let waiting = ask(&engine, "early", &code, &key).await;
     let _ = decide(&engine, &admin, &waiting, json!({})).await.ok();
     let _ = waiting.finish(site).await;
 

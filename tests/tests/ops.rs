@@ -246,12 +246,16 @@ async fn a_crash_leaves_no_core_dump_with_secrets_in_it() {
     let made_here = dumped(sleeper);
     let (api, port) = crash(format!("{} serve", borealis_tests::processes::built("borealis-api").display()));
     eventually("the API listens", SOON, async || tokio::net::TcpStream::connect(("127.0.0.1", port)).await.ok()).await;
-    let limits = std::fs::read_to_string(format!("/proc/{}/limits", api.id())).unwrap();
-    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
-    assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"], "{core}");
+    let limited = |child: &std::process::Child| {
+        let limits = std::fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
+        let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+        assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"], "{core}");
+    };
+    limited(&api);
     assert!(!dumped(api), "a core dump of the API");
     let (worker, _) = crash(format!("{} run", borealis_tests::processes::built("borealis-worker").display()));
     tokio::time::sleep(Duration::from_secs(1)).await;
+    limited(&worker);
     assert!(!dumped(worker), "a core dump of the worker");
     eprintln!("this machine makes core dumps: {made_here}");
 }

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use borealis_engine::jobs::delivery::{self, Doubt};
 use borealis_protocol::{envelope, events::QuickJobRun, keys};
 use borealis_tests::{
     TestEngine,
@@ -221,6 +222,55 @@ async fn a_worker_says_that_something_is_to_be_sent_and_not_what() {
     // The first that comes is the one of the tables.
     let run: QuickJobRun = serde_json::from_value(socket.event("quick_job_run").await).expect("a dispatch");
     assert_eq!((run.job_id, run.script_content.as_str()), (job, &*STANDARD.encode("echo hello\n")));
+}
+
+#[tokio::test]
+async fn what_was_taken_in_doubt_is_as_if_it_had_not_been() {
+    let (engine, site) = engine().await;
+    let own = machine(&engine, site).await;
+    let pool = &engine.database.pool;
+    let mut socket = own.connect(&engine, dedup()).await;
+    let process = engine.app.process_id;
+    // Another process' work: the engine's own must not come between.
+    let take = async |reconnected: bool| {
+        let mut tx = pool.begin().await.expect("a transaction");
+        let cancels = delivery::take_cancels(&mut tx, process, &[own.guid], reconnected).await.expect("cancels");
+        let taken = delivery::take_ready(&mut tx, process, &[own.guid], reconnected).await.expect("what is ready");
+        // The commit works, and its answer is lost.
+        tx.commit().await.expect("a commit");
+        (Doubt::about(&taken, &cancels), taken.deliveries.len(), cancels.len())
+    };
+    let state = async |job: i64| -> (String, i32, bool) {
+        sqlx::query_as("SELECT delivery, delivery_count, cancel_sent_at IS NULL FROM activity_history WHERE id = $1")
+            .bind(job)
+            .fetch_one(pool)
+            .await
+            .expect("the activity")
+    };
+    let job = own.job(pool).await;
+    let (doubt, taken, _) = take(false).await;
+    assert_eq!((taken, state(job).await), (1, ("sent".into(), 1, true)));
+    delivery::undo(pool, &doubt).await.expect("undone");
+    assert_eq!(state(job).await, ("ready".into(), 0, true));
+    // Taken again in the meantime, by whomever, it stays.
+    let _ = take(false).await;
+    delivery::undo(pool, &doubt).await.expect("nothing to undo");
+    assert_eq!(state(job).await, ("sent".into(), 1, true));
+
+    // What was to be sent again after a reconnection still is, and so is a cancel.
+    sqlx::query("UPDATE device_sockets SET connected_at = now()").execute(pool).await.expect("an update");
+    let (doubt, taken, _) = take(true).await;
+    assert_eq!(taken, 1);
+    assert_eq!(take(true).await.1, 0);
+    delivery::undo(pool, &doubt).await.expect("undone");
+    assert_eq!(take(true).await.1, 1);
+    sqlx::query("UPDATE activity_history SET cancel_requested_at = now()").execute(pool).await.expect("an update");
+    let (doubt, _, cancels) = take(false).await;
+    assert_eq!((cancels, state(job).await.2), (1, false));
+    delivery::undo(pool, &doubt).await.expect("undone");
+    // The engine sees what is due by itself.
+    engine.app.hub.deliver(&[own.guid]).await;
+    assert_eq!(socket.event("quick_job_cancel").await["job_id"], job);
 }
 
 #[tokio::test]

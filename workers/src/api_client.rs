@@ -183,9 +183,14 @@ impl ApiClient {
         let mut last = Error::bug("no API process");
         for base in self.bases.iter().cycle().skip(turn % self.bases.len()).take(self.bases.len()) {
             let started = Instant::now();
-            let mut answer = self.once(base, method, route, body).await;
-            if answer.as_ref().is_err_and(|error| error.kind == Kind::Unauthenticated) && self.read_key_again() {
-                answer = self.once(base, method, route, body).await;
+            let key = self.key();
+            let mut answer = self.once(base, &key, method, route, body).await;
+            if answer.as_ref().is_err_and(|error| error.kind == Kind::Unauthenticated) {
+                self.read_key_again();
+                let now = self.key();
+                if now != key {
+                    answer = self.once(base, &now, method, route, body).await;
+                }
             }
             let result = match &answer {
                 Ok(_) => "ok",
@@ -202,23 +207,20 @@ impl ApiClient {
         Err(last)
     }
 
-    /// Whether another engine secret lies there now.
-    fn read_key_again(&self) -> bool {
-        let new = match read_engine_secret(&self.secret_file) {
-            Ok(secret) => Key::derive(secret.expose()),
-            Err(error) => {
-                tracing::warn!(why = %error.message, "the engine secret cannot be read again");
-                return false;
-            }
-        };
-        let mut key = self.key.write().unwrap_or_else(PoisonError::into_inner);
-        let changed = *key != new;
-        *key = new;
-        changed
+    fn key(&self) -> Key {
+        self.key.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes the engine secret that lies there now.
+    fn read_key_again(&self) {
+        match read_engine_secret(&self.secret_file) {
+            Ok(secret) => *self.key.write().unwrap_or_else(PoisonError::into_inner) = Key::derive(secret.expose()),
+            Err(error) => tracing::warn!(why = %error.message, "the engine secret cannot be read again"),
+        }
     }
 
     /// One attempt, with a timestamp and nonce of its own: one whose answer was lost is not a replay of the next.
-    async fn once(&self, base: &Url, method: &'static str, route: &str, body: &[u8]) -> Result<Value> {
+    async fn once(&self, base: &Url, key: &Key, method: &'static str, route: &str, body: &[u8]) -> Result<Value> {
         let url = base.join(&format!("{PREFIX}{route}")).map_err(Error::bug)?;
         let timestamp = chrono::Utc::now().timestamp().to_string();
         let nonce = internal::nonce();
@@ -226,7 +228,6 @@ impl ApiClient {
             Some(query) => format!("{}?{query}", url.path()),
             None => url.path().to_owned(),
         };
-        let key = self.key.read().unwrap_or_else(PoisonError::into_inner).clone();
         let signature = key.sign(&Signed {
             method,
             path_and_query: &path_and_query,

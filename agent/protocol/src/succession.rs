@@ -28,7 +28,11 @@ impl Succession {
         Self { key: keys::spki_base64(next), signature: keys::sign_base64(before, &to_sign(next)) }
     }
 
-    fn next_after(&self, before: &VerifyingKey) -> Result<VerifyingKey, KeyError> {
+    /// The next key, if `before` has named it.
+    ///
+    /// # Errors
+    /// [`KeyError`].
+    pub fn next_after(&self, before: &VerifyingKey) -> Result<VerifyingKey, KeyError> {
         let next = keys::from_spki_base64(&self.key)?;
         keys::verify_base64(before, &to_sign(&next), &self.signature)?;
         Ok(next)
@@ -36,17 +40,17 @@ impl Succession {
 }
 
 /// The key that `pinned` has passed its place to, if that is `wanted`: base64 SPKI. `successions` are in their order; those before
-/// `pinned` came do not matter.
+/// `pinned` came do not matter, and nor do those to keys that were named and never used.
 #[must_use]
 pub fn follow(pinned: &VerifyingKey, successions: &[Succession], wanted: &str) -> Option<VerifyingKey> {
     let wanted = keys::from_spki_base64(wanted).ok()?;
-    let mut key = *pinned;
+    let mut reached = vec![*pinned];
     for succession in successions {
-        if let Ok(next) = succession.next_after(&key) {
-            key = next;
-            if key == wanted {
-                return Some(key);
+        if let Some(next) = reached.iter().find_map(|key| succession.next_after(key).ok()) {
+            if next == wanted {
+                return Some(next);
             }
+            reached.push(next);
         }
     }
     None
@@ -76,6 +80,13 @@ mod tests {
         // Never back, and never to who is not named.
         assert!(!reaches(2, &all, 1) && !reaches(3, &all, 2) && !reaches(1, &all, 4) && !reaches(9, &all, 3));
         assert!(!reaches(1, &[], 2));
+    }
+
+    #[test]
+    fn one_that_was_named_and_never_used_is_no_dead_end() {
+        let mut all = chain(&[1, 5]);
+        all.extend(chain(&[1, 2, 3]));
+        assert!(reaches(1, &all, 2) && reaches(1, &all, 3) && reaches(2, &all, 3) && !reaches(5, &all, 3));
     }
 
     #[test]

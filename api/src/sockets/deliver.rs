@@ -7,8 +7,9 @@ use std::{
 };
 
 use borealis_engine::{
-    Error, Result, db,
-    jobs::delivery::{self, Cancel, Delivery, Taken},
+    Error, Result,
+    db::{self, Pool},
+    jobs::delivery::{self, Cancel, Delivery, Doubt, Taken},
 };
 use borealis_protocol::events::{QUICK_JOB_CANCEL, QUICK_JOB_RUN, QuickJobCancel};
 use socketioxide::{SendError, SocketError};
@@ -25,6 +26,8 @@ const DEVICES: usize = 1_000;
 #[derive(Debug, Default)]
 pub struct Wanted {
     devices: Mutex<(HashSet<Uuid>, HashSet<Uuid>)>,
+    /// Taken, and perhaps not: nothing more is taken before this is undone.
+    doubts: Mutex<Vec<Doubt>>,
     wake: Notify,
     busy_since: Mutex<Option<Instant>>,
 }
@@ -50,6 +53,20 @@ impl Wanted {
     fn set_busy(&self, busy: bool) {
         let mut since = self.busy_since.lock().unwrap_or_else(PoisonError::into_inner);
         *since = busy.then(|| since.unwrap_or_else(Instant::now));
+    }
+
+    fn doubt(&self, doubt: Doubt) {
+        self.doubts.lock().unwrap_or_else(PoisonError::into_inner).push(doubt);
+    }
+
+    /// Undoes what is in doubt. One task does.
+    async fn settle_doubts(&self, pool: &Pool) -> Result<()> {
+        loop {
+            let doubt = self.doubts.lock().unwrap_or_else(PoisonError::into_inner).last().cloned();
+            let Some(doubt) = doubt else { return Ok(()) };
+            delivery::undo(pool, &doubt).await?;
+            self.doubts.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        }
     }
 
     fn take(&self) -> (Vec<Uuid>, Vec<Uuid>) {
@@ -116,10 +133,16 @@ async fn send(running: &Running, devices: &[Uuid], reconnected: bool) -> (usize,
 
 /// Takes what is ready for these devices, and marks it sent.
 async fn take(running: &Running, devices: &[Uuid], reconnected: bool) -> Result<Batch> {
+    running.wanted.settle_doubts(&running.pool).await?;
     let mut tx = db::begin_wide(&running.pool).await?;
     let cancels = delivery::take_cancels(&mut tx, running.process_id, devices, reconnected).await?;
-    let Taken { deliveries, more } = delivery::take_ready(&mut tx, running.process_id, devices, reconnected).await?;
-    tx.commit().await.map_err(Error::from)?;
+    let taken = delivery::take_ready(&mut tx, running.process_id, devices, reconnected).await?;
+    if let Err(error) = tx.commit().await {
+        // The answer may have been lost and not the commit.
+        running.wanted.doubt(Doubt::about(&taken, &cancels));
+        return Err(error.into());
+    }
+    let Taken { deliveries, more, .. } = taken;
     let more = more || i64::try_from(cancels.len()).is_ok_and(|taken| taken >= delivery::BATCH);
     Ok(Batch { cancels, deliveries, more })
 }

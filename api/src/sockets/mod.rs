@@ -14,6 +14,7 @@ mod upgrade;
 mod wire;
 
 use std::{
+    convert::Infallible,
     sync::{Arc, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
@@ -29,7 +30,10 @@ use borealis_engine::{
 };
 use futures::StreamExt;
 use serde_json::Value;
-use socketioxide::{SocketIo, SocketIoBuilder, TransportType, adapter::Emitter, extract::SocketRef, service::SocketIoService};
+use socketioxide::{
+    SocketIo, SocketIoBuilder, TransportType, adapter::Emitter, extract::SocketRef, handler::ConnectHandler,
+    service::SocketIoService,
+};
 use socketioxide_postgres::{CustomPostgresAdapter, PostgresAdapterConfig, PostgresAdapterCtr};
 use tokio::{
     sync::{Mutex, mpsc},
@@ -324,16 +328,19 @@ impl Running {
     }
 
     /// Opens the default namespace of both servers; needs Postgres, and waits for it.
+    ///
+    /// Who enters is received in a middleware, and not in the handler: the library runs that only after it has told the client that it is
+    /// in, and an event that the client sends at once would find nobody.
     async fn open(self: &Arc<Self>) {
         loop {
             let weak = Arc::downgrade(self);
-            let entered = move |socket: SocketRef<Adapter>| {
+            let entering = move |socket: SocketRef<Adapter>| {
                 if let Some(running) = weak.upgrade() {
                     agents::entered(&running, socket);
                 }
-                std::future::ready(())
+                std::future::ready(Ok::<(), Infallible>(()))
             };
-            match self.agents.ns("/", entered).await {
+            match self.agents.ns("/", (async || ()).with(entering)).await {
                 Ok(()) => break,
                 Err(error) => tracing::warn!(%error, "the sockets of agents wait for the database"),
             }
@@ -341,13 +348,13 @@ impl Running {
         }
         loop {
             let weak = Arc::downgrade(self);
-            let entered = move |socket: SocketRef<Adapter>| {
+            let entering = move |socket: SocketRef<Adapter>| {
                 if let Some(running) = weak.upgrade() {
                     people::entered(&running, socket);
                 }
-                std::future::ready(())
+                std::future::ready(Ok::<(), Infallible>(()))
             };
-            match self.people.ns("/", entered).await {
+            match self.people.ns("/", (async || ()).with(entering)).await {
                 Ok(()) => break,
                 Err(error) => tracing::warn!(%error, "the sockets of operators wait for the database"),
             }

@@ -188,10 +188,13 @@ pub async fn submit(pool: &db::Pool, request: &Request, source: &Source) -> Resu
     let code = normal_enrollment_code(&request.code);
     let site = sqlx::query!(
         r#"SELECT id, upper(translate(enrollment_code, '- ', '')) AS "code!",
-                  coalesce(auto_approve_until > now(), false) AS "open_door!"
-           FROM sites WHERE upper(translate(enrollment_code, '- ', '')) = $1
-             AND (enrollment_code_expires_at IS NULL OR enrollment_code_expires_at > now())"#,
+                  coalesce(auto_approve_until > now(), false) AS "open_door!",
+                  coalesce(enrollment_code_expires_at <= now(), false) AS "expired!",
+                  EXISTS (SELECT FROM device_approvals a
+                          WHERE a.fingerprint = $2 AND a.site_id = sites.id AND a.status IN ('pending', 'approved')) AS "asked_in_time!"
+           FROM sites WHERE upper(translate(enrollment_code, '- ', '')) = $1"#,
         code,
+        request.fingerprint,
     )
     .fetch_optional(pool)
     .await?
@@ -200,8 +203,13 @@ pub async fn submit(pool: &db::Pool, request: &Request, source: &Source) -> Resu
         record_wrong_code(pool, request, address).await?;
         // Stays taken: it was wrong. Of many at once, those over the limit hear that and not whether they were right.
         let _taken = limits::attempt(pool, &[(source.wrong_codes, source.subject.clone())]).await?;
-        return Err(Error::invalid("invalid_enrollment_code", "No site has this enrollment code, or it has expired."));
+        return Err(no_such_code());
     };
+    // Who asked in time and was restarted goes on. To know an old code is no guess.
+    if site.expired && !site.asked_in_time {
+        record_wrong_code(pool, request, address).await?;
+        return Err(no_such_code());
+    }
     for _ in 0..3 {
         match open(pool, request, address, site.id, site.open_door).await {
             // Two requests with one key at once: the second finds the first's row.
@@ -210,6 +218,10 @@ pub async fn submit(pool: &db::Pool, request: &Request, source: &Source) -> Resu
         }
     }
     Err(Error::new(Kind::Unavailable, "busy", "Too many requests with this key at once; try again.").retry_after(1))
+}
+
+fn no_such_code() -> Error {
+    Error::invalid("invalid_enrollment_code", "No site has this enrollment code, or it has expired.")
 }
 
 async fn open(pool: &db::Pool, request: &Request, address: &str, site_id: i64, door_open: bool) -> Result<Accepted> {

@@ -12,7 +12,7 @@ use borealis_protocol::{
     envelope::{self, Envelope},
     events::QuickJobRun,
 };
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
@@ -80,8 +80,30 @@ struct Signed {
 pub struct Taken {
     /// To be written to their sockets, oldest first.
     pub deliveries: Vec<Delivery>,
+    /// When, by the database's clock; none when nothing was.
+    pub at: Option<DateTime<Utc>>,
     /// Whether more may be ready for the same devices.
     pub more: bool,
+}
+
+/// What was taken in a transaction of which nobody knows whether it was committed, and was not written to any socket.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Doubt {
+    at: Option<DateTime<Utc>>,
+    activities: Vec<i64>,
+    cancels: Vec<i64>,
+}
+
+impl Doubt {
+    /// About these.
+    #[must_use]
+    pub fn about(taken: &Taken, cancels: &[Cancel]) -> Self {
+        Self {
+            at: taken.at,
+            activities: taken.deliveries.iter().map(|delivery| delivery.activity_id).collect(),
+            cancels: cancels.iter().map(|cancel| cancel.activity_id).collect(),
+        }
+    }
 }
 
 /// A request to stop a script.
@@ -154,7 +176,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
            FROM kept WHERE a.id = kept.id AND kept.bytes_before < $5
            RETURNING a.id, a.device_guid, a.hostname, a.site_id, a.run_id, a.component_index, a.status, a.queue_lane, a.activity_kind,
                      a.request, kept.occurrence_id AS "occurrence_id?", kept.shares AS "shares!", kept.bytes AS "bytes!", kept.socket_id,
-                     kept.dedup AS "dedup!", kept.again AS "again!""#,
+                     kept.dedup AS "dedup!", kept.again AS "again!", a.sent_at AS "sent_at!""#,
         process,
         devices,
         reconnected,
@@ -163,6 +185,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
     )
     .fetch_all(&mut **tx)
     .await?;
+    let at = rows.first().map(|row| row.sent_at);
     // An agent that never says it has accepted a script has begun with it as far as anybody can know.
     let begun: BTreeSet<i64> = rows.iter().filter(|row| !row.dedup).filter_map(|row| row.run_id).collect();
     results::begin_runs(tx, &begun.into_iter().collect::<Vec<_>>()).await?;
@@ -193,7 +216,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
         })
         .collect();
     deliveries.sort_by_key(|delivery| delivery.activity_id);
-    Ok(Taken { deliveries, more })
+    Ok(Taken { deliveries, at, more })
 }
 
 /// What the devices of these occurrences share, by occurrence and component.
@@ -229,6 +252,38 @@ pub async fn give_back(pool: &Pool, activities: &[i64]) -> Result<()> {
     )
     .execute(pool)
     .await?;
+    Ok(())
+}
+
+/// Makes what was taken in doubt as if it had not been: nobody has sent it. What another process has taken since stays.
+///
+/// # Errors
+/// When the database is away; then it is to be tried again.
+pub async fn undo(pool: &Pool, doubt: &Doubt) -> Result<()> {
+    let mut tx = pool.begin().await?;
+    sqlx::query!(
+        "UPDATE activity_history SET delivery = 'ready', delivery_count = delivery_count - 1, sent_at = NULL, updated_at = now()
+         WHERE id = ANY($1) AND delivery = 'sent' AND delivery_count = 1 AND sent_at = $2",
+        &doubt.activities,
+        doubt.at
+    )
+    .execute(&mut *tx)
+    .await?;
+    // What was to be sent again, still is.
+    sqlx::query!(
+        "UPDATE activity_history a SET sent_at = s.connected_at - interval '1 millisecond', updated_at = now() FROM device_sockets s
+         WHERE s.device_guid = a.device_guid AND a.id = ANY($1) AND a.delivery IN ('sent', 'accepted') AND a.delivery_count > 1
+           AND a.sent_at = $2 AND s.connected_at < a.sent_at",
+        &doubt.activities,
+        doubt.at
+    )
+    .execute(&mut *tx)
+    .await?;
+    // An agent that is asked twice to stop a script stops it once.
+    sqlx::query!("UPDATE activity_history SET cancel_sent_at = NULL, updated_at = now() WHERE id = ANY($1)", &doubt.cancels)
+        .execute(&mut *tx)
+        .await?;
+    tx.commit().await?;
     Ok(())
 }
 

@@ -38,11 +38,15 @@ pub(super) fn make_folder(path: &Path) -> Result<()> {
 }
 
 pub(super) fn read(path: &Path) -> Result<Zeroizing<String>> {
+    read_bounded(path, MAX_FILE_BYTES)
+}
+
+pub(super) fn read_bounded(path: &Path, max_bytes: u64) -> Result<Zeroizing<String>> {
     let metadata = fs::metadata(path).map_err(|error| unusable(path, &error))?;
     if metadata.permissions().mode() & 0o077 != 0 {
         return Err(unusable(path, &"others than its owner may read it (chmod 600)"));
     }
-    if metadata.len() > MAX_FILE_BYTES {
+    if metadata.len() > max_bytes {
         return Err(unusable(path, &"it is too long"));
     }
     Ok(Zeroizing::new(fs::read_to_string(path).map_err(|error| unusable(path, &error))?))

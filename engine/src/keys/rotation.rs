@@ -14,11 +14,13 @@
 
 use std::{
     fs,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::SystemTime,
 };
 
 use borealis_protocol::{keys, succession::Succession};
+use nix::unistd::Uid;
 
 use super::{SCRIPT_KEY, Successions, TOKEN_KEY, files, new_engine_secret};
 use crate::{
@@ -133,13 +135,14 @@ impl Rotation {
     /// # Errors
     /// 409 `rotation_unfinished` while the key of the last rotation is accepted; `invalid_key_file`.
     pub fn prepare(&self) -> Result<()> {
+        let _alone = self.alone()?;
         if self.state()? == State::Switched {
             let why = format!("{} is still accepted; finish the last rotation first.", self.path(Role::Previous).display());
             return Err(Error::conflict("rotation_unfinished", why));
         }
         self.check(Role::Current)?;
         if self.outlived() {
-            self.finish()?;
+            self.remove(Role::Previous)?;
         }
         let next = self.path(Role::Next);
         match self.what {
@@ -159,6 +162,8 @@ impl Rotation {
         if known.successions.last() == Some(&succession) {
             return Ok(());
         }
+        // One that it has named before, and that never took its place.
+        known.successions.retain(|earlier| earlier.next_after(&present.verifying_key()).is_err());
         known.first.get_or_insert_with(|| keys::spki_base64(&present.verifying_key()));
         known.successions.push(succession);
         write_private(&Successions::path(&self.secrets_dir), &serde_json::to_vec_pretty(&known)?)
@@ -169,6 +174,7 @@ impl Rotation {
     /// # Errors
     /// 409 `rotation_not_prepared`; `invalid_key_file`.
     pub fn switch(&self) -> Result<()> {
+        let _alone = self.alone()?;
         match self.state()? {
             State::Switched => return Ok(()),
             State::Settled => {
@@ -178,6 +184,10 @@ impl Rotation {
             State::Prepared => {}
         }
         self.check(Role::Next)?;
+        if self.what == What::ScriptSigning {
+            // Where the file was copied here, or a prepare was cut off.
+            self.name_successor()?;
+        }
         let (current, next, previous) = (self.path(Role::Current), self.path(Role::Next), self.path(Role::Previous));
         let work = || -> std::io::Result<()> {
             // From now on, as a key of tokens is forgotten some time after. Before anything else: both names are of one file for a moment.
@@ -200,12 +210,54 @@ impl Rotation {
     /// # Errors
     /// 409 `rotation_not_switched` where the next key has not taken its place yet; `invalid_key_file`.
     pub fn finish(&self) -> Result<()> {
+        let _alone = self.alone()?;
         if self.state()? == State::Prepared {
             let why = format!("{} is not used yet; switch to it first.", self.path(Role::Next).display());
             return Err(Error::conflict("rotation_not_switched", why));
         }
-        let previous = self.path(Role::Previous);
-        gone(&previous).and_then(|()| self.sync()).map_err(|error| files::unusable(&previous, &error))
+        self.remove(Role::Previous)
+    }
+
+    /// Forgets the keys beside the present one: for when somebody else may have them.
+    ///
+    /// # Errors
+    /// `invalid_key_file`.
+    pub fn discard(&self) -> Result<()> {
+        let _alone = self.alone()?;
+        self.remove(Role::Previous)?;
+        self.remove(Role::Next)
+    }
+
+    /// What has to be copied to other machines after a prepare.
+    #[must_use]
+    pub fn to_copy(&self) -> Vec<PathBuf> {
+        let mut files = vec![self.path(Role::Next)];
+        if self.what == What::ScriptSigning {
+            files.push(Successions::path(&self.secrets_dir));
+        }
+        files
+    }
+
+    fn remove(&self, role: Role) -> Result<()> {
+        let path = self.path(role);
+        gone(&path).and_then(|()| self.sync()).map_err(|error| files::unusable(&path, &error))
+    }
+
+    /// One rotation at a time, and by the user who owns the keys: the engine could not read another's.
+    fn alone(&self) -> Result<fs::File> {
+        let current = self.path(Role::Current);
+        let owner = fs::metadata(&current).map_err(|error| files::unusable(&current, &error))?.uid();
+        if owner != Uid::effective().as_raw() {
+            let why = format!(
+                "{} belongs to user {owner}: rotate it as that user, so that the engine can read the new one.",
+                current.display()
+            );
+            return Err(Error::conflict("wrong_user", why));
+        }
+        let folder = current.parent().unwrap_or(&self.secrets_dir);
+        let lock = fs::File::open(folder).map_err(|error| files::unusable(folder, &error))?;
+        lock.try_lock().map_err(|_| Error::conflict("rotation_busy", "Another rotation is at work on this folder."))?;
+        Ok(lock)
     }
 
     fn check(&self, role: Role) -> Result<()> {
@@ -396,6 +448,36 @@ mod tests {
         assert_eq!(stand.keys.site_worker_guid(7), worker);
         assert_eq!(Keys::load_or_create(&stand.secrets, None).unwrap().site_worker_guid(7), worker);
         assert_eq!(fs::read_dir(&stand.secrets).unwrap().count(), 4);
+    }
+
+    #[test]
+    fn what_was_begun_and_given_up_leaves_nothing_behind() {
+        let stand = Stand::new();
+        let rotation = stand.of(What::ScriptSigning);
+        let pinned = keys::from_spki_base64(stand.keys.script_key().spki_base64()).unwrap();
+        rotation.prepare().unwrap();
+        let given_up = fs::read_to_string(rotation.path(Role::Next)).unwrap();
+        rotation.discard().unwrap();
+        rotation.prepare().unwrap();
+        assert_ne!(fs::read_to_string(rotation.path(Role::Next)).unwrap(), given_up);
+        // A copy of the next key without the file of successions.
+        fs::remove_file(Successions::path(&stand.secrets)).unwrap();
+        rotation.switch().unwrap();
+        rotation.discard().unwrap();
+        stand.keys.read_again().unwrap();
+        let now = stand.keys.script_key();
+        assert_eq!(now.successions().len(), 1);
+        assert!(borealis_protocol::succession::follow(&pinned, now.successions(), now.spki_base64()).is_some());
+    }
+
+    #[test]
+    fn one_rotation_at_a_time() {
+        let stand = Stand::new();
+        let rotation = stand.of(What::EngineSecret);
+        let at_work = rotation.alone().unwrap();
+        assert_eq!(stand.of(What::AgentTokens).prepare().unwrap_err().code, "rotation_busy");
+        drop(at_work);
+        rotation.prepare().unwrap();
     }
 
     #[test]

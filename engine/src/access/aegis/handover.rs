@@ -141,7 +141,7 @@ async fn answer(pool: &db::Pool, vault: &Vault, held: &Held, keys: &Keys) -> Res
             held.id
         );
         let Some(public) = asked.fetch_optional(&mut *tx).await? else { continue };
-        let sealed = seal(&public, &keys.handover_key(), process_id, held)?;
+        let Ok(sealed) = seal(&public, &keys.handover_key(), process_id, held) else { continue };
         sqlx::query!("UPDATE aegis_handovers SET key_id = $2, answer = $3 WHERE process_id = $1", process_id, held.id, sealed)
             .execute(&mut *tx)
             .await?;
