@@ -215,6 +215,8 @@ fn roles(settings: &Settings, url: &str) -> Result<[Role; 2]> {
         ("BOREALIS_UNSEAL_KEY_FILE", key_file),
         ("BOREALIS_ENROLL_PER_MINUTE", settings.enroll_per_minute.to_string().into()),
         ("BOREALIS_ENROLL_WRONG_CODES", settings.enroll_wrong_codes.to_string().into()),
+        ("BOREALIS_ENROLLMENT_CODE_DAYS", settings.enrollment_code_days.to_string().into()),
+        ("BOREALIS_TRUSTED_PROXIES", settings.trusted_proxies.to_string().into()),
         ("BOREALIS_SESSION_IDLE_SECONDS", settings.access.sessions.idle_s.to_string().into()),
         ("BOREALIS_TOKEN_TTL_SECONDS", settings.access.sessions.absolute_s.to_string().into()),
         ("BOREALIS_MFA_ISSUER", settings.access.mfa_issuer.as_str().into()),
