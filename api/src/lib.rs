@@ -3,6 +3,7 @@
 pub mod access;
 pub mod admin;
 pub mod app;
+pub mod audit_webhook;
 pub mod body;
 pub mod errors;
 pub mod github;

@@ -118,6 +118,7 @@ async fn openapi() -> Result<()> {
         unseal: borealis_engine::access::aegis::Unseal::Manual,
         access: borealis_engine::access::Settings::default(),
         trusted_proxies: Default::default(),
+        audit_webhook: None,
         github_api_url: github::DEFAULT_URL.parse().map_err(Error::bug)?,
         exports: Exports::default(),
         worker_metrics_listen: None,

@@ -34,6 +34,7 @@ pub(crate) struct Meters {
     pub errors_delivery: IntCounter,
     pub errors_results: IntCounter,
     pub audit_broken: IntGauge,
+    pub audit_webhook_behind: IntGauge,
     sockets: IntGaugeVec,
     requests: IntCounterVec,
     seconds: HistogramVec,
@@ -76,6 +77,10 @@ pub(crate) static METERS: LazyLock<Meters> = LazyLock::new(|| {
         audit_broken: meter::gauge(
             "borealis_audit_broken",
             "1 when the daily check of the audit by this process has found that it was tampered with.",
+        ),
+        audit_webhook_behind: meter::gauge(
+            "borealis_audit_webhook_behind",
+            "Sealed events of the audit that its webhook has not taken yet; 0 without one.",
         ),
         sockets: meter::gauges("borealis_sockets", "Sockets connected to this process, of agents and of operators.", &["kind"]),
         requests: meter::counters(

@@ -29,7 +29,7 @@ use tower::ServiceExt;
 
 use crate::{
     access::{self, client::ClientIp, proxies::TrustedProxies},
-    app, internal, metrics, routes,
+    app, audit_webhook, internal, metrics, routes,
     sockets::Hub,
     state::{App, Inner, Settings},
 };
@@ -125,6 +125,9 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
     tasks.spawn(read_keys(app.clone(), shutdown.clone()));
     tasks.spawn(seal_audit(app.clone(), shutdown.clone()));
     tasks.spawn(check_audit(app.clone(), shutdown.clone()));
+    if let Some(webhook) = app.settings.audit_webhook.clone() {
+        tasks.spawn(audit_webhook::run(app.clone(), webhook, shutdown.clone()));
+    }
     tasks.spawn(sync_directories(app.clone(), shutdown.clone()));
     tasks.spawn(accept(public, router, Arc::new(app.settings.trusted_proxies.clone()), shutdown.clone()));
     tasks.spawn(accept(internal, internal_router, Arc::default(), shutdown.clone()));

@@ -12,7 +12,7 @@ use borealis_telemetry::{Exports, Optional};
 use clap::{Args, ValueEnum};
 use url::Url;
 
-use crate::{access::proxies::TrustedProxies, github};
+use crate::{access::proxies::TrustedProxies, audit_webhook::Webhook, github};
 
 /// Settings of the API process.
 #[derive(Debug, Clone)]
@@ -39,6 +39,8 @@ pub struct Settings {
     pub access: access::Settings,
     /// The proxies whose word on the client's address counts.
     pub trusted_proxies: TrustedProxies,
+    /// Where the audit is told, if anywhere.
+    pub audit_webhook: Option<Webhook>,
     /// Where GitHub's interface is.
     pub github_api_url: Url,
     /// What leaves the process besides its log.
@@ -130,6 +132,12 @@ pub struct Environment {
     /// address see the proxy's.
     #[arg(long, env = "BOREALIS_TRUSTED_PROXIES", value_name = "LIST", default_value = "", hide_default_value = true)]
     pub trusted_proxies: TrustedProxies,
+    /// Where the events of the audit are posted as JSON lines, each at least once and in order.
+    #[arg(long, env = "BOREALIS_AUDIT_WEBHOOK_URL", value_name = "URL", default_value = "", hide_default_value = true)]
+    pub audit_webhook_url: Optional<Url>,
+    /// A file with a token that goes along as `Authorization: Bearer`; mode 0600.
+    #[arg(long, env = "BOREALIS_AUDIT_WEBHOOK_TOKEN_FILE", value_name = "FILE", default_value = "", hide_default_value = true)]
+    pub audit_webhook_token_file: String,
     /// GitHub's interface: another one for GitHub Enterprise.
     #[arg(long, env = "BOREALIS_GITHUB_API_URL", value_name = "URL", default_value = github::DEFAULT_URL)]
     pub github_api_url: Url,
@@ -239,6 +247,10 @@ impl Environment {
                 egress: self.egress(),
             },
             trusted_proxies: self.trusted_proxies.clone(),
+            audit_webhook: match &self.audit_webhook_url.0 {
+                Some(url) => Some(Webhook::new(url.clone(), token_file(&self.audit_webhook_token_file)?.as_deref())?),
+                None => None,
+            },
             github_api_url: github_api(self.github_api_url.clone())?,
             exports: self.exports.clone(),
             worker_metrics_listen: self.worker_metrics_listen.0,
@@ -272,6 +284,14 @@ fn public(mut url: Url) -> Result<Url> {
     }
     url.set_path("");
     Ok(url)
+}
+
+/// The path of a file that need not be named.
+fn token_file(named: &str) -> Result<Option<PathBuf>> {
+    let refuse = |error: std::io::Error| {
+        Error::field("invalid_setting", "BOREALIS_AUDIT_WEBHOOK_TOKEN_FILE", format!("it cannot be used: {error}."))
+    };
+    (!named.trim().is_empty()).then(|| std::path::absolute(named.trim()).map_err(refuse)).transpose()
 }
 
 /// Checks that a token may be sent there, and that paths can be appended.

@@ -224,6 +224,10 @@ fn roles(settings: &Settings, url: &str) -> Result<[Role; 2]> {
         ("BOREALIS_GITHUB_API_URL", settings.github_api_url.as_str().into()),
         ("BOREALIS_EGRESS_ALLOW", settings.access.egress.to_string().into()),
     ]);
+    if let Some(webhook) = &settings.audit_webhook {
+        api.push(("BOREALIS_AUDIT_WEBHOOK_URL", webhook.url.as_str().into()));
+        api.push(("BOREALIS_AUDIT_WEBHOOK_TOKEN_FILE", webhook.token_file.clone().unwrap_or_default().into()));
+    }
     let mut work = common.to_vec();
     work.push(("BOREALIS_INTERNAL_URL", format!("http://{}", reachable(settings.internal_listen)).into()));
     // Each has a port of its own, whatever this process was told; an empty one is none.

@@ -459,6 +459,19 @@ pub fn read_engine_secret(path: &Path) -> Result<Secret<String>> {
     Ok(Secret::new(text.to_owned()))
 }
 
+/// Reads a token that somebody has put into a file: one line.
+///
+/// # Errors
+/// `invalid_key_file` when it cannot be read, is empty, or others than its owner may read it.
+pub fn read_token(path: &Path) -> Result<Secret<String>> {
+    let text = read(path)?;
+    let text = text.trim();
+    if text.is_empty() || text.chars().any(char::is_control) {
+        return Err(unusable(path, &"it is not one line with a token"));
+    }
+    Ok(Secret::new(text.to_owned()))
+}
+
 fn new_engine_secret() -> Result<Zeroizing<String>> {
     let bytes = Zeroizing::new(rand::random::<[u8; ENGINE_SECRET_BYTES]>());
     Ok(Zeroizing::new(URL_SAFE_NO_PAD.encode(bytes.as_slice())))

@@ -91,6 +91,7 @@ pub fn settings(state_dir: PathBuf) -> Settings {
         enrollment_code_days: 90,
         access: Default::default(),
         trusted_proxies: Default::default(),
+        audit_webhook: None,
         // Nothing answers there.
         github_api_url: Url::parse("http://127.0.0.1:9/").expect("a URL"),
         exports: Default::default(),

@@ -1,14 +1,27 @@
 //! The audit: who reads what of it, how it leaves the house, and that nobody changes it unnoticed.
 
-use std::time::Duration;
+use std::{
+    os::unix::fs::PermissionsExt,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
+use axum::{
+    Router,
+    http::{HeaderMap, StatusCode},
+    routing,
+};
+use borealis_api::audit_webhook::Webhook;
 use borealis_engine::audit::chain;
 use borealis_tests::{
     Actor, TestEngine,
     actor::{Enrollment, new_key},
     engine::{CIPHER, PASSWORD},
+    eventually,
 };
 use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use url::Url;
 
 /// Waits until all events are sealed; the report of the check.
 async fn sealed(admin: &Actor) -> Value {
@@ -63,6 +76,63 @@ async fn a_check_by_the_engine_itself_is_an_event_and_says_what_was_found() {
     assert!(check().await.broken.is_some());
     let second = event().await;
     assert_eq!((&second["outcome"], second["detail"]["broken"]["why"].is_string()), (&json!("failure"), true), "{second}");
+}
+
+/// What a collector has taken: for each request the token and the events, by their places in the chain.
+type Told = Arc<Mutex<Vec<(String, Vec<Value>)>>>;
+
+/// A log collector that fails every other time, once after it has taken the events.
+async fn collector(told: Told) -> Url {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
+    let url = format!("http://{}/audit", listener.local_addr().expect("its address"));
+    let take = move |headers: HeaderMap, body: String| async move {
+        let token = headers.get("authorization").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+        assert_eq!(headers["content-type"], "application/x-ndjson");
+        let mut told = told.lock().expect("the list");
+        let events = body.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+        told.push((token, events));
+        if told.len() % 2 == 1 { StatusCode::BAD_GATEWAY } else { StatusCode::NO_CONTENT }
+    };
+    let collector = Router::new().route("/audit", routing::post(take));
+    tokio::spawn(async move { axum::serve(listener, collector).await.expect("a server") });
+    url.parse().expect("a URL")
+}
+
+#[tokio::test]
+async fn a_webhook_is_told_everything_in_order_and_at_least_once() {
+    let told: Told = Arc::default();
+    let url = collector(Arc::clone(&told)).await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let token = folder.path().join("token");
+    std::fs::write(&token, "a-token-of-the-collector\n").expect("written");
+    std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o600)).expect("a mode");
+    let engine = TestEngine::with(|settings| {
+        settings.audit_webhook = Some(Webhook::new(url, Some(&token)).expect("a webhook"));
+    })
+    .await;
+    let admin = engine.admin().await;
+    // A second process tells nothing twice by being there.
+    let second = engine.second().await;
+    for name in ["One", "Two"] {
+        engine.site(name).await;
+    }
+    let all = sealed(&admin).await["checked"].as_i64().expect("a number");
+    let taken = async || {
+        let told = told.lock().expect("the list").clone();
+        // What was answered with success, in the order it came.
+        let taken: Vec<Value> = told.iter().skip(1).step_by(2).flat_map(|(_, events)| events.clone()).collect();
+        (taken.last().and_then(|event| event["seq"].as_i64()) >= Some(all)).then_some((told, taken))
+    };
+    let (told, taken) = eventually("all of it is told", Duration::from_secs(30), taken).await;
+    let places: Vec<i64> = taken.iter().map(|event| event["seq"].as_i64().expect("a place")).collect();
+    assert_eq!(places, (1..=*places.last().expect("some")).collect::<Vec<_>>(), "in order, and none twice");
+    assert!(told.iter().all(|(token, _)| token == "Bearer a-token-of-the-collector"));
+    // What was refused came again.
+    assert_eq!(told[0].1[0], told[1].1[0]);
+    let created = taken.iter().find(|event| event["action"] == "site.create").expect("the first site");
+    assert_eq!((&created["actor_name"], &created["detail"]["name"]), (&json!("admin"), &json!("One")));
+    assert!(created["tag"].as_str().is_some_and(|tag| tag.len() == 64), "{created}");
+    second.stop().await;
 }
 
 /// What the tables hold that people change, apart from when somebody was last seen.

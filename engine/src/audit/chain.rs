@@ -197,6 +197,75 @@ pub async fn check_and_note(pool: &db::Pool, vault: &Vault) -> Result<Report> {
     Ok(report)
 }
 
+/// An event with its place in the chain.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Link {
+    /// Its place: 1, 2, 3 and so on.
+    pub seq: i64,
+    /// Its tag, in hex: with the last one kept elsewhere, an end that was cut off shows.
+    pub tag: String,
+    /// The event.
+    #[serde(flatten)]
+    pub event: super::Event,
+}
+
+/// What the webhook has not been told yet, in order, up to `limit`. None while another transaction is at it.
+///
+/// # Errors
+/// When the database is away.
+pub async fn next_for_webhook(tx: &mut db::Tx<'_>, limit: i64) -> Result<Option<Vec<Link>>> {
+    let told = sqlx::query_scalar!("SELECT seq FROM audit_webhook FOR UPDATE SKIP LOCKED").fetch_optional(&mut **tx).await?;
+    let Some(told) = told else { return Ok(None) };
+    let rows = sqlx::query!(
+        r#"SELECT c.seq, encode(c.tag, 'hex') AS "tag!", e.id, e.at, e.actor_kind, e.actor_id, e.actor_name, e.ip, e.action, e.object_kind,
+                  e.object_id, e.site_id, e.outcome, e.detail
+           FROM audit_chain c JOIN audit_events e ON e.id = c.event_id WHERE c.seq > $1 ORDER BY c.seq LIMIT $2"#,
+        told,
+        limit
+    )
+    .fetch_all(&mut **tx)
+    .await?;
+    let links = rows.into_iter().map(|row| Link {
+        seq: row.seq,
+        tag: row.tag,
+        event: super::Event {
+            id: row.id,
+            at: row.at,
+            actor_kind: row.actor_kind,
+            actor_id: row.actor_id,
+            actor_name: row.actor_name,
+            ip: row.ip,
+            action: row.action,
+            object_kind: row.object_kind,
+            object_id: row.object_id,
+            site_id: row.site_id,
+            outcome: row.outcome,
+            detail: row.detail,
+        },
+    });
+    Ok(Some(links.collect()))
+}
+
+/// Notes that the webhook has been told of all up to this link.
+///
+/// # Errors
+/// When the database is away.
+pub async fn told_webhook(tx: &mut db::Tx<'_>, seq: i64) -> Result<()> {
+    sqlx::query!("UPDATE audit_webhook SET seq = $1", seq).execute(&mut **tx).await?;
+    Ok(())
+}
+
+/// How many sealed events the webhook has not been told yet.
+///
+/// # Errors
+/// When the database is away.
+pub async fn behind(pool: &db::Pool) -> Result<i64> {
+    let behind = sqlx::query_scalar!(
+        r#"SELECT coalesce((SELECT max(seq) FROM audit_chain), 0) - coalesce((SELECT seq FROM audit_webhook), 0) AS "behind!""#
+    );
+    Ok(behind.fetch_one(pool).await?)
+}
+
 /// Events that are neither in the chain nor on their way to it.
 async fn outside(conn: &mut PgConnection, report: &mut Report) -> Result<()> {
     let found = sqlx::query!(
