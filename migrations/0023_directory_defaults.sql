@@ -1,0 +1,22 @@
+-- What a provider is when nothing else is said.
+ALTER TABLE directory_providers
+    ALTER COLUMN provider_type SET DEFAULT 'ldap',
+    ALTER COLUMN priority SET DEFAULT 100,
+    ALTER COLUMN domain_suffix SET DEFAULT '',
+    ALTER COLUMN server_urls SET DEFAULT '{}',
+    ALTER COLUMN host_overrides SET DEFAULT '{}',
+    ALTER COLUMN use_ldaps SET DEFAULT false,
+    ALTER COLUMN tls_required SET DEFAULT true,
+    ALTER COLUMN tls_ca_pem SET DEFAULT '',
+    ALTER COLUMN base_dn SET DEFAULT '',
+    ALTER COLUMN bind_dn SET DEFAULT '',
+    ALTER COLUMN user_search_filter SET DEFAULT '',
+    ALTER COLUMN username_attribute SET DEFAULT '',
+    ALTER COLUMN display_name_attribute SET DEFAULT '',
+    ALTER COLUMN email_attribute SET DEFAULT '',
+    ALTER COLUMN member_of_attribute SET DEFAULT '',
+    ALTER COLUMN group_search_base_dn SET DEFAULT '',
+    ALTER COLUMN nested_groups SET DEFAULT true,
+    ALTER COLUMN kerberos_realm SET DEFAULT '',
+    ALTER COLUMN kerberos_kdc SET DEFAULT '',
+    ALTER COLUMN sync_interval_seconds SET DEFAULT 60;
