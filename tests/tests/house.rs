@@ -7,6 +7,7 @@ use std::{
 };
 
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 /// Every crate of the workspace and the ones of it that it may depend on.
 const ARROWS: [(&str, &[&str]); 8] = [
@@ -186,4 +187,24 @@ fn handlers_use_the_extractors_that_answer_in_our_form() {
             assert!(!imports || !words.contains(&"Query"), "use crate::body::Params: {place}");
         }
     }
+}
+
+/// A database that has run a migration refuses it when it reads otherwise, and cannot be upgraded any more.
+#[test]
+fn a_migration_stays_as_it_was_written() {
+    let folder = root().join("migrations");
+    let list = std::fs::read_to_string(folder.join("published.sha256")).expect("the list of migrations");
+    let known: BTreeMap<&str, &str> =
+        list.lines().filter_map(|line| line.split_once("  ")).map(|(sum, name)| (name, sum)).collect();
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(&folder).expect("the migrations") {
+        let path = entry.expect("a file").path();
+        if path.extension().is_some_and(|extension| extension == "sql") {
+            let digest = Sha256::digest(std::fs::read(&path).expect("a migration"));
+            let sum: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+            found.insert(path.file_name().expect("a name").to_string_lossy().into_owned(), sum);
+        }
+    }
+    let found: BTreeMap<&str, &str> = found.iter().map(|(name, sum)| (name.as_str(), sum.as_str())).collect();
+    assert_eq!(found, known, "write a migration of its own, and add its line: sha256sum in migrations/ to published.sha256");
 }
