@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-use crate::{metrics, state::App};
+use crate::{metrics, settings::may_take_a_token, state::App};
 
 /// Events in one request.
 const BATCH: i64 = 500;
@@ -45,8 +45,7 @@ impl Webhook {
     /// # Errors
     /// `invalid_setting`.
     pub fn new(url: Url, token_file: Option<&Path>) -> Result<Self> {
-        let loopback = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
-        if url.host().is_none() || !(url.scheme() == "https" || url.scheme() == "http" && loopback) {
+        if !may_take_a_token(&url) {
             return Err(Error::field("invalid_setting", "BOREALIS_AUDIT_WEBHOOK_URL", "it must be an https URL."));
         }
         Ok(Self { url, token_file: token_file.map(Path::to_path_buf) })

@@ -7,7 +7,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{Router, body::Body, extract::ConnectInfo};
 use borealis_engine::{
-    Actor, ActorKind, Error, Kind,
+    Actor, Error, Kind,
     access::{
         aegis::{Handover, Vault},
         bootstrap,
@@ -284,7 +284,7 @@ async fn sync_directories(app: App, shutdown: CancellationToken) {
                     break;
                 }
             };
-            let system = Actor { kind: ActorKind::System, ..Actor::default() };
+            let system = Actor::system();
             // A task of its own, because what a broken server answers may make the library panic.
             match tokio::spawn(routes::directory::sync_and_tell(app.clone(), system, provider, false)).await {
                 Ok(Ok(synced)) => tracing::debug!(provider, message = synced.message(), "a directory was synced"),

@@ -294,10 +294,15 @@ fn token_file(named: &str) -> Result<Option<PathBuf>> {
     (!named.trim().is_empty()).then(|| std::path::absolute(named.trim()).map_err(refuse)).transpose()
 }
 
+/// Whether a token may be sent there: nobody in between reads along.
+pub(crate) fn may_take_a_token(url: &Url) -> bool {
+    let loopback = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
+    url.host().is_some() && (url.scheme() == "https" || url.scheme() == "http" && loopback) && url.username().is_empty()
+}
+
 /// Checks that a token may be sent there, and that paths can be appended.
 fn github_api(mut url: Url) -> Result<Url> {
-    let loopback = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
-    if url.host().is_none() || url.scheme() != "https" && !(url.scheme() == "http" && loopback) || !url.username().is_empty() {
+    if !may_take_a_token(&url) {
         return Err(Error::field("invalid_setting", "BOREALIS_GITHUB_API_URL", "it must be an https URL."));
     }
     if !url.path().ends_with('/') {

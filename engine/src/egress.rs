@@ -82,15 +82,18 @@ impl FromStr for Policy {
     }
 }
 
+/// A network, or an address as the network of itself: `10.0.0.0/8`, `10.0.0.5`, `[::1]`.
+#[must_use]
+pub fn network(text: &str) -> Option<IpNet> {
+    let text = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+}
+
 fn exception(text: &str) -> Result<Exception, String> {
-    let net = |text: &str| {
-        let text = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
-        text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
-    };
-    if let Some(net) = net(text) {
+    if let Some(net) = network(text) {
         return Ok(Exception { net, port: None });
     }
-    let parts = text.rsplit_once(':').and_then(|(host, port)| Some((net(host)?, port.parse::<u16>().ok()?)));
+    let parts = text.rsplit_once(':').and_then(|(host, port)| Some((network(host)?, port.parse::<u16>().ok()?)));
     let (net, port) = parts.ok_or_else(|| format!("{text} is neither an address nor a network, with or without a port"))?;
     Ok(Exception { net, port: Some(port) })
 }

@@ -59,10 +59,16 @@ pub struct ActorToken {
 }
 
 impl Actor {
+    /// The engine itself.
+    #[must_use]
+    pub fn system() -> Self {
+        Self { kind: ActorKind::System, ..Self::default() }
+    }
+
     /// Somebody at the console of a machine of the engine, under this account of the machine.
     #[must_use]
     pub fn console(account: &str) -> Self {
-        Self { kind: ActorKind::System, id: account.to_owned(), name: "console".to_owned(), ..Self::default() }
+        Self { id: account.to_owned(), name: "console".to_owned(), ..Self::system() }
     }
 }
 

@@ -5,6 +5,7 @@ use std::{
     str::FromStr,
 };
 
+use borealis_engine::egress;
 use ipnet::IpNet;
 
 /// The proxies whose `X-Forwarded-For` is believed: `127.0.0.1,10.1.0.0/16`. Nobody's unless they are named.
@@ -22,10 +23,7 @@ impl FromStr for TrustedProxies {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let network = |entry: &str| {
-            let network = entry.parse::<IpNet>().ok().or_else(|| entry.parse::<IpAddr>().ok().map(IpNet::from));
-            network.ok_or_else(|| format!("{entry} is neither an address nor a network"))
-        };
+        let network = |entry: &str| egress::network(entry).ok_or_else(|| format!("{entry} is neither an address nor a network"));
         let entries = text.split(',').map(str::trim).filter(|entry| !entry.is_empty());
         Ok(Self(entries.map(network).collect::<Result<_, _>>()?))
     }

@@ -34,7 +34,7 @@ use zeroize::Zeroizing;
 use crate::{
     audit, db,
     error::{Error, Kind, Result},
-    scope::{Actor, ActorKind},
+    scope::Actor,
     secret::Secret,
 };
 
@@ -532,7 +532,7 @@ impl Vault {
         self.fenced(&mut tx, &held).await?;
         let wrapped = encrypt(wrapping.expose(), UNSEAL_AAD, held.key.expose())?;
         sqlx::query!("UPDATE aegis SET unseal_wrapped_key = $1, updated_at = now()", wrapped).execute(&mut *tx).await?;
-        let actor = Actor { kind: ActorKind::System, ..Actor::default() };
+        let actor = Actor::system();
         let entry = audit::Entry { action: "aegis.unseal_key", object_kind: "aegis", ..audit::Entry::default() };
         audit::record(&mut tx, &actor, entry).await?;
         tx.commit().await?;

@@ -11,7 +11,7 @@ use crate::{
     access::aegis::{Tagger, Vault},
     db,
     error::{Error, Kind, Result},
-    scope::{Actor, ActorKind},
+    scope::Actor,
 };
 
 /// What the tags are made for.
@@ -184,7 +184,7 @@ pub async fn check(pool: &db::Pool, vault: &Vault) -> Result<Report> {
 pub async fn check_and_note(pool: &db::Pool, vault: &Vault) -> Result<Report> {
     let report = check(pool, vault).await?;
     let mut tx = pool.begin().await?;
-    let actor = Actor { kind: ActorKind::System, ..Actor::default() };
+    let actor = Actor::system();
     let entry = super::Entry {
         action: "audit.check",
         object_kind: "audit",

@@ -9,7 +9,7 @@ use crate::{
     audit, db,
     error::{Error, Kind, Result},
     keys::{guid_text, parse_guid},
-    scope::{Actor, ActorKind, Scope},
+    scope::{Actor, Scope},
 };
 
 /// The most rows one list answers.
@@ -518,7 +518,7 @@ async fn record(
 
 /// Notes that a request ended by itself.
 pub(super) async fn record_expired(tx: &mut db::Tx<'_>, id: Uuid, site_id: Option<i64>, why: &str) -> Result<()> {
-    let actor = Actor { kind: ActorKind::System, ..Actor::default() };
+    let actor = Actor::system();
     record(tx, &actor, "device_approval.expire", id, site_id, json!({"reason": why})).await
 }
 

@@ -315,7 +315,7 @@ async fn deny(tx: &mut db::Tx<'_>, approval: &Approval) -> Result<Poll> {
     sqlx::query!("UPDATE device_approvals SET status = 'denied', updated_at = now() WHERE id = $1", approval.id)
         .execute(&mut **tx)
         .await?;
-    let actor = Actor { kind: ActorKind::System, ..Actor::default() };
+    let actor = Actor::system();
     let entry = audit::Entry {
         action: "device_approval.withdraw",
         object_kind: "device_approval",

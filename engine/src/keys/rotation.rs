@@ -112,8 +112,8 @@ impl Rotation {
         path.try_exists().map_err(|error| files::unusable(&path, &error))
     }
 
-    /// How far it is; a previous key of tokens that does not count any more is none. A next key beside a previous one is a rotation that was begun before the last was finished, or a switch that was
-    /// cut off; both go on from here.
+    /// How far it is; a previous key of tokens that does not count any more is none. A next key beside a previous one is a rotation
+    /// that was begun before the last was finished, or a switch that was cut off; both go on from here.
     ///
     /// # Errors
     /// `invalid_key_file` when the folder cannot be read.

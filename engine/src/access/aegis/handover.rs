@@ -21,7 +21,7 @@ use crate::{
     audit, db,
     error::{Error, Result},
     keys::Keys,
-    scope::{Actor, ActorKind},
+    scope::Actor,
     secret::Secret,
 };
 
@@ -145,7 +145,7 @@ async fn answer(pool: &db::Pool, vault: &Vault, held: &Held, keys: &Keys) -> Res
         sqlx::query!("UPDATE aegis_handovers SET key_id = $2, answer = $3 WHERE process_id = $1", process_id, held.id, sealed)
             .execute(&mut *tx)
             .await?;
-        let actor = Actor { kind: ActorKind::System, ..Actor::default() };
+        let actor = Actor::system();
         let detail = json!({ "process_id": process_id });
         let entry = audit::Entry { action: "aegis.handover", object_kind: "aegis", detail, ..audit::Entry::default() };
         audit::record(&mut tx, &actor, entry).await?;
