@@ -21,6 +21,7 @@ pub mod scope;
 pub mod secret;
 pub mod sites;
 pub mod state_dir;
+pub mod work;
 
 pub use error::{Error, Kind, Result};
 pub use scope::{Actor, ActorKind, ActorToken, Scope};
