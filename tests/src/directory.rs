@@ -85,6 +85,8 @@ impl Slapd {
     pub const BASE: &str = "dc=borealis,dc=test";
     /// The account the engine binds with.
     pub const READER: &str = "cn=reader,dc=borealis,dc=test";
+    /// One that may read more than 500 entries, in pages; its password is the other's.
+    pub const PAGER: &str = "cn=pager,dc=borealis,dc=test";
     const ROOT: &str = "cn=root,dc=borealis,dc=test";
 
     /// Starts one with this tree beneath the base, as LDIF.
@@ -98,6 +100,7 @@ impl Slapd {
             "include /etc/ldap/schema/core.schema\n\
              include /etc/ldap/schema/cosine.schema\n\
              include /etc/ldap/schema/inetorgperson.schema\n\
+             include /etc/ldap/schema/nis.schema\n\
              modulepath /usr/lib/ldap\n\
              moduleload back_mdb\n\
              moduleload memberof\n\
@@ -109,12 +112,15 @@ impl Slapd {
              suffix \"{base}\"\n\
              rootdn \"{root}\"\n\
              rootpw \"{ROOT_PASSWORD}\"\n\
+             sizelimit 500\n\
+             limits dn.exact=\"{pager}\" size.prtotal=unlimited\n\
              directory {at}/data\n\
              overlay memberof\n\
              access to attrs=userPassword by anonymous auth by * none\n\
              access to * by users read by * none\n",
             base = Self::BASE,
             root = Self::ROOT,
+            pager = Self::PAGER,
         );
         let file = folder.path().join("slapd.conf");
         std::fs::write(&file, configuration).expect("a file");
@@ -123,9 +129,11 @@ impl Slapd {
         slapd.ready().await;
         slapd.modify(&format!(
             "dn: {base}\nchangetype: add\nobjectClass: dcObject\nobjectClass: organization\no: Borealis\ndc: borealis\n\n\
-             dn: {reader}\nchangetype: add\nobjectClass: person\ncn: reader\nsn: reader\nuserPassword: {READER_PASSWORD}\n\n{tree}",
+             dn: {reader}\nchangetype: add\nobjectClass: person\ncn: reader\nsn: reader\nuserPassword: {READER_PASSWORD}\n\n\
+             dn: {pager}\nchangetype: add\nobjectClass: person\ncn: pager\nsn: pager\nuserPassword: {READER_PASSWORD}\n\n{tree}",
             base = Self::BASE,
             reader = Self::READER,
+            pager = Self::PAGER,
         ));
         slapd
     }

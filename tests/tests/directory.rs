@@ -139,6 +139,10 @@ async fn a_provider_is_written_as_it_is_asked_for_and_tells_no_secret() {
         (json!({"name": "x", "username_attribute": "uid)(x"}), "invalid_attribute"),
         (json!({"name": "x", "kerberos_keytab_base64": "?"}), "invalid_keytab"),
         (json!({"name": "x", "base_dn": "a\nb"}), "invalid_text"),
+        (json!({"name": "x", "group_search_filter": "(memberUid={user})"}), "invalid_filter"),
+        (json!({"name": "x", "group_search_filter": "(memberUid={username}"}), "invalid_filter"),
+        (json!({"name": "x", "group_mappings": [{"group_dn": "Operators", "role": "User"}]}), "invalid_dn"),
+        (json!({"name": "x", "site_mappings": [{"group_dns": ["cn=a,b"], "site_ids": []}]}), "invalid_dn"),
     ] {
         let _ = admin.post(PROVIDERS, body).await.error(400, code);
     }
@@ -488,6 +492,84 @@ async fn a_lookup_tells_an_administrator_what_would_happen() {
 }
 
 #[tokio::test]
+async fn groups_are_found_as_servers_name_and_limit_them() {
+    let world = World::new().await;
+    let base = Slapd::BASE;
+    let id = world.provider(json!({})).await;
+    let role = async |username: &str, group_dn: &str| {
+        let _ = world.patch(id, json!({"group_mappings": [{"group_dn": group_dn, "role": "User"}]})).await.ok();
+        let at = format!("{PROVIDERS}/{id}/lookup-user");
+        world.admin.post(&at, json!({"username": username})).await.ok()["mapped_role"].clone()
+    };
+
+    // The server answers the name of this group with `\\2C`.
+    world.slapd.modify(&format!(
+        "dn: cn=Ops\\, Berlin (EU),ou=groups,{base}\nchangetype: add\nobjectClass: groupOfNames\ncn: Ops, Berlin (EU)\n\
+         member: uid=carol,ou=people,{base}\n\n"
+    ));
+    assert_eq!(role("carol", &format!("cn=Ops\\, Berlin (EU),ou=groups,{base}")).await, "User");
+    assert_eq!(role("carol", &format!("CN=\"ops, berlin  (eu)\", ou=groups, {base}")).await, "User");
+    assert_eq!(role("carol", &format!("cn=Ops\\, Bonn (EU),ou=groups,{base}")).await, "");
+
+    // In 700 groups, where the server answers 500 entries at most; one of them is in another group.
+    let mut many = String::new();
+    for number in 0..700 {
+        many += &group(&format!("g{number}"), &["uid=carol,ou=people"]);
+    }
+    many += &group("outer", &["cn=g699,ou=groups"]);
+    world.slapd.modify(&many);
+    for cn in ["g0", "g699", "outer", "north"] {
+        assert_eq!(role("carol", &group_dn(cn)).await, if cn == "north" { "" } else { "User" }, "{cn}");
+    }
+
+    // Groups that name their members by `memberUid`, and the one of the person's own number.
+    let mut posix = format!(
+        "dn: uid=carol,ou=people,{base}\nchangetype: modify\nadd: objectClass\nobjectClass: posixAccount\n-\nadd: uidNumber\n\
+         uidNumber: 1000\n-\nadd: gidNumber\ngidNumber: 2000\n-\nadd: homeDirectory\nhomeDirectory: /home/carol\n\n"
+    );
+    for number in 0..600 {
+        let members = if number > 0 { "memberUid: carol\n" } else { "" };
+        posix += &format!(
+            "dn: cn=p{number},ou=groups,{base}\nchangetype: add\nobjectClass: posixGroup\ncn: p{number}\ngidNumber: {}\n{members}\n",
+            2000 + number
+        );
+    }
+    world.slapd.modify(&posix);
+    assert_eq!(role("carol", &group_dn("p599")).await, "", "not without a filter");
+    let again = json!({"group_search_filter": "(&(objectClass=posixGroup)(|(memberUid={username})(gidNumber={gid})))"});
+    let _ = world.patch(id, again).await.ok();
+    // An answer that is cut off is no answer: somebody would lose a role.
+    let at = format!("{PROVIDERS}/{id}/lookup-user");
+    let _ = world.admin.post(&at, json!({"username": "carol"})).await.error(502, "directory_lookup_failed");
+    let pager = json!({"bind_dn": Slapd::PAGER, "bind_password": borealis_tests::directory::READER_PASSWORD});
+    let _ = world.patch(id, pager).await.ok();
+    for cn in ["p0", "p1", "p599", "outer"] {
+        assert_eq!(role("carol", &group_dn(cn)).await, "User", "{cn}");
+    }
+    assert_eq!(role("ada", &group_dn("p0")).await, "", "no number of her own");
+}
+
+#[tokio::test]
+async fn the_filter_of_a_provider_decides_who_is_found() {
+    let world = World::new().await;
+    let base = Slapd::BASE;
+    let filter = "(|(uid={user})(mail={login}))";
+    let _ = world.provider(json!({"domain_suffix": "borealis.test", "user_search_filter": filter})).await;
+    world
+        .slapd
+        .modify(&format!("dn: uid=ada,ou=people,{base}\nchangetype: modify\nreplace: mail\nmail: ada@elsewhere.example\n\n"));
+    for typed in ["ada@elsewhere.example", "ADA@Elsewhere.example", "ada@borealis.test", "BOREALIS\\ada", "ada"] {
+        let pending = world.sign_in(typed, ADA).await.ok();
+        assert_eq!(pending["username"], "ada", "{typed}: {pending}");
+    }
+    // A domain of somebody else's is part of the name.
+    for typed in ["bob@elsewhere.example", "ELSEWHERE\\bob"] {
+        let _ = world.sign_in(typed, BOB).await.error(401, "invalid username or password");
+        assert_eq!(world.refusals().await[0], "unknown to the directory", "{typed}");
+    }
+}
+
+#[tokio::test]
 async fn a_sync_disables_who_is_gone_and_nobody_else() {
     let mut world = World::new().await;
     let id = world.provider(json!({})).await;
@@ -626,6 +708,24 @@ async fn active_directory_signs_in_by_every_name_and_by_nested_groups() {
         assert_eq!(look("dave", "wrong").await["password_message"], "wrong password");
     }
     assert_eq!(look("dave", locked).await["password_message"], "the account is locked");
+
+    // The primary group, which the domain leaves out of the groups of an account, counts with the groups it is in.
+    dc.tool(&["group", "add", "Everybody"]);
+    dc.tool(&["group", "addmembers", "Everybody", "Domain Users"]);
+    for nested in [true, false] {
+        for cn in ["Domain Users", "Everybody"] {
+            let change = json!({
+                "nested_groups": nested,
+                "group_mappings": [{"group_dn": dn("Staff"), "role": "User"}, {"group_dn": dn(cn), "role": "Admin"}],
+            });
+            let _ = admin.call("PATCH", &format!("{PROVIDERS}/{id}"), Some(&change)).await.ok();
+            let found = admin.post(&at("lookup-user"), json!({"username": "alice"})).await.ok();
+            let admitted = nested || cn == "Domain Users";
+            assert_eq!(found["mapped_role"] == "Admin", admitted, "{cn}, nested: {nested}: {found}");
+        }
+    }
+    let back = json!({"nested_groups": true, "group_mappings": [{"group_dn": dn("Staff"), "role": "User"}]});
+    let _ = admin.call("PATCH", &format!("{PROVIDERS}/{id}"), Some(&back)).await.ok();
 
     // Disabled in the domain, the account is out after the next sync.
     dc.tool(&["user", "disable", "alice"]);

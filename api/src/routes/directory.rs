@@ -93,6 +93,7 @@ struct Shown {
     email_attribute: String,
     member_of_attribute: String,
     group_search_base_dn: String,
+    group_search_filter: String,
     nested_groups: bool,
     kerberos_realm: String,
     kerberos_kdc: String,
@@ -143,6 +144,7 @@ impl From<Provider> for Shown {
             email_attribute: settings.email_attribute,
             member_of_attribute: settings.member_of_attribute,
             group_search_base_dn: settings.group_search_base_dn,
+            group_search_filter: settings.group_search_filter,
             nested_groups: settings.nested_groups,
             kerberos_realm: settings.kerberos_realm,
             kerberos_kdc: settings.kerberos_kdc,
@@ -223,6 +225,9 @@ struct Body {
     member_of_attribute: Option<String>,
     /// Where groups are searched; empty: `base_dn`.
     group_search_base_dn: Option<String>,
+    /// Finds further groups of a person, with `{dn}`, `{username}` or `{gid}` (the person's `gidNumber`) in it, for instance
+    /// `(&(objectClass=posixGroup)(memberUid={username}))`; empty: no further search.
+    group_search_filter: Option<String>,
     /// Whether groups of groups count; true by default.
     nested_groups: Option<bool>,
     /// Another name of the domain.
@@ -306,6 +311,7 @@ impl Body {
             email_attribute: self.email_attribute,
             member_of_attribute: self.member_of_attribute,
             group_search_base_dn: self.group_search_base_dn,
+            group_search_filter: self.group_search_filter,
             nested_groups: self.nested_groups,
             kerberos_realm: self.kerberos_realm,
             kerberos_kdc: self.kerberos_kdc,

@@ -20,6 +20,8 @@ use crate::{
     secret::Secret,
 };
 
+pub mod dn;
+mod groups;
 pub mod ldap;
 pub mod sign_in;
 pub mod sync;
@@ -128,6 +130,9 @@ pub struct Settings {
     pub member_of_attribute: String,
     /// Where groups are searched; empty: where people are.
     pub group_search_base_dn: String,
+    /// How further groups of a person are found, for instance those that name their members by `memberUid`; empty: not at
+    /// all. `{dn}`, `{username}` and `{gid}` are the person's name, username attribute and `gidNumber`.
+    pub group_search_filter: String,
     /// Whether groups of groups count.
     pub nested_groups: bool,
     /// The Kerberos realm: another name of the domain. Sign-in itself binds over TLS.
@@ -158,6 +163,7 @@ impl Default for Settings {
             email_attribute: "mail".to_owned(),
             member_of_attribute: "memberOf".to_owned(),
             group_search_base_dn: String::new(),
+            group_search_filter: String::new(),
             nested_groups: true,
             kerberos_realm: String::new(),
             kerberos_kdc: String::new(),
@@ -261,6 +267,8 @@ pub struct Change {
     pub member_of_attribute: Option<String>,
     /// Where groups are.
     pub group_search_base_dn: Option<String>,
+    /// How further groups are found.
+    pub group_search_filter: Option<String>,
     /// Whether groups of groups count.
     pub nested_groups: Option<bool>,
     /// The realm.
@@ -306,6 +314,7 @@ impl Settings {
         set_text(&mut self.email_attribute, change.email_attribute.take());
         set_text(&mut self.member_of_attribute, change.member_of_attribute.take());
         set_text(&mut self.group_search_base_dn, change.group_search_base_dn.take());
+        set_text(&mut self.group_search_filter, change.group_search_filter.take());
         set(&mut self.nested_groups, change.nested_groups);
         set_text(&mut self.kerberos_realm, change.kerberos_realm.take().map(|realm| realm.to_uppercase()));
         set_text(&mut self.kerberos_kdc, change.kerberos_kdc.take());
@@ -349,6 +358,7 @@ impl Settings {
             ("bind_dn", &self.bind_dn),
             ("user_search_filter", &self.user_search_filter),
             ("group_search_base_dn", &self.group_search_base_dn),
+            ("group_search_filter", &self.group_search_filter),
             ("kerberos_realm", &self.kerberos_realm),
             ("kerberos_kdc", &self.kerberos_kdc),
         ] {
@@ -374,17 +384,24 @@ impl Settings {
         for url in &self.server_urls {
             let _ = Target::parse(url, self.use_ldaps, &self.host_overrides)?;
         }
-        // With the placeholders in place of which a name comes: what is left must be a filter, and say where the name goes.
-        let named = ["{username}", "{user}", "{login}"].iter().any(|placeholder| self.user_search_filter.contains(placeholder));
-        let sample = self.user_search_filter.replace("{username}", "x").replace("{user}", "x").replace("{login}", "x");
-        if !named || ldap3::parse_filter(sample).is_err() {
-            let why = "must be an LDAP filter with {username}, {user} or {login} in it.";
-            return Err(Error::field("invalid_filter", "user_search_filter", why));
+        check_filter("user_search_filter", &self.user_search_filter, &["{username}", "{user}", "{login}"])?;
+        if !self.group_search_filter.is_empty() {
+            check_filter("group_search_filter", &self.group_search_filter, &["{dn}", "{username}", "{gid}"])?;
         }
         if self.tls_ca_pem.len() > LONG_MAX_BYTES {
             return Err(Error::field("invalid_certificate", "tls_ca_pem", "must have at most 64 KiB."));
         }
         Trust::of(&self.tls_ca_pem).map(|_| ())
+    }
+
+    /// Whether this is the provider's domain: its suffix or realm, or the first label of one.
+    #[must_use]
+    pub fn is_domain(&self, domain: &str) -> bool {
+        let first = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
+        [&self.domain_suffix, &self.kerberos_realm].into_iter().any(|name| {
+            let name = name.trim_start_matches(['@', '.']).to_lowercase();
+            !name.is_empty() && (name == domain || first(&name) == domain)
+        })
     }
 
     /// Whether somebody else, or somebody in between, could get the bind password now.
@@ -415,23 +432,46 @@ fn not_found() -> Error {
     Error::new(Kind::NotFound, "provider_not_found", "There is no such directory provider.")
 }
 
+/// A filter with values in place of its placeholders must be an LDAP filter, and there must be one of them.
+fn check_filter(field: &str, filter: &str, placeholders: &[&str]) -> Result<()> {
+    let named = placeholders.iter().any(|placeholder| filter.contains(placeholder));
+    let sample = placeholders.iter().fold(filter.to_owned(), |filter, placeholder| filter.replace(placeholder, "x"));
+    if named && ldap3::parse_filter(sample).is_ok() {
+        return Ok(());
+    }
+    let why = format!("must be an LDAP filter with {} in it.", placeholders.join(" or "));
+    Err(Error::field("invalid_filter", field, why))
+}
+
 fn check_mappings(change: &mut Change) -> Result<()> {
-    let dn = |field: &str, dn: &str| {
-        if dn.chars().count() > TEXT_MAX_CHARS || dn.chars().any(char::is_control) {
-            return Err(Error::field("invalid_text", field, "holds a distinguished name that is none."));
+    let text = |field: &str, text: &str| {
+        if text.chars().count() > TEXT_MAX_CHARS || text.chars().any(char::is_control) {
+            let why = format!("must have at most {TEXT_MAX_CHARS} characters, and no control characters.");
+            return Err(Error::field("invalid_text", field, why));
         }
         Ok(())
+    };
+    let name = |field: &str, name: &str| {
+        text(field, name)?;
+        if dn::is_valid(name) {
+            return Ok(());
+        }
+        Err(Error::field(
+            "invalid_dn",
+            field,
+            format!("{name} is not a distinguished name, like cn=Operators,ou=groups,dc=example,dc=org."),
+        ))
     };
     if let Some(mappings) = &mut change.group_mappings {
         let mut seen = std::collections::BTreeSet::new();
         mappings.iter_mut().for_each(|mapping| mapping.group_dn = mapping.group_dn.trim().to_owned());
         mappings.retain(|mapping| {
-            !mapping.group_dn.is_empty() && seen.insert((ldap::normal_dn(&mapping.group_dn), mapping.role.as_str()))
+            !mapping.group_dn.is_empty() && seen.insert((dn::normal(&mapping.group_dn), mapping.role.as_str()))
         });
         if mappings.len() > MAPPINGS_MAX {
             return Err(Error::field("invalid_text", "group_mappings", format!("must have at most {MAPPINGS_MAX} entries.")));
         }
-        mappings.iter().try_for_each(|mapping| dn("group_mappings", &mapping.group_dn))?;
+        mappings.iter().try_for_each(|mapping| name("group_mappings", &mapping.group_dn))?;
     }
     if let Some(mappings) = &mut change.site_mappings {
         for mapping in mappings.iter_mut() {
@@ -444,8 +484,8 @@ fn check_mappings(change: &mut Change) -> Result<()> {
             return Err(Error::field("invalid_text", "site_mappings", format!("must have at most {MAPPINGS_MAX} entries.")));
         }
         for (position, mapping) in mappings.iter_mut().enumerate() {
-            mapping.group_dns.iter().try_for_each(|text| dn("site_mappings", text))?;
-            dn("site_mappings", &mapping.label)?;
+            mapping.group_dns.iter().try_for_each(|group| name("site_mappings", group))?;
+            text("site_mappings", &mapping.label)?;
             if mapping.label.is_empty() {
                 mapping.label = format!("User Site Group {}", position + 1);
             }
@@ -527,6 +567,7 @@ async fn load(connection: &mut sqlx::PgConnection, id: Option<i64>) -> Result<Ve
                 email_attribute: row.email_attribute,
                 member_of_attribute: row.member_of_attribute,
                 group_search_base_dn: row.group_search_base_dn,
+                group_search_filter: row.group_search_filter,
                 nested_groups: row.nested_groups,
                 kerberos_realm: row.kerberos_realm,
                 kerberos_kdc: row.kerberos_kdc,
@@ -635,7 +676,7 @@ impl Access<'_> {
                     host_overrides = $7, use_ldaps = $8, tls_required = $9, tls_ca_pem = $10, base_dn = $11, bind_dn = $12,
                     user_search_filter = $13, username_attribute = $14, display_name_attribute = $15, email_attribute = $16,
                     member_of_attribute = $17, group_search_base_dn = $18, nested_groups = $19, kerberos_realm = $20,
-                    kerberos_kdc = $21, sync_interval_seconds = $22, updated_at = now()
+                    kerberos_kdc = $21, sync_interval_seconds = $22, group_search_filter = $23, updated_at = now()
              WHERE id = $1",
             id,
             settings.name,
@@ -659,6 +700,7 @@ impl Access<'_> {
             settings.kerberos_realm,
             settings.kerberos_kdc,
             settings.sync_interval_seconds,
+            settings.group_search_filter,
         )
         .execute(&mut **tx)
         .await
@@ -858,6 +900,7 @@ fn shown(provider: &Provider) -> serde_json::Value {
         "base_dn": settings.base_dn,
         "bind_dn": settings.bind_dn,
         "user_search_filter": settings.user_search_filter,
+        "group_search_filter": settings.group_search_filter,
         "group_mappings": groups.collect::<Vec<_>>(),
         "site_mappings": sites.collect::<Vec<_>>(),
     })

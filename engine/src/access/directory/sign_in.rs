@@ -6,8 +6,8 @@ use serde_json::json;
 use tokio::time::timeout;
 
 use super::{
-    GroupMapping, Provider, SiteMapping,
-    ldap::{Connection, Login, Person, Verdict, normal_dn},
+    GroupMapping, Provider, SiteMapping, dn,
+    ldap::{Connection, Login, Person, Verdict},
     list,
 };
 use crate::{
@@ -37,30 +37,22 @@ pub(in crate::access) enum Asked {
     Right(Box<(Provider, Person)>),
 }
 
-fn is_for(provider: &Provider, domain: &str) -> bool {
-    let first = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
-    [&provider.settings.domain_suffix, &provider.settings.kerberos_realm].into_iter().any(|name| {
-        let name = name.trim_start_matches(['@', '.']).to_lowercase();
-        !name.is_empty() && (name == domain || first(&name) == domain)
-    })
-}
-
 /// The role a person has by their groups; none when no mapping fits. Without any mapping everybody is a user.
 #[must_use]
 pub fn role(mappings: &[GroupMapping], groups: &[String]) -> Option<Role> {
     if mappings.is_empty() {
         return Some(Role::User);
     }
-    let groups: BTreeSet<String> = groups.iter().map(|dn| normal_dn(dn)).collect();
-    let fitting = || mappings.iter().filter(|mapping| groups.contains(&normal_dn(&mapping.group_dn)));
+    let groups: BTreeSet<String> = groups.iter().map(|group| dn::normal(group)).collect();
+    let fitting = || mappings.iter().filter(|mapping| groups.contains(&dn::normal(&mapping.group_dn)));
     fitting().find(|mapping| mapping.role == Role::Admin).or_else(|| fitting().next()).map(|mapping| mapping.role)
 }
 
 /// The sites a person sees by their groups.
 #[must_use]
 pub fn sites(mappings: &[SiteMapping], groups: &[String]) -> BTreeSet<i64> {
-    let groups: BTreeSet<String> = groups.iter().map(|dn| normal_dn(dn)).collect();
-    let fits = |mapping: &&SiteMapping| mapping.group_dns.iter().any(|dn| groups.contains(&normal_dn(dn)));
+    let groups: BTreeSet<String> = groups.iter().map(|group| dn::normal(group)).collect();
+    let fits = |mapping: &&SiteMapping| mapping.group_dns.iter().any(|group| groups.contains(&dn::normal(group)));
     mappings.iter().filter(fits).flat_map(|mapping| mapping.site_ids.iter().copied()).collect()
 }
 
@@ -160,13 +152,12 @@ impl Access<'_> {
     ) -> Result<Asked> {
         let login = Login::parse(name);
         let mut providers = list(self.pool).await?;
-        providers.retain(|provider| {
-            let named = only.map_or_else(
-                || login.domain.as_deref().is_none_or(|domain| is_for(provider, domain)),
-                |only| provider.id == only,
-            );
-            provider.enabled && named
-        });
+        providers.retain(|provider| provider.enabled && only.is_none_or(|only| provider.id == only));
+        // A domain chooses between providers. One that none of them is for may still be part of a name that their filters find.
+        let is_named = |provider: &Provider| login.domain.as_deref().is_some_and(|domain| provider.settings.is_domain(domain));
+        if only.is_none() && providers.iter().any(is_named) {
+            providers.retain(is_named);
+        }
         let answer = timeout(LIMIT, self.ask(&providers, &login, password, known_device)).await;
         answer.unwrap_or(Ok(Asked::Refused("the directory did not answer in time")))
     }
