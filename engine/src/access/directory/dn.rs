@@ -99,8 +99,8 @@ fn characters(text: &str, ends: impl Fn(char) -> bool) -> Option<(Vec<u8>, &str)
         }
         rest = rest.get(c.len_utf8()..)?;
         if c == '\\' {
-            if let Some(byte) = rest.get(..2).and_then(|pair| u8::from_str_radix(pair, 16).ok()) {
-                bytes.push(byte);
+            if let Some(byte) = rest.get(..2).and_then(|pair| hex::decode(pair).ok()) {
+                bytes.extend(byte);
                 rest = rest.get(2..)?;
             } else {
                 let escaped = rest.chars().next()?;
