@@ -17,6 +17,7 @@ pub mod probe;
 pub mod processes;
 pub mod proxy;
 pub mod raw;
+pub mod reference_agent;
 pub mod robot;
 pub mod sim;
 pub mod totp;
