@@ -79,6 +79,9 @@ pub fn entered(running: &Arc<Running>, socket: SocketRef<Adapter>) {
 /// Whose report it is, was settled at the upgrade; it need not wait for the registration.
 fn report(running: &Arc<Running>, agent: &Arc<Agent>, kind: Kind, said: Option<Value>, ack: AckSender<Adapter>) {
     if let Some(report) = said.and_then(|said| Report::parse(agent.device, kind, &said)) {
+        if kind == Kind::Result {
+            agent.ended(report.activity_id);
+        }
         running.intake.offer(agent, report, ack);
     }
 }

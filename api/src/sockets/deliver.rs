@@ -178,6 +178,7 @@ async fn write(running: &Running, batch: Batch) -> bool {
             unsent.push(delivery.activity_id);
             continue;
         };
+        agent.sent(delivery.activity_id, delivery.limit);
         let written = agent.socket().map(|socket| socket.emit(QUICK_JOB_RUN, &payload));
         match written {
             Some(Ok(())) => METERS.dispatches_sent.inc(),

@@ -7,6 +7,7 @@ mod agents;
 mod bus;
 mod deliver;
 pub mod events;
+mod frames;
 mod people;
 mod registry;
 mod results_intake;
@@ -49,10 +50,20 @@ use events::ToOperator;
 type Adapter = CustomPostgresAdapter<Emitter, bus::Bus>;
 type Service = SocketIoService<Nothing, Adapter>;
 
-/// The largest message of an agent, in bytes: a report with both outputs in full, escaped.
+/// The largest message of an agent, in bytes: a report with both outputs in full, escaped. A longer one is shortened.
 pub const AGENT_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
+/// What a message that was shortened may have beyond that, in bytes.
+const SHORTENED_BYTES: usize = 4 * 1024;
 /// The largest message of an operator, in bytes.
 pub const OPERATOR_MESSAGE_BYTES: usize = 256 * 1024;
+
+/// How often a peer is asked whether it is there.
+pub const PING_INTERVAL: Duration = Duration::from_secs(25);
+/// How long a peer may take to answer.
+pub const PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the library waits for an agent's answer. It knows of nothing but answers, and an agent in the middle of a long
+/// message or of a script may not be able to give one, so the silence of agents is judged by [`registry::Agent::watch`].
+pub const AGENT_LIBRARY_PATIENCE: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// The channel on which API processes tell each other that they are there, and to close sockets.
 const DROP_CHANNEL: &str = "borealis_drop";
@@ -286,7 +297,7 @@ fn supervise<F>(
 
 impl Running {
     fn new(app: &App, bus: bus::Bus) -> Self {
-        let server = |prefix: &'static str, message_bytes: usize, buffer: usize| {
+        let server = |prefix: &'static str, message_bytes: usize, buffer: usize, ping_timeout: Duration| {
             let config = PostgresAdapterConfig::new()
                 .with_prefix(prefix)
                 .with_table_name("socket_attachments")
@@ -294,8 +305,8 @@ impl Running {
             let adapter = PostgresAdapterCtr::new_with_driver(bus.clone(), config);
             let builder: SocketIoBuilder<Adapter> = SocketIo::builder()
                 .transports([TransportType::Websocket])
-                .ping_interval(Duration::from_secs(25))
-                .ping_timeout(Duration::from_secs(20))
+                .ping_interval(PING_INTERVAL)
+                .ping_timeout(ping_timeout)
                 .max_buffer_size(buffer)
                 .max_payload(message_bytes as u64)
                 .ws_max_message_size(message_bytes)
@@ -303,8 +314,8 @@ impl Running {
                 .with_adapter(adapter);
             builder.build_with_inner_svc(Nothing)
         };
-        let (agents_service, agents) = server("borealis-agents", AGENT_MESSAGE_BYTES, 1024);
-        let (people_service, people) = server("borealis-operators", OPERATOR_MESSAGE_BYTES, 1024);
+        let (agents_service, agents) = server("borealis-agents", AGENT_MESSAGE_BYTES + SHORTENED_BYTES, 1024, AGENT_LIBRARY_PATIENCE);
+        let (people_service, people) = server("borealis-operators", OPERATOR_MESSAGE_BYTES, 1024, PING_TIMEOUT);
         let (events, waiting_events) = mpsc::channel(EVENTS);
         Self {
             pool: app.pool.clone(),

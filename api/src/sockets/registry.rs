@@ -6,7 +6,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use borealis_engine::devices::sockets::{Hello, Local};
@@ -14,7 +14,16 @@ use socketioxide::extract::SocketRef;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::Adapter;
+use super::{Adapter, PING_INTERVAL, PING_TIMEOUT, wire::Heard};
+
+/// How long an agent that can answer may be silent.
+const SILENCE: Duration = Duration::from_secs(PING_INTERVAL.as_secs() + PING_TIMEOUT.as_secs());
+/// What a script may take beyond its limit before its agent should have been heard.
+const SCRIPT_GRACE: Duration = Duration::from_secs(60);
+/// How long a script without a limit may keep its agent silent.
+const NO_LIMIT: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Scripts remembered for one socket; further ones do not make it wait longer.
+const SCRIPTS: usize = 1_000;
 
 /// A machine's socket, known from its upgrade on.
 #[derive(Debug)]
@@ -29,6 +38,8 @@ pub struct Agent {
     pub cut: CancellationToken,
     /// When it was opened.
     pub opened: Instant,
+    /// When its last byte came.
+    pub heard: Arc<Heard>,
     /// Reports that wait for room, of an agent that cannot be told to come again.
     pub waiting: AtomicUsize,
     state: Mutex<State>,
@@ -38,6 +49,36 @@ pub struct Agent {
 struct State {
     socket: Option<SocketRef<Adapter>>,
     hello: Option<Hello>,
+    /// The scripts it was sent and has not reported the end of, each with the time by which it should have.
+    scripts: HashMap<i64, Instant>,
+}
+
+impl State {
+    /// Whether it may be unable to answer while a script runs: older agents run scripts in the loop that reads the socket. Newer
+    /// ones are known by what they announce.
+    fn runs_scripts_in_its_read_loop(&self) -> bool {
+        const NEWER: [&str; 3] = ["dedup", "patch_management", "registry_management"];
+        self.hello.as_ref().is_some_and(|hello| !NEWER.iter().any(|name| hello.capabilities.contains_key(*name)))
+    }
+
+    /// When it is lost if nothing more is heard of it.
+    fn lost_at(&self, last_heard: Instant) -> Instant {
+        let answer_by = last_heard + SILENCE;
+        if !self.runs_scripts_in_its_read_loop() {
+            return answer_by;
+        }
+        self.scripts.values().copied().max().map_or(answer_by, |script| script.max(answer_by))
+    }
+
+    fn sent(&mut self, activity: i64, limit: Duration, now: Instant) {
+        if self.scripts.len() >= SCRIPTS {
+            return;
+        }
+        // It runs them one after another.
+        let before = self.scripts.values().copied().max().map_or(now, |last| last.max(now));
+        let limit = if limit.is_zero() { NO_LIMIT } else { limit.min(NO_LIMIT) + SCRIPT_GRACE };
+        self.scripts.insert(activity, before + limit);
+    }
 }
 
 impl Agent {
@@ -49,6 +90,7 @@ impl Agent {
             site_id,
             cut,
             opened: Instant::now(),
+            heard: Arc::default(),
             waiting: AtomicUsize::new(0),
             state: Mutex::default(),
         }
@@ -67,6 +109,33 @@ impl Agent {
     /// Whether it is registered and announces `name`.
     pub fn can(&self, name: &str) -> bool {
         lock(&self.state).hello.as_ref().is_some_and(|hello| hello.can(name))
+    }
+
+    /// It was sent a script that may take `limit`; none when that is zero.
+    pub fn sent(&self, activity: i64, limit: Duration) {
+        lock(&self.state).sent(activity, limit, Instant::now());
+    }
+
+    /// It has reported the end of a script.
+    pub fn ended(&self, activity: i64) {
+        lock(&self.state).scripts.remove(&activity);
+    }
+
+    /// Cuts it once it has been silent for too long; ends when it is `closed`.
+    pub async fn watch(&self, closed: &CancellationToken) {
+        loop {
+            let lost_at = lock(&self.state).lost_at(self.heard.last().into_std());
+            if lost_at <= Instant::now() {
+                tracing::info!(device = %self.device, "a socket is closed: its agent is silent");
+                self.cut.cancel();
+                break;
+            }
+            tokio::select! {
+                () = closed.cancelled() => return,
+                () = tokio::time::sleep_until(lost_at.into()) => {}
+            }
+        }
+        closed.cancelled().await;
     }
 
     /// Notes the registration.
@@ -281,4 +350,41 @@ impl Drop for Counted {
 /// Nothing under these locks can panic half-way, so a poisoned one is as good as any.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn an_agent_that_cannot_answer_while_a_script_runs_is_waited_for() {
+        let now = Instant::now();
+        let after = |seconds| now + Duration::from_secs(seconds);
+        let state = |capabilities: serde_json::Value| State {
+            hello: Hello::parse(&json!({"agent_id": "a", "capabilities": capabilities})).ok(),
+            ..State::default()
+        };
+        for newer in [json!({"dedup": true}), json!({"patch_management": false}), json!({"registry_management": true})] {
+            let mut state = state(newer);
+            state.sent(1, Duration::from_secs(600), now);
+            assert_eq!(state.lost_at(now), after(45));
+        }
+        let mut early = state(json!({"runtime": "go", "system_scripts": true}));
+        assert_eq!(early.lost_at(now), after(45));
+        early.sent(1, Duration::from_secs(600), now);
+        assert_eq!(early.lost_at(now), after(660));
+        // The next one waits behind it.
+        early.sent(2, Duration::from_secs(100), after(10));
+        assert_eq!(early.lost_at(after(10)), after(820));
+        early.scripts.remove(&2);
+        assert_eq!(early.lost_at(after(640)), after(685));
+        early.scripts.remove(&1);
+        assert_eq!(early.lost_at(after(50)), after(95));
+        early.sent(3, Duration::ZERO, now);
+        assert!(early.lost_at(now) > after(24 * 3600));
+        // Before it has said who it is, nothing was sent to it.
+        assert_eq!(State::default().lost_at(now), after(45));
+    }
 }

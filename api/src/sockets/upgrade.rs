@@ -23,7 +23,7 @@ use tower::Service;
 use uuid::Uuid;
 
 use super::{
-    Running,
+    AGENT_LIBRARY_PATIENCE, AGENT_MESSAGE_BYTES, PING_TIMEOUT, Running,
     registry::{Agent, Person, View},
     wire::{Allowance, Guarded},
 };
@@ -40,16 +40,22 @@ const SOCKETS: usize = 20_000;
 /// How long a peer may take between our answer and the upgraded connection.
 const UPGRADE: Duration = Duration::from_secs(10);
 
-/// What a machine may say: 20 messages a second and 100 at once (R23), and what that means in bytes of output.
+/// What a machine may say: 20 messages a second and 100 at once, and what that means in bytes of output.
 const AGENT_ALLOWANCE: Allowance = Allowance {
-    frames_per_s: 20.0,
-    frames_burst: 100.0,
+    messages_per_s: 20.0,
+    messages_burst: 100.0,
     bytes_per_s: 4.0 * 1024.0 * 1024.0,
     bytes_burst: 48.0 * 1024.0 * 1024.0,
+    message_bytes: Some(AGENT_MESSAGE_BYTES as u64),
 };
 /// What a person's browser may say.
-const PERSON_ALLOWANCE: Allowance =
-    Allowance { frames_per_s: 50.0, frames_burst: 200.0, bytes_per_s: 256.0 * 1024.0, bytes_burst: 2.0 * 1024.0 * 1024.0 };
+const PERSON_ALLOWANCE: Allowance = Allowance {
+    messages_per_s: 50.0,
+    messages_burst: 200.0,
+    bytes_per_s: 256.0 * 1024.0,
+    bytes_burst: 2.0 * 1024.0 * 1024.0,
+    message_bytes: None,
+};
 
 /// The gate upgrades go through, so that ten thousand agents coming back at once meet a queue and not the database.
 #[derive(Debug)]
@@ -156,19 +162,29 @@ fn serve(
         }
         Peer::Person(_) => &running.people_service,
     };
-    let allowance = if matches!(peer, Peer::Agent(_)) { AGENT_ALLOWANCE } else { PERSON_ALLOWANCE };
+    let (allowance, heard) = match peer {
+        Peer::Agent(agent) => (AGENT_ALLOWANCE, agent.heard.clone()),
+        Peer::Person(_) => (PERSON_ALLOWANCE, Arc::default()),
+    };
+    let mut stream = Guarded::new(stream, allowance, cut, heard);
+    if matches!(peer, Peer::Agent(_)) {
+        stream = stream.announcing(millis(AGENT_LIBRARY_PATIENCE), millis(PING_TIMEOUT));
+    }
     let closed = CancellationToken::new();
-    let stream =
-        Watched { stream: Guarded::new(stream, allowance, cut), _closed: closed.clone().drop_guard(), _counted: counted };
+    let stream = Watched { stream, _closed: closed.clone().drop_guard(), _counted: counted };
     // Accepts by starting a task of its own; whether the request was one it understands shows in the stream being dropped.
     let _accepted = server.clone().call((stream, request));
     if let Peer::Agent(agent) = peer {
         let (registry, agent) = (running.registry.clone(), agent.clone());
         tokio::spawn(async move {
-            closed.cancelled().await;
+            agent.watch(&closed).await;
             registry.remove(&agent);
         });
     }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// A stream that says when it is dropped.

@@ -1,10 +1,14 @@
-//! The byte stream under a socket: it can be cut from outside, it slows a peer that says too much, and it does not wait
-//! for ever for one that does not listen.
+//! The byte stream under a socket: it can be cut from outside, it slows a peer that says too much, it notes when a peer was last
+//! heard, and it does not wait for ever for one that does not listen.
 
 use std::{
     future::Future,
     io,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -15,22 +19,56 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
+use super::frames::Frames;
+
 /// How long a peer may refuse to take a byte before its socket is cut.
 pub const WRITE_STALL: Duration = Duration::from_secs(60);
 /// The longest single pause of a peer that says too much; what it still owes is paid at its next read.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
+/// What a frame costs beside its bytes, so that empty frames are not free.
+const FRAME_BYTES: f64 = 64.0;
+/// Bytes read at once.
+const READ_BYTES: usize = 4096;
+
 /// How much a peer may say.
 #[derive(Debug, Clone, Copy)]
 pub struct Allowance {
-    /// WebSocket frames a second, in the long run.
-    pub frames_per_s: f64,
-    /// Frames at once.
-    pub frames_burst: f64,
+    /// WebSocket messages a second, in the long run. A message that is sent in several frames is one.
+    pub messages_per_s: f64,
+    /// Messages at once.
+    pub messages_burst: f64,
     /// Bytes a second, in the long run.
     pub bytes_per_s: f64,
     /// Bytes at once.
     pub bytes_burst: f64,
+    /// The most bytes of one message: a longer one is shortened, or ends the socket. None when something else keeps the limit.
+    pub message_bytes: Option<u64>,
+}
+
+/// When a peer was last heard. Any byte counts: an answer to a ping cannot be sent inside a long message.
+#[derive(Debug)]
+pub struct Heard {
+    opened: Instant,
+    after_ms: AtomicU64,
+}
+
+impl Default for Heard {
+    fn default() -> Self {
+        Self { opened: Instant::now(), after_ms: AtomicU64::new(0) }
+    }
+}
+
+impl Heard {
+    fn note(&self, now: Instant) {
+        let after = now.saturating_duration_since(self.opened).as_millis();
+        self.after_ms.store(u64::try_from(after).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// When the last byte came; when it was opened, before the first.
+    pub fn last(&self) -> Instant {
+        self.opened + Duration::from_millis(self.after_ms.load(Ordering::Relaxed))
+    }
 }
 
 /// A bucket that may be overdrawn; the debt is waited for.
@@ -56,54 +94,15 @@ impl Bucket {
     }
 }
 
-/// Counts the WebSocket frames in a client's bytes (RFC 6455, 5.2).
-#[derive(Debug, Default)]
-struct Frames {
-    header: [u8; 14],
-    have: usize,
-    payload_left: u64,
-}
-
-impl Frames {
-    fn count(&mut self, mut bytes: &[u8]) -> u32 {
-        let mut frames = 0;
-        while let Some((&byte, rest)) = bytes.split_first() {
-            if self.payload_left > 0 {
-                let skipped = bytes.len().min(usize::try_from(self.payload_left).unwrap_or(usize::MAX));
-                self.payload_left -= skipped as u64;
-                bytes = bytes.get(skipped..).unwrap_or_default();
-                continue;
-            }
-            if let Some(slot) = self.header.get_mut(self.have) {
-                *slot = byte;
-            }
-            self.have += 1;
-            bytes = rest;
-            if self.have < 2 {
-                continue;
-            }
-            let [_, second, h2, h3, h4, h5, h6, h7, h8, h9, ..] = self.header;
-            let (length_bytes, length) = match second & 0x7f {
-                126 => (2, u64::from(u16::from_be_bytes([h2, h3]))),
-                127 => (8, u64::from_be_bytes([h2, h3, h4, h5, h6, h7, h8, h9])),
-                short => (0, u64::from(short)),
-            };
-            let mask_bytes = if second & 0x80 == 0 { 0 } else { 4 };
-            if self.have == 2 + length_bytes + mask_bytes {
-                frames += 1;
-                self.payload_left = length;
-                self.have = 0;
-            }
-        }
-        frames
-    }
-}
-
 /// The stream of one socket.
 pub struct Guarded<S> {
     inner: S,
     frames: Frames,
-    frame_bucket: Bucket,
+    /// What has been read and did not fit into the reader's buffer.
+    ready: Vec<u8>,
+    heard: Arc<Heard>,
+    opening: Option<Opening>,
+    message_bucket: Bucket,
     byte_bucket: Bucket,
     pause: Option<Pin<Box<Sleep>>>,
     stalled: Option<Pin<Box<Sleep>>>,
@@ -113,19 +112,29 @@ pub struct Guarded<S> {
 }
 
 impl<S> Guarded<S> {
-    /// Guards `inner`; cancelling `cut` closes it.
-    pub fn new(inner: S, allowance: Allowance, cut: &CancellationToken) -> Self {
+    /// Guards `inner`; cancelling `cut` closes it. What is read is noted in `heard`.
+    pub fn new(inner: S, allowance: Allowance, cut: &CancellationToken, heard: Arc<Heard>) -> Self {
         let now = Instant::now();
         Self {
             inner,
-            frames: Frames::default(),
-            frame_bucket: Bucket::new(allowance.frames_per_s, allowance.frames_burst, now),
+            frames: Frames::new(allowance.message_bytes),
+            ready: Vec::new(),
+            heard,
+            opening: None,
+            message_bucket: Bucket::new(allowance.messages_per_s, allowance.messages_burst, now),
             byte_bucket: Bucket::new(allowance.bytes_per_s, allowance.bytes_burst, now),
             pause: None,
             stalled: None,
             cut_read: Box::pin(cut.clone().cancelled_owned()),
             cut_write: Box::pin(cut.clone().cancelled_owned()),
         }
+    }
+
+    /// Tells the client another ping timeout than the one the library was given, in milliseconds: the library is told to wait
+    /// far longer, because the silence of an agent is judged elsewhere.
+    pub fn announcing(mut self, library_ms: u64, told_ms: u64) -> Self {
+        self.opening = Some(Opening::new(library_ms, told_ms));
+        self
     }
 
     /// Whether writing is over: cut from outside, or the peer has not taken a byte for too long.
@@ -160,17 +169,53 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
             std::task::ready!(pause.as_mut().poll(cx));
             this.pause = None;
         }
-        let before = buffer.filled().len();
-        std::task::ready!(Pin::new(&mut this.inner).poll_read(cx, buffer))?;
-        let read = buffer.filled().get(before..).unwrap_or_default();
-        let now = Instant::now();
-        let frames = this.frames.count(read);
-        let wait =
-            this.frame_bucket.take(f64::from(frames), now).max(this.byte_bucket.take(read.len() as f64, now)).min(LONGEST_PAUSE);
-        if !wait.is_zero() {
-            this.pause = Some(Box::pin(tokio::time::sleep(wait)));
+        loop {
+            if !this.ready.is_empty() {
+                let fits = this.ready.len().min(buffer.remaining());
+                let rest = this.ready.split_off(fits);
+                buffer.put_slice(&this.ready);
+                this.ready = rest;
+                return Poll::Ready(Ok(()));
+            }
+            let mut bytes = [0; READ_BYTES];
+            let mut read = ReadBuf::new(&mut bytes);
+            std::task::ready!(Pin::new(&mut this.inner).poll_read(cx, &mut read))?;
+            let read = read.filled();
+            if read.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            let now = Instant::now();
+            this.heard.note(now);
+            let before = buffer.filled().len();
+            let ready = &mut this.ready;
+            let counted = this.frames.pass(read, &mut |piece| {
+                let fits = if ready.is_empty() { piece.len().min(buffer.remaining()) } else { 0 };
+                let (first, rest) = piece.split_at_checked(fits).unwrap_or((piece, &[]));
+                buffer.put_slice(first);
+                ready.extend_from_slice(rest);
+            });
+            let Ok(counted) = counted else {
+                tracing::info!("a message was too long and could not be shortened; its socket is closed");
+                return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+            };
+            let bytes = read.len() as f64 + f64::from(counted.frames) * FRAME_BYTES;
+            let wait = this
+                .message_bucket
+                .take(f64::from(counted.messages), now)
+                .max(this.byte_bucket.take(bytes, now))
+                .min(LONGEST_PAUSE);
+            if !wait.is_zero() {
+                this.pause = Some(Box::pin(tokio::time::sleep(wait)));
+            }
+            if buffer.filled().len() > before {
+                return Poll::Ready(Ok(()));
+            }
+            // Only part of a header: nothing to give yet.
+            if let Some(pause) = &mut this.pause {
+                std::task::ready!(pause.as_mut().poll(cx));
+                this.pause = None;
+            }
         }
-        Poll::Ready(Ok(()))
     }
 }
 
@@ -180,7 +225,13 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
         if let Some(error) = this.write_ended(cx) {
             return Poll::Ready(Err(error));
         }
-        let result = Pin::new(&mut this.inner).poll_write(cx, bytes);
+        let result = match &mut this.opening {
+            Some(opening) => opening.write(&mut this.inner, cx, bytes),
+            None => Pin::new(&mut this.inner).poll_write(cx, bytes),
+        };
+        if this.opening.as_ref().is_some_and(Opening::is_over) {
+            this.opening = None;
+        }
         this.note_progress(cx, result)
     }
 
@@ -198,13 +249,54 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
     }
 }
 
+/// The first bytes to a client, the open packet, with another ping timeout in it. The number is padded with blanks, which JSON
+/// allows before a number, so that the frame keeps its length.
+#[derive(Debug)]
+struct Opening {
+    library: String,
+    told: String,
+    /// What is written in place of what the library wrote first, and how much of it is.
+    shown: Vec<u8>,
+    written: usize,
+}
+
+impl Opening {
+    fn new(library_ms: u64, told_ms: u64) -> Self {
+        let library = format!("\"pingTimeout\":{library_ms}");
+        let width = library_ms.to_string().len();
+        Self { told: format!("\"pingTimeout\":{told_ms:>width$}"), library, shown: Vec::new(), written: 0 }
+    }
+
+    fn write(&mut self, inner: &mut (impl AsyncWrite + Unpin), cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.shown.is_empty() {
+            self.shown = bytes.to_vec();
+            let found = bytes.windows(self.library.len()).position(|part| part == self.library.as_bytes());
+            let place = found.and_then(|at| self.shown.get_mut(at..at + self.told.len()));
+            if let Some(place) = place.filter(|place| place.len() == self.told.len()) {
+                place.copy_from_slice(self.told.as_bytes());
+            }
+        }
+        let left = self.shown.get(self.written..).unwrap_or_default();
+        let result = Pin::new(inner).poll_write(cx, left);
+        if let Poll::Ready(Ok(written)) = result {
+            self.written += written;
+        }
+        result
+    }
+
+    fn is_over(&self) -> bool {
+        !self.shown.is_empty() && self.written >= self.shown.len()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
 
-    const FREE: Allowance = Allowance { frames_per_s: 1e9, frames_burst: 1e9, bytes_per_s: 1e9, bytes_burst: 1e9 };
+    const FREE: Allowance =
+        Allowance { messages_per_s: 1e9, messages_burst: 1e9, bytes_per_s: 1e9, bytes_burst: 1e9, message_bytes: Some(1 << 20) };
 
     fn frame(length: usize) -> Vec<u8> {
         let mut bytes = vec![0x81];
@@ -224,20 +316,11 @@ mod tests {
         bytes
     }
 
-    #[test]
-    fn frames_are_counted_however_they_are_cut() {
-        let all: Vec<u8> = [0, 1, 125, 126, 127, 65_535, 65_536, 0, 3].iter().flat_map(|length| frame(*length)).collect();
-        for piece in [1, 2, 3, 7, 4096, all.len()] {
-            let mut frames = Frames::default();
-            assert_eq!(all.chunks(piece).map(|bytes| frames.count(bytes)).sum::<u32>(), 9, "pieces of {piece}");
-        }
-    }
-
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_says_too_much_is_slowed() {
         let (mut peer, ours) = tokio::io::duplex(1 << 20);
-        let allowance = Allowance { frames_per_s: 20.0, frames_burst: 100.0, ..FREE };
-        let mut ours = Guarded::new(ours, allowance, &CancellationToken::new());
+        let allowance = Allowance { messages_per_s: 20.0, messages_burst: 100.0, ..FREE };
+        let mut ours = Guarded::new(ours, allowance, &CancellationToken::new(), Arc::default());
         let bytes: Vec<u8> = (0..300).flat_map(|_| frame(3)).collect();
         peer.write_all(&bytes).await.unwrap();
         let started = Instant::now();
@@ -246,15 +329,59 @@ mod tests {
             ours.read_exact(piece).await.unwrap();
         }
         let seconds = started.elapsed().as_secs_f64();
-        assert!((9.0..11.0).contains(&seconds), "200 frames over the burst take 10 s, took {seconds}");
+        assert!((9.0..11.0).contains(&seconds), "200 messages over the burst take 10 s, took {seconds}");
         assert_eq!(read, bytes);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_in_many_frames_is_one_and_every_byte_is_heard() {
+        let (mut peer, ours) = tokio::io::duplex(1 << 20);
+        let allowance = Allowance { messages_per_s: 1.0, messages_burst: 2.0, ..FREE };
+        let heard = Arc::new(Heard::default());
+        let mut ours = Guarded::new(ours, allowance, &CancellationToken::new(), heard.clone());
+        let opened = heard.last();
+        let mut bytes = frame(4_000);
+        bytes[0] = 0x01;
+        for _ in 0..98 {
+            bytes.extend([&[0x00][..], &frame(4_000)[1..]].concat());
+        }
+        bytes.extend([&[0x80][..], &frame(4_000)[1..]].concat());
+        peer.write_all(&bytes).await.unwrap();
+        let mut read = vec![0; bytes.len()];
+        ours.read_exact(&mut read).await.unwrap();
+        assert_eq!(read, bytes);
+        assert_eq!(Instant::now(), opened, "nothing was waited for");
+        tokio::time::advance(Duration::from_secs(7)).await;
+        peer.write_all(&[0x81]).await.unwrap();
+        assert!(tokio::time::timeout(Duration::from_secs(1), ours.read(&mut [0; 8])).await.is_err(), "half a header is nothing yet");
+        assert_eq!(heard.last() - opened, Duration::from_secs(7));
+    }
+
+    #[tokio::test]
+    async fn a_client_is_told_the_ping_timeout_that_counts() {
+        let (mut peer, ours) = tokio::io::duplex(16);
+        let ours = Guarded::new(ours, FREE, &CancellationToken::new(), Arc::default());
+        let mut ours = ours.announcing(2_592_000_000, 20_000);
+        let packet = br#"..0{"sid":"x","pingInterval":25000,"pingTimeout":2592000000,"maxPayload":5}"#;
+        let later = br#"{"pingTimeout":2592000000}"#;
+        let writing = tokio::spawn(async move {
+            ours.write_all(packet).await.unwrap();
+            ours.write_all(later).await.unwrap();
+        });
+        let mut told = vec![0; packet.len() + later.len()];
+        peer.read_exact(&mut told).await.unwrap();
+        writing.await.unwrap();
+        assert_eq!(
+            String::from_utf8(told).unwrap(),
+            r#"..0{"sid":"x","pingInterval":25000,"pingTimeout":     20000,"maxPayload":5}{"pingTimeout":2592000000}"#
+        );
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_cut_stream_ends_for_reader_and_writer() {
         let (_peer, ours) = tokio::io::duplex(16);
         let cut = CancellationToken::new();
-        let (mut reader, mut writer) = tokio::io::split(Guarded::new(ours, FREE, &cut));
+        let (mut reader, mut writer) = tokio::io::split(Guarded::new(ours, FREE, &cut, Arc::default()));
         let reading = tokio::spawn(async move { reader.read(&mut [0; 8]).await });
         let writing = tokio::spawn(async move { writer.write_all(&[0; 1000]).await });
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -267,7 +394,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_does_not_listen_is_given_up() {
         let (_peer, ours) = tokio::io::duplex(16);
-        let mut ours = Guarded::new(ours, FREE, &CancellationToken::new());
+        let mut ours = Guarded::new(ours, FREE, &CancellationToken::new(), Arc::default());
         let started = Instant::now();
         assert_eq!(ours.write_all(&[0; 1000]).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
         assert!(started.elapsed() >= WRITE_STALL);

@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use borealis_protocol::{
@@ -47,6 +48,8 @@ pub struct Delivery {
     pub socket_id: String,
     /// Whether the agent was sent it before.
     pub again: bool,
+    /// How long the script may take; zero for as long as it likes.
+    pub limit: Duration,
     /// The row's request: without id and signatures, and without what it shares.
     pub request: Value,
     /// What it shares with the other devices of its occurrence.
@@ -146,7 +149,7 @@ pub async fn due(pool: &Pool, process: Uuid) -> Result<Vec<Uuid>> {
 pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconnected: bool) -> Result<Taken> {
     let rows = sqlx::query!(
         r#"WITH picked AS (
-               SELECT a.id, s.socket_id, s.dedup, a.delivery <> 'ready' AS again, r.occurrence_id, c.occurrence_id IS NOT NULL AS shares,
+               SELECT a.id, s.socket_id, s.dedup, s.cancels, a.delivery <> 'ready' AS again, r.occurrence_id, c.occurrence_id IS NOT NULL AS shares,
                       pg_column_size(a.request) + coalesce(c.bytes, 0) AS bytes
                FROM activity_history a
                JOIN devices d ON d.guid = a.device_guid AND d.status = 'active'
@@ -154,7 +157,8 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
                     AND d.site_id IS NOT DISTINCT FROM a.site_id
                CROSS JOIN LATERAL (
                    -- The mode asked for; a service socket also serves its helpers, a helper never the service.
-                   SELECT o.socket_id, o.api_process, o.connected_at, coalesce(o.capabilities -> 'dedup' = 'true', false) AS dedup
+                   SELECT o.socket_id, o.api_process, o.connected_at, coalesce(o.capabilities -> 'dedup' = 'true', false) AS dedup,
+                          coalesce(o.capabilities -> 'cancel' = 'true', false) AS cancels
                    FROM device_sockets o WHERE o.device_guid = a.device_guid
                      AND (o.service_mode = 'system' OR a.request ->> 'run_mode' = 'currentuser')
                    ORDER BY (o.service_mode = 'currentuser') = (coalesce(a.request ->> 'run_mode', '') = 'currentuser') DESC LIMIT 1
@@ -172,11 +176,11 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
                ORDER BY a.id LIMIT $4 FOR UPDATE OF a SKIP LOCKED),
            kept AS (SELECT *, (sum(bytes) OVER (ORDER BY id))::float8 - bytes AS bytes_before FROM picked)
            UPDATE activity_history a SET delivery = CASE WHEN kept.again THEN a.delivery ELSE 'sent' END,
-                  delivery_count = a.delivery_count + 1, sent_at = now(), updated_at = now()
+                  delivery_count = a.delivery_count + 1, sent_at = now(), agent_cancels = kept.cancels, updated_at = now()
            FROM kept WHERE a.id = kept.id AND kept.bytes_before < $5
            RETURNING a.id, a.device_guid, a.hostname, a.site_id, a.run_id, a.component_index, a.status, a.queue_lane, a.activity_kind,
                      a.request, kept.occurrence_id AS "occurrence_id?", kept.shares AS "shares!", kept.bytes AS "bytes!", kept.socket_id,
-                     kept.dedup AS "dedup!", kept.again AS "again!", a.sent_at AS "sent_at!""#,
+                     kept.dedup AS "dedup!", kept.again AS "again!", a.sent_at AS "sent_at!", a.timeout_seconds"#,
         process,
         devices,
         reconnected,
@@ -201,6 +205,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
             device: row.device_guid,
             socket_id: row.socket_id,
             again: row.again,
+            limit: Duration::from_secs(u64::try_from(row.timeout_seconds).unwrap_or(0)),
             request: row.request,
             shared: row.occurrence_id.and_then(|occurrence| scripts.get(&(occurrence, row.component_index)).cloned()),
             change: Change {
@@ -409,7 +414,8 @@ pub async fn expire_moved(tx: &mut Tx<'_>) -> Result<Settled> {
 }
 
 /// Ends what has been silent beyond its time limit as `Timed Out` with `outcome_unknown`, with its runs. The limit counts
-/// from the start of the script; of a script that waits behind another on its device, from the end of that one. A limit
+/// from the start of the script; of a script that waits behind others on its device, from the end of those that were sent before
+/// it. A limit
 /// of 0 is none; a job's own limit is kept by [`super::run::enforce_limits`]. Up to [`BATCH`] rows; to be called again while any come.
 ///
 /// # Errors
@@ -421,11 +427,17 @@ pub async fn time_out_silent(tx: &mut Tx<'_>) -> Result<Settled> {
                a.timeout_seconds > 0
                 -- Most are not that old, whatever they wait behind.
                 AND coalesce(a.started_at, a.sent_at) < now() - make_interval(secs => a.timeout_seconds + $1)
-                AND coalesce(a.started_at, greatest(a.sent_at, (SELECT max(b.finished_at) FROM activity_history b
-                                                               WHERE b.device_guid = a.device_guid AND b.finished_at > a.sent_at)))
+                AND coalesce(a.started_at, greatest(a.sent_at, (
+                        -- The end of what was ahead of it. A script that its agent could not stop may have gone on up to its limit.
+                        SELECT max(CASE WHEN b.cancel_requested_at IS NULL OR b.agent_cancels THEN b.finished_at
+                                        ELSE greatest(b.finished_at, coalesce(b.started_at, b.sent_at) + make_interval(secs => b.timeout_seconds)) END)
+                        FROM activity_history b
+                        WHERE b.device_guid = a.device_guid AND b.id <> a.id AND (b.sent_at, b.id) < (a.sent_at, a.id)
+                          AND b.finished_at > a.sent_at)))
                     < now() - make_interval(secs => a.timeout_seconds + $1)
                 AND (a.started_at IS NOT NULL OR NOT EXISTS (SELECT 1 FROM activity_history b
-                         WHERE b.device_guid = a.device_guid AND b.id < a.id AND b.delivery IN ('sent', 'accepted'))))
+                         WHERE b.device_guid = a.device_guid AND b.delivery IN ('sent', 'accepted')
+                           AND (b.sent_at, b.id) < (a.sent_at, a.id))))
          ORDER BY a.id LIMIT $2 FOR UPDATE SKIP LOCKED",
         SILENCE_GRACE_S,
         BATCH

@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use super::run::OUTCOME_UNKNOWN;
 use crate::{
     Result,
     db::{self, Tx},
@@ -139,6 +140,8 @@ pub struct Report {
     pub activity_kind: String,
     /// Merged into the row's.
     pub metadata: Map<String, Value>,
+    /// The limit that an agent without exit codes says in its text the script has run into, in seconds.
+    timed_out_after: Option<i32>,
 }
 
 impl Report {
@@ -155,12 +158,20 @@ impl Report {
         let text = |name: &str| object.get(name).and_then(Value::as_str).map(storable);
         let short = |name: &str| text(name).map(|text| prefix(&text, 200).to_owned()).unwrap_or_default();
         let said = Status::parse(object.get("status").and_then(Value::as_str).unwrap_or_default());
+        let error = text("reason").or_else(|| text("error")).filter(|text| !text.is_empty());
         let status = match kind {
             Kind::Accepted => Status::Queued,
             Kind::Progress => said.unwrap_or(Status::Running),
+            // Whoever finds out that it is not known how a script ended, the run has the same status.
+            Kind::Result if error.as_deref() == Some(OUTCOME_UNKNOWN) => Status::TimedOut,
             // A result ends the script whatever it says; what is not known to end well has not.
             Kind::Result => said.filter(|status| status.is_terminal()).unwrap_or(Status::Failed),
         };
+        let exit_code = object.get("exit_code").and_then(Value::as_i64).and_then(|code| i32::try_from(code).ok());
+        // Agents that send no exit code say `Success` of 0 and of nothing else, and of a time-out only in the error output.
+        let silent = kind == Kind::Result && exit_code.is_none() && error.is_none();
+        let stderr = text("stderr");
+        let timed_out_after = stderr.as_deref().filter(|_| silent && status == Status::Failed).and_then(stated_time_out);
         let mut metadata = object.get("metadata").and_then(Value::as_object).cloned().unwrap_or_default();
         metadata.retain(|name, _| !ENGINE_METADATA.contains(&name.as_str()));
         let rendered = serde_json::to_string(&metadata).unwrap_or_default();
@@ -173,16 +184,17 @@ impl Report {
             kind,
             status,
             stdout: text("stdout").map(bounded),
-            stderr: text("stderr").map(bounded),
+            stderr: stderr.map(bounded),
             append_output: object.get("append_output").and_then(Value::as_bool).unwrap_or(false),
-            exit_code: object.get("exit_code").and_then(Value::as_i64).and_then(|code| i32::try_from(code).ok()),
-            error: text("reason").or_else(|| text("error")).filter(|text| !text.is_empty()).map(|text| match text.as_str() {
+            exit_code: exit_code.or((silent && said == Some(Status::Success)).then_some(0)),
+            error: error.map(|text| match text.as_str() {
                 "cancelled" => "cancelled_by_operator".to_owned(),
                 text => prefix(text, 512).to_owned(),
             }),
             queue_lane: short("queue_lane"),
             activity_kind: short("activity_kind"),
             metadata,
+            timed_out_after,
         })
     }
 
@@ -191,6 +203,12 @@ impl Report {
     pub fn weight(&self) -> usize {
         512 + self.stdout.as_ref().map_or(0, String::len) + self.stderr.as_ref().map_or(0, String::len)
     }
+}
+
+/// The seconds in the line with which agents of the reference end the error output of a script that they have stopped at its limit.
+fn stated_time_out(stderr: &str) -> Option<i32> {
+    let line = stderr.trim_end().lines().next_back()?;
+    line.strip_prefix("Script timed out after ")?.strip_suffix(" seconds")?.parse().ok()
 }
 
 /// Postgres keeps no NUL in a text.
@@ -321,6 +339,7 @@ struct Row {
     status: Status,
     queue_lane: String,
     activity_kind: String,
+    timeout_seconds: i32,
     cancelled: bool,
     changed: bool,
     started: bool,
@@ -344,6 +363,8 @@ fn fold(row: &mut Row, report: &Report) -> Outcome {
     match (row.status, report.status) {
         // What runs does not go back into the queue.
         (Status::Running, Status::Queued) => {}
+        // A script may print the same line; that it names its own limit, it hardly will.
+        (_, Status::Failed) if report.timed_out_after == Some(row.timeout_seconds) => row.status = Status::TimedOut,
         (_, status) => row.status = status,
     }
     row.started |= report.status != Status::Queued;
@@ -378,7 +399,8 @@ pub async fn apply(tx: &mut Tx<'_>, reports: &[Report]) -> Result<Settled> {
     db::plan_afresh(tx).await?;
     let ids: Vec<i64> = reports.iter().map(|report| report.activity_id).collect::<BTreeSet<_>>().into_iter().collect();
     let stored = sqlx::query!(
-        r#"SELECT id, device_guid, hostname, site_id, run_id, status, queue_lane, activity_kind, cancel_requested_at IS NOT NULL AS "cancelled!",
+        r#"SELECT id, device_guid, hostname, site_id, run_id, status, queue_lane, activity_kind, timeout_seconds,
+                  cancel_requested_at IS NOT NULL AS "cancelled!",
                   octet_length(stdout) AS "stdout_len!", octet_length(stderr) AS "stderr_len!"
            FROM activity_history WHERE id = ANY($1) ORDER BY id FOR UPDATE"#,
         &ids
@@ -398,6 +420,7 @@ pub async fn apply(tx: &mut Tx<'_>, reports: &[Report]) -> Result<Settled> {
                 status: Status::parse(&row.status).unwrap_or(Status::Failed),
                 queue_lane: row.queue_lane,
                 activity_kind: row.activity_kind,
+                timeout_seconds: row.timeout_seconds,
                 cancelled: row.cancelled,
                 changed: false,
                 started: false,
@@ -621,6 +644,7 @@ mod tests {
             status: Status::Queued,
             queue_lane: String::new(),
             activity_kind: String::new(),
+            timeout_seconds: 60,
             cancelled: false,
             changed: false,
             started: false,
@@ -712,6 +736,37 @@ mod tests {
         let mut full = Output { len: OUTPUT_LIMIT_BYTES - 1, ..Output::default() };
         full.take("y", true);
         assert_eq!((full.text.as_str(), full.len), ("y", OUTPUT_LIMIT_BYTES));
+    }
+
+    #[test]
+    fn an_agent_that_sends_no_exit_code_is_understood() {
+        let end = |value: Value| {
+            let mut row = row();
+            fold(&mut row, &report(Kind::Result, value));
+            (row.status, row.exit_code)
+        };
+        let failed = |stderr: &str| end(json!({"job_id": 1, "status": "Failed", "stdout": "", "stderr": stderr}));
+        assert_eq!(end(json!({"job_id": 1, "status": "Success", "stdout": "", "stderr": ""})), (Status::Success, Some(0)));
+        assert_eq!(failed("Script timed out after 60 seconds"), (Status::TimedOut, None));
+        assert_eq!(failed("half\nScript timed out after 60 seconds\n"), (Status::TimedOut, None));
+        for other in [
+            "",
+            "Script timed out after 61 seconds",
+            "Script timed out after 60 seconds\nmore",
+            "x Script timed out after 60 seconds",
+            "Script timed out after  seconds",
+        ] {
+            assert_eq!(failed(other), (Status::Failed, None), "{other}");
+        }
+        // One that sends its exit code says how it ended.
+        let own = json!({"job_id": 1, "status": "Failed", "exit_code": 1, "stderr": "Script timed out after 60 seconds"});
+        assert_eq!(end(own), (Status::Failed, Some(1)));
+    }
+
+    #[test]
+    fn an_unknown_outcome_is_timed_out_whoever_found_out() {
+        let report = report(Kind::Result, json!({"job_id": 1, "status": "Failed", "reason": "outcome_unknown"}));
+        assert_eq!((report.status, report.error.as_deref()), (Status::TimedOut, Some("outcome_unknown")));
     }
 
     #[test]

@@ -15,6 +15,8 @@ pub const CANCELLED_BY_OPERATOR: &str = "cancelled_by_operator";
 pub const STOP_AFTER: &str = "stop_after";
 /// The error of a run whose script may or may not have run.
 pub const OUTCOME_UNKNOWN: &str = "outcome_unknown";
+/// What is added to the error output of a script that its agent cannot stop.
+const MAY_GO_ON: &str = "\n[The run was ended. This agent cannot stop a script: it may go on.]\n";
 /// How long an agent may take to answer a cancel before the run ends without it, in seconds.
 pub const CANCEL_ANSWER_S: i32 = 60;
 
@@ -109,7 +111,7 @@ impl RunStatus {
 /// What asking for the cancel of runs did.
 #[derive(Debug, Default)]
 pub struct Cancelled {
-    /// Runs that ended at once, since nothing had reached their device.
+    /// Runs that ended at once: nothing had reached their device, or its agent cannot stop a script.
     pub ended: Vec<i64>,
     /// Devices that have to be told; their runs end with the device's answer, or without it after [`CANCEL_ANSWER_S`].
     pub devices: Vec<Uuid>,
@@ -156,34 +158,14 @@ pub async fn request_cancel(
     cancel_open(conn, run.occurrence_id, Some(run_id), CANCELLED_BY_OPERATOR).await
 }
 
-/// Cancels the open runs of an occurrence, or one of them. Those nothing was sent of end here; for the others a cancel is
-/// noted, which delivery passes on to their devices.
+/// Cancels the open runs of an occurrence, or one of them. What was sent to an agent that can stop a script is to be stopped, and
+/// its run waits for the answer; every other run ends here.
 ///
 /// # Errors
 /// When the database refuses.
 pub async fn cancel_open(conn: &mut PgConnection, occurrence_id: i64, run_id: Option<i64>, reason: &str) -> Result<Cancelled> {
     lock(conn, occurrence_id, run_id).await?;
-    // A run none of whose scripts is with its device ends now, and what was not sent is not sent any more.
-    let ended = sqlx::query_scalar!(
-        "UPDATE scheduled_job_runs r
-         SET status = 'Failed', error = $3, cancel_requested_at = now(), cancel_reason = $3, finished_at = now(), updated_at = now()
-         WHERE r.occurrence_id = $1 AND ($2::bigint IS NULL OR r.id = $2) AND r.status IN ('Pending', 'Running')
-           AND NOT EXISTS (SELECT FROM activity_history a WHERE a.run_id = r.id AND a.delivery IN ('sent', 'accepted'))
-         RETURNING r.id",
-        occurrence_id,
-        run_id,
-        reason,
-    )
-    .fetch_all(&mut *conn)
-    .await?;
-    sqlx::query!(
-        "UPDATE activity_history SET status = 'Failed', error = $2, delivery = 'done', finished_at = now(), updated_at = now()
-         WHERE run_id = ANY($1) AND delivery IN ('waiting', 'ready')",
-        &ended,
-        reason,
-    )
-    .execute(&mut *conn)
-    .await?;
+    let status = if reason == STOP_AFTER { RunStatus::TimedOut } else { RunStatus::Failed };
     sqlx::query!(
         "UPDATE scheduled_job_runs SET cancel_requested_at = now(), cancel_reason = $3, updated_at = now()
          WHERE occurrence_id = $1 AND ($2::bigint IS NULL OR id = $2) AND status IN ('Pending', 'Running') AND cancel_requested_at IS NULL",
@@ -193,7 +175,8 @@ pub async fn cancel_open(conn: &mut PgConnection, occurrence_id: i64, run_id: Op
     )
     .execute(&mut *conn)
     .await?;
-    // Of the runs that wait for their device's answer: what was sent is to be cancelled, what was not is not sent any more.
+    // What was not sent is not sent any more, and from an agent that cannot stop a script nothing is waited for: what it still
+    // says of it is recorded, and changes nothing.
     let devices = sqlx::query_scalar!(
         "WITH open AS (
              SELECT id FROM scheduled_job_runs
@@ -201,27 +184,36 @@ pub async fn cancel_open(conn: &mut PgConnection, occurrence_id: i64, run_id: Op
          ), unsent AS (
              UPDATE activity_history a SET status = 'Failed', error = $3, delivery = 'done', finished_at = now(), updated_at = now()
              FROM open WHERE a.run_id = open.id AND a.delivery IN ('waiting', 'ready')
+         ), left_alone AS (
+             UPDATE activity_history a SET status = $4, error = $3, delivery = 'done', stderr = a.stderr || $5,
+                    cancel_requested_at = coalesce(a.cancel_requested_at, now()), finished_at = now(), updated_at = now()
+             FROM open WHERE a.run_id = open.id AND a.delivery IN ('sent', 'accepted') AND NOT a.agent_cancels
          ), told AS (
              UPDATE activity_history a SET cancel_requested_at = coalesce(a.cancel_requested_at, now()), updated_at = now()
-             FROM open WHERE a.run_id = open.id AND a.delivery IN ('sent', 'accepted')
+             FROM open WHERE a.run_id = open.id AND a.delivery IN ('sent', 'accepted') AND a.agent_cancels
              RETURNING a.device_guid
          )
          SELECT DISTINCT device_guid FROM told",
         occurrence_id,
         run_id,
         reason,
+        status.as_str(),
+        MAY_GO_ON,
     )
     .fetch_all(&mut *conn)
     .await?;
-    // What was sent between the look at a run and its end is to be stopped too.
-    let slipped = sqlx::query_scalar!(
-        "UPDATE activity_history SET cancel_requested_at = coalesce(cancel_requested_at, now()), updated_at = now()
-         WHERE run_id = ANY($1) AND delivery IN ('sent', 'accepted') RETURNING device_guid",
-        &ended,
+    let ended = sqlx::query_scalar!(
+        "UPDATE scheduled_job_runs r SET status = $3, error = $4, finished_at = now(), updated_at = now()
+         WHERE r.occurrence_id = $1 AND ($2::bigint IS NULL OR r.id = $2) AND r.status IN ('Pending', 'Running')
+           AND NOT EXISTS (SELECT FROM activity_history a WHERE a.run_id = r.id AND a.delivery IN ('sent', 'accepted'))
+         RETURNING r.id",
+        occurrence_id,
+        run_id,
+        status.as_str(),
+        reason,
     )
     .fetch_all(&mut *conn)
     .await?;
-    let devices = devices.into_iter().chain(slipped).collect();
     let finished_workflows = finished_workflow(conn, occurrence_id).await?.into_iter().collect();
     Ok(Cancelled { ended, devices, finished_workflows })
 }

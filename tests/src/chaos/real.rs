@@ -132,7 +132,7 @@ impl RealAgent {
             let fits = match (status.as_str(), error) {
                 ("Success", "") => times == (1, 1) && stdout.contains(&format!("chaos {id}\n")),
                 // It was killed or told to end in the middle, and the script with it or not.
-                ("Failed", "outcome_unknown" | "agent_stopped") => times.0 <= 1 && times.1 <= times.0,
+                ("Timed Out", "outcome_unknown") | ("Failed", "agent_stopped") => times.0 <= 1 && times.1 <= times.0,
                 _ => false,
             };
             if !fits {
