@@ -4,6 +4,8 @@ use crate::{access::Routes, state::App};
 
 pub mod activity;
 pub mod agent;
+pub mod agent_metadata;
+pub mod agent_tunnel;
 pub mod api_tokens;
 pub mod approvals;
 pub mod assemblies;
@@ -29,6 +31,8 @@ pub fn all(app: &App) -> Routes {
     Routes::new(app.clone())
         .merge(activity::routes(app))
         .merge(agent::routes(app))
+        .merge(agent_metadata::routes(app))
+        .merge(agent_tunnel::routes(app))
         .merge(api_tokens::routes(app))
         .merge(approvals::routes(app))
         .merge(assemblies::routes(app))

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use super::{
-    clean,
+    clean, metadata,
     role_health::{self, Document, Role},
 };
 use crate::{
@@ -25,6 +25,25 @@ pub const STATUS_EVENT_S: i64 = 10;
 pub const DETAILS_WINDOW_S: i64 = 60;
 
 const MAX_TEXT_CHARS: usize = 512;
+/// The last milestone of an agent's start.
+const STEADY_STATE: &str = "steady_state_online";
+/// The milestones before it that an agent may report again later.
+const BOOT_PHASES: [&str; 14] = [
+    "process_start",
+    "server_config_loaded",
+    "identity_loaded",
+    "authenticating",
+    "authenticated",
+    "roles_loading",
+    "roles_ready",
+    "helper_broker_ready",
+    "wireguard_starting",
+    "wireguard_online",
+    "inventory_ready",
+    "status_channel_online",
+    "socket_connecting",
+    "socket_connected",
+];
 
 /// What every report is answered with.
 #[derive(Debug, Clone)]
@@ -35,6 +54,8 @@ pub struct Noted {
     pub site_name: String,
     /// The report repeated the one before.
     pub coalesced: bool,
+    /// The metadata fields that need not be sent again, by name.
+    pub metadata_acks: Vec<String>,
 }
 
 fn gone() -> Error {
@@ -202,7 +223,7 @@ impl Scalars {
         .fetch_optional(db)
         .await?
         .ok_or_else(gone)?;
-        Ok(Noted { site_id: row.site_id, site_name: row.site_name, coalesced: false })
+        Ok(Noted { site_id: row.site_id, site_name: row.site_name, coalesced: false, metadata_acks: Vec::new() })
     }
 }
 
@@ -221,7 +242,7 @@ fn agent_update(body: &Map<String, Value>) -> Option<Value> {
     }))
 }
 
-/// A heartbeat: the sign of life, with whatever scalars, lists and role health it brings. Software in it is ignored; that
+/// A heartbeat: the sign of life, with the scalars, lists, role health and metadata fields it brings. Software in it is ignored; that
 /// comes with the details.
 ///
 /// # Errors
@@ -238,12 +259,18 @@ pub async fn heartbeat(pool: &db::Pool, device: &DeviceIdentity, context: &str, 
     let update = agent_update(body);
     let health = body.get("agent_role_health").filter(|value| value.is_object() || value.is_array());
     let nothing_more = memory.is_none() && network.is_none() && storage.is_none() && cpu.is_none() && update.is_none();
-    if nothing_more && health.is_none() {
+    let fields = object(body, "metadata_fields").map(|fields| metadata::read(fields, Utc::now())).unwrap_or_default();
+    if nothing_more && health.is_none() && fields.is_empty() {
         return scalars.store(&mut *pool.acquire().await?, device.guid, true).await;
     }
     let mode = stated_mode(body, context);
     let mut tx = pool.begin().await?;
-    let noted = scalars.store(&mut tx, device.guid, true).await?;
+    let mut noted = scalars.store(&mut tx, device.guid, true).await?;
+    noted.metadata_acks = metadata::store(&mut tx, device.guid, &fields).await?;
+    if nothing_more && health.is_none() {
+        tx.commit().await?;
+        return Ok(noted);
+    }
     // The device's row is locked by the update above, so the read and the write of the document are one.
     let role_health = match health {
         Some(report) => Some(merged_health(&mut tx, device.guid, report, mode).await?),
@@ -320,7 +347,7 @@ impl Status {
             boot_id: text("boot_id"),
             phase: text("phase"),
             status: normal_status(&text("status")),
-            message: text("message"),
+            message: role_health::readable(&text("message")),
             milestones: milestones.unwrap_or_else(|| json!([])),
             last_error: last_error.map(clean::json).unwrap_or_default(),
         }
@@ -332,6 +359,28 @@ impl Status {
             (self.status, &self.milestones, &self.last_error),
         ))?;
         Ok(Sha256::digest(all).to_vec())
+    }
+
+    /// What is shown after `before`, the startup role as it is stored; none when that stays. A boot that has once reached its
+    /// steady state does not fall back: agents go on to report single phases of it, each with only those before it complete.
+    fn after(self, before: Option<&Role>) -> Option<Self> {
+        let Some(before) = before else { return Some(self) };
+        let detail = |name: &str| before.details.get(name).map(String::as_str).unwrap_or_default();
+        let milestones: Value = serde_json::from_str(detail("milestones_json")).unwrap_or_default();
+        let reached = milestones
+            .as_array()
+            .is_some_and(|all| all.iter().any(|one| one["key"] == STEADY_STATE && one["state"] == "complete"));
+        if !reached || self.boot_id.is_empty() || detail("boot_id") != self.boot_id {
+            return Some(self);
+        }
+        let is_step = |phase: &str| BOOT_PHASES.contains(&phase);
+        if !is_step(&self.phase) || self.status == "unhealthy" {
+            return Some(Self { milestones, ..self });
+        }
+        // A step that went wrong and has been taken again since.
+        let again = is_step(detail("phase"));
+        let message = "The agent has started.".to_owned();
+        again.then(|| Self { phase: STEADY_STATE.to_owned(), status: "healthy", message, milestones, ..self })
     }
 
     fn role(&self, now: i64) -> Role {
@@ -400,8 +449,20 @@ pub async fn status(pool: &db::Pool, device: &DeviceIdentity, context: &str, bod
         tx.commit().await?;
         return Ok(StatusNoted { noted: Noted { coalesced: true, ..noted }, event: None });
     }
-    let announce = !within(before.and_then(|before| before.status_event_at), STATUS_EVENT_S);
-    let health = stored_health(&mut tx, device.guid).await?.with(report.role(now.timestamp()), now.timestamp());
+    let stored = stored_health(&mut tx, device.guid).await?;
+    let startup = stored.roles.iter().find(|role| role.role_name == role_health::STARTUP_ROLE);
+    let (report, role) = match report.after(startup) {
+        Some(report) => {
+            let role = report.role(now.timestamp());
+            (Some(report), Some(role))
+        }
+        None => (None, startup.cloned().map(|role| Role { last_checked_at: now.timestamp(), ..role })),
+    };
+    let announce = report.is_some() && !within(before.and_then(|before| before.status_event_at), STATUS_EVENT_S);
+    let health = match role {
+        Some(role) => stored.with(role, now.timestamp()),
+        None => stored,
+    };
     sqlx::query!(
         "INSERT INTO device_details AS x (device_guid, role_health, status_signature, status_accepted_at, status_event_at)
          VALUES ($1, $2, $3, now(), CASE WHEN $4 THEN now() END)
@@ -415,7 +476,7 @@ pub async fn status(pool: &db::Pool, device: &DeviceIdentity, context: &str, bod
     .execute(&mut *tx)
     .await?;
     tx.commit().await?;
-    let event = announce.then(|| {
+    let event = report.filter(|_| announce).map(|report| {
         json!({
             "hostname": scalars.hostname.as_ref().unwrap_or(&device.hostname), "guid": guid_text(device.guid),
             "phase": report.phase, "status": report.status, "changed_at": now.timestamp(),
@@ -665,6 +726,39 @@ mod tests {
         let other = Status::read(&body, "CURRENTUSER");
         assert_ne!(one.signature().unwrap(), other.signature().unwrap());
         assert_eq!(one.signature().unwrap(), Status::read(&body, "").signature().unwrap());
+    }
+
+    #[test]
+    fn a_boot_that_has_reached_its_steady_state_does_not_fall_back() {
+        let report = |boot: &str, phase: &str, status: &str, steady: &str| {
+            let milestones = json!([{"key": "socket_connected", "state": "complete"}, {"key": STEADY_STATE, "state": steady}]);
+            let body = json!({"boot_id": boot, "phase": phase, "status": status, "message": phase, "milestones": milestones});
+            Status::read(&map(body), "SYSTEM")
+        };
+        let shown = |before: &Role, next: Status| {
+            let role = next.after(Some(before)).map_or_else(|| before.clone(), |status| status.role(1));
+            (role.details["phase"].clone(), role.status_code.clone(), role)
+        };
+        let first = report("1", "socket_connecting", "healthy", "pending");
+        assert_eq!(first.clone().after(None), Some(first.clone()));
+        let (_, _, steady) = shown(&first.role(1), report("1", STEADY_STATE, "healthy", "complete"));
+        let (phase, status, _) = shown(&steady, report("1", "wireguard_starting", "active", "pending"));
+        assert_eq!((phase.as_str(), status.as_str()), (STEADY_STATE, "healthy"));
+        // A socket that is lost is said, and steps do not hide it.
+        let (phase, status, lost) = shown(&steady, report("1", "socket_disconnected", "degraded", "complete"));
+        assert_eq!((phase.as_str(), status.as_str()), ("socket_disconnected", "recovering"));
+        let (phase, ..) = shown(&lost, report("1", "wireguard_starting", "active", "pending"));
+        assert_eq!(phase, "socket_disconnected");
+        let (phase, status, _) = shown(&lost, report("1", STEADY_STATE, "healthy", "complete"));
+        assert_eq!((phase.as_str(), status.as_str()), (STEADY_STATE, "healthy"));
+        // What fails is said too, until it is tried again.
+        let (phase, status, failed) = shown(&steady, report("1", "wireguard_online", "failed", "pending"));
+        assert_eq!((phase.as_str(), status.as_str()), ("wireguard_online", "unhealthy"));
+        let (phase, status, _) = shown(&failed, report("1", "wireguard_starting", "active", "pending"));
+        assert_eq!((phase.as_str(), status.as_str()), (STEADY_STATE, "healthy"));
+        // Another boot starts from its beginning.
+        let (phase, status, _) = shown(&steady, report("2", "authenticating", "active", "pending"));
+        assert_eq!((phase.as_str(), status.as_str()), ("authenticating", "recovering"));
     }
 
     #[test]

@@ -3,5 +3,6 @@
 pub mod clean;
 pub mod ingest;
 pub mod list;
+pub mod metadata;
 pub mod role_health;
 pub mod sockets;

@@ -34,7 +34,7 @@ pub struct Document {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Role {
-    /// `<context>:<role_name>`.
+    /// As the agent says it; `<context>:<role_name>` when it does not.
     pub role_id: String,
     /// Short name.
     pub role_name: String,
@@ -115,6 +115,14 @@ fn text(map: &Map<String, Value>, names: &[&str]) -> String {
     first(map, names).map(|value| clean::text(&as_text(value), MAX_TEXT_CHARS)).unwrap_or_default()
 }
 
+/// A text for people: of an answer of the engine that an agent quotes, its message.
+#[must_use]
+pub fn readable(text: &str) -> String {
+    let quoted = text.find('{').and_then(|at| serde_json::from_str::<Map<String, Value>>(text.get(at..)?.trim()).ok());
+    let said = quoted.as_ref().and_then(|body| ["message", "error"].iter().find_map(|name| body.get(*name)?.as_str()));
+    said.filter(|said| !said.is_empty()).unwrap_or(text).to_owned()
+}
+
 fn as_text(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
@@ -136,6 +144,7 @@ impl Role {
         if role_name.is_empty() {
             return None;
         }
+        let stated_id = clean::line(&text(map, &["role_id"]), 200);
         let context = first(map, &["context"]).and_then(Value::as_str).map_or_else(|| reporting.to_owned(), context);
         let label = text(map, &["role_label", "label"]);
         let stated = text(map, &["status_code", "status"]);
@@ -143,18 +152,18 @@ impl Role {
         let shown = text(map, &["status"]);
         let details = first(map, &["details", "metadata", "info"]).and_then(Value::as_object);
         Some(Self {
-            role_id: format!("{context}:{role_name}"),
+            role_id: if stated_id.is_empty() { format!("{context}:{role_name}") } else { stated_id },
             role_label: if label.is_empty() { capitalised(&role_name) } else { clean::line(&label, 128) },
             role_name,
             context,
             status_code: code.to_owned(),
             status: if shown.is_empty() || shown.to_lowercase() == code { capitalised(code) } else { clean::line(&shown, 128) },
-            detail: text(map, &["detail", "message"]),
+            detail: readable(&text(map, &["detail", "message"])),
             details: details
                 .into_iter()
                 .flatten()
                 .take(MAX_DETAILS)
-                .map(|(name, value)| (clean::line(name, 128), clean::text(&as_text(value), MAX_TEXT_CHARS)))
+                .map(|(name, value)| (clean::line(name, 128), readable(&clean::text(&as_text(value), MAX_TEXT_CHARS))))
                 .collect(),
             last_checked_at: match seconds(first(map, &["last_checked_at", "checked_at"])) {
                 0 => now,
@@ -163,7 +172,10 @@ impl Role {
             more: MORE
                 .iter()
                 .filter_map(|name| Some(((*name).to_owned(), map.get(*name).filter(|value| !value.is_null())?)))
-                .map(|(name, value)| (name, clean::json(value.clone())))
+                .map(|(name, value)| match value {
+                    Value::String(text) => (name, Value::String(readable(&clean::text(text, MAX_TEXT_CHARS)))),
+                    other => (name, clean::json(other.clone())),
+                })
                 .filter(|(_, value)| value.to_string().len() <= MAX_TEXT_CHARS)
                 .collect(),
         })
@@ -311,6 +323,24 @@ mod tests {
         let shown = again.shown(1901);
         assert_eq!((&shown["roles"][0]["status_code"], &shown["roles"][0]["stale"]), (&json!("unknown"), &json!(true)));
         assert_eq!(shown["roles"][0]["last_error"], "none");
+    }
+
+    #[test]
+    fn an_answer_of_the_engine_is_shown_as_its_message_and_an_id_as_it_was_sent() {
+        let quoted = "WireGuard ensure request failed: POST /api/agent/vpn/ensure failed: HTTP 503: \
+                      {\"error\":\"tunnel_unavailable\",\"message\":\"There are no tunnels.\",\"request_id\":\"x\"}\n";
+        let report = json!([
+            {"role_id": "system:context_currentuser", "role_name": "context_currentuser", "context": "currentuser",
+             "detail": quoted, "details": {"last_error": quoted, "other": "{not json"}, "last_error": quoted},
+            {"role_name": "vnc", "detail": "{\"error\":\"busy\"}"},
+        ]);
+        let read = Document::read(&report, "system", 1);
+        assert_eq!(ids(&read), ["system:context_currentuser", "system:vnc"]);
+        let role = &read.roles[0];
+        assert_eq!((role.context.as_str(), role.detail.as_str()), ("currentuser", "There are no tunnels."));
+        assert_eq!((role.details["last_error"].as_str(), role.details["other"].as_str()), ("There are no tunnels.", "{not json"));
+        assert_eq!((&role.more["last_error"], read.roles[1].detail.as_str()), (&json!("There are no tunnels."), "busy"));
+        assert_eq!(readable("plain"), "plain");
     }
 
     #[test]
