@@ -217,6 +217,14 @@ impl TestEngine {
         username
     }
 
+    /// As if everybody's last proof of who they are were older than a step-up counts; signing in is one.
+    pub async fn age_step_ups(&self) {
+        sqlx::query("UPDATE operator_sessions SET stepped_up_at = now() - interval '301 seconds'")
+            .execute(&self.database.pool)
+            .await
+            .expect("an update");
+    }
+
     /// A new device in `site`, enrolled with a key of its own and approved by the administrator.
     pub async fn device(&self, site: i64) -> Device {
         let hostname = format!("host-{}", self.devices.fetch_add(1, Ordering::Relaxed) + 1);

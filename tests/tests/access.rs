@@ -356,6 +356,7 @@ async fn whatever_says_that_it_asks_for_a_step_up_does() {
     assert_eq!(said, tried);
 
     let stale = admin.sign_in(ADMIN, PASSWORD, 1).await;
+    engine.age_step_ups().await;
     for (method, route, path, body) in rows {
         let path = if path.is_empty() { route.to_owned() } else { path };
         let _ = stale.call(method, &path, Some(&body)).await.error(403, "step_up_required");
@@ -542,6 +543,7 @@ async fn another_cipher_opens_the_engine_and_nothing_stops_meanwhile() {
     let rotate = |current: &'static str, new: &'static str| {
         admin.post("/api/aegis/rotate", json!({"current_cipher": current, "new_cipher": new}))
     };
+    engine.age_step_ups().await;
     let _ = rotate(CIPHER, NEW).await.error(403, "step_up_required");
     let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
     for (current, new) in [(CIPHER, "too short"), (CIPHER, CIPHER), (CIPHER, " not trimmed, refused")] {
@@ -995,6 +997,7 @@ async fn a_password_set_by_an_administrator_must_be_replaced_by_its_user() {
     let admin = engine.admin().await;
     let user = engine.operator(&[]).await;
     let path = format!("/api/users/{}/reset_password", user.name);
+    engine.age_step_ups().await;
     let _ = admin.post(&path, json!({"password": GIVEN})).await.error(403, "step_up_required");
     let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
     let reply = admin.post(&path, json!({"password": "short"})).await.error(400, "password_too_short");
@@ -1022,6 +1025,7 @@ async fn the_second_factor_is_forgotten_only_after_a_step_up() {
     let _ = engine.admin().await;
     let user = engine.operator(&[]).await;
     let other = engine.anonymous().with_secret(&user).sign_in(&user.name, PASSWORD, 1).await;
+    engine.age_step_ups().await;
     let reset = || user.post("/api/auth/mfa/reset", json!({}));
     let _ = reset().await.error(403, "step_up_required");
     let step_up = |body: Value| user.post("/api/auth/step-up", body);
@@ -1035,10 +1039,7 @@ async fn the_second_factor_is_forgotten_only_after_a_step_up() {
     assert_eq!(step_up(json!({"password": PASSWORD})).await.ok()["expires_in"], 300);
     // It is this session's, and it wears off.
     let _ = other.post("/api/auth/mfa/reset", json!({})).await.error(403, "step_up_required");
-    sqlx::query("UPDATE operator_sessions SET stepped_up_at = now() - interval '301 seconds'")
-        .execute(&engine.database.pool)
-        .await
-        .unwrap();
+    engine.age_step_ups().await;
     let _ = reset().await.error(403, "step_up_required");
     let _ = step_up(json!({"password": PASSWORD})).await.ok();
     let done = reset().await.ok();
@@ -1048,6 +1049,35 @@ async fn the_second_factor_is_forgotten_only_after_a_step_up() {
     let pending = engine.anonymous().post("/api/auth/login", json!({"username": user.name, "password": PASSWORD})).await.ok();
     assert_eq!(pending["stage"], "setup");
     assert_ne!(pending["secret"], secret);
+}
+
+#[tokio::test]
+async fn a_sign_in_with_a_second_factor_is_a_step_up() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let tokens = "/api/auth/tokens";
+    let body = |name: &str| json!({"name": name, "scopes": ["read"], "expires_in_days": 1});
+    let _ = admin.post(tokens, body("after the set-up")).await.ok();
+    let operator = engine.operator(&[]).await;
+    let _ = operator.post(tokens, body("after an app")).await.ok();
+    engine.age_step_ups().await;
+    let _ = operator.post(tokens, body("later")).await.error(403, "step_up_required");
+
+    // A recovery code stands for an app that is gone, and a password alone is one factor.
+    let _ = operator.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
+    let codes = operator.post("/api/auth/mfa/recovery-codes", json!({})).await.ok()["codes"].clone();
+    let login = json!({"username": operator.name, "password": PASSWORD});
+    let pending = engine.anonymous().post("/api/auth/login", login.clone()).await.ok();
+    let code = json!({"pending_token": pending["pending_token"], "code": codes[0]});
+    let done = engine.anonymous().post("/api/auth/mfa/verify", code).await.ok();
+    let recovered = engine.anonymous().signed_in(&operator.name, PASSWORD, "", &done);
+    let _ = recovered.post(tokens, body("after a code")).await.error(403, "step_up_required");
+    let off = format!("/api/users/{}/mfa", operator.name);
+    let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
+    let _ = admin.post(&off, json!({"enabled": false})).await.ok();
+    let done = engine.anonymous().post("/api/auth/login", login).await.ok();
+    let signed_in = engine.anonymous().signed_in(&operator.name, PASSWORD, "", &done);
+    let _ = signed_in.post(tokens, body("after a password")).await.error(403, "step_up_required");
 }
 
 #[tokio::test]
@@ -1283,6 +1313,7 @@ async fn an_administrator_switches_the_second_factor_of_others() {
     let path = format!("/api/users/{}/mfa", user.name.to_uppercase());
     let login =
         async || engine.anonymous().post("/api/auth/login", json!({"username": user.name, "password": PASSWORD})).await.ok();
+    engine.age_step_ups().await;
     let _ = admin.post(&path, json!({"enabled": false})).await.error(403, "step_up_required");
     let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
     let reply = admin.post(&path, json!({"reset_secret": true})).await.error(400, "enabled_required");

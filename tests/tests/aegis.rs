@@ -148,7 +148,9 @@ async fn a_reset_takes_everything_sealed_and_ends_with_a_working_administrator()
         let _ = admin.post("/api/aegis/force_reset", body).await.error(400, "confirmation_required");
     }
     let later = engine.anonymous().sign_in_again(&admin, 1).await;
+    engine.age_step_ups().await;
     let _ = later.post("/api/aegis/force_reset", json!({"confirm": "reset"})).await.error(403, "step_up_required");
+    let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
     let _ = operator.post("/api/aegis/force_reset", json!({"confirm": "reset"})).await.error(403, "forbidden");
 
     let done = reset(&admin).await;

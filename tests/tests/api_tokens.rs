@@ -151,6 +151,7 @@ async fn what_is_asked_for_has_bounds() {
     let engine = TestEngine::start().await;
     let owner = engine.operator(&[]).await;
     let good = json!({"name": "A program", "scopes": ["read"]});
+    engine.age_step_ups().await;
     let _ = owner.post("/api/auth/tokens", good.clone()).await.error(403, "step_up_required");
     step_up(&owner).await;
     for (field, value, code) in [

@@ -29,6 +29,7 @@ async fn make(admin: &Actor, body: Value) -> i64 {
 async fn a_secret_goes_in_and_never_comes_out() {
     let engine = TestEngine::start().await;
     let admin = engine.admin().await;
+    engine.age_step_ups().await;
     let _ = admin.post("/api/credentials", everything("Web")).await.error(403, "step_up_required");
     let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
     let made = admin.post("/api/credentials", everything("Web")).await.ok();

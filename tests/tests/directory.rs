@@ -126,6 +126,7 @@ async fn stepped_up(engine: &TestEngine) -> Actor {
 async fn a_provider_is_written_as_it_is_asked_for_and_tells_no_secret() {
     let engine = TestEngine::start().await;
     let admin = engine.admin().await;
+    engine.age_step_ups().await;
     let _ = admin.post(PROVIDERS, json!({"name": "x"})).await.error(403, "step_up_required");
     let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
     for (body, code) in [
@@ -488,6 +489,7 @@ async fn a_lookup_tells_an_administrator_what_would_happen() {
     let _ = world.admin.post(&at, json!({"username": "twin"})).await.error(409, "ambiguous_directory_username");
     assert_eq!(world.user("ada").await, Value::Null, "a lookup makes no account");
     let second = world.engine.second_admin().await;
+    world.engine.age_step_ups().await;
     let _ = second.post(&at, json!({"username": "ada", "password": ADA})).await.error(403, "step_up_required");
 }
 

@@ -61,6 +61,7 @@ async fn the_token_is_kept_sealed_and_judged_by_github() {
     ] {
         assert_eq!(missing[field], value, "{field} of {missing}");
     }
+    engine.age_step_ups().await;
     let _ = admin.post(PATH, json!({"token": GOOD})).await.error(403, "step_up_required");
     let _ = admin.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
     let _ = admin.post(PATH, json!({"token": "with a space"})).await.error(400, "invalid_token");

@@ -325,6 +325,7 @@ async fn what_stands_against_a_registration_is_said() {
     let early = "/api/auth/passkeys/authenticate/options";
     let _ = nobody.post(early, json!({})).await.error(423, "bootstrap_required");
     let operator = engine.operator(&[]).await;
+    engine.age_step_ups().await;
     let _ = operator.post(begin, json!({})).await.error(403, "step_up_required");
     let _ = operator.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();
     let _ = operator.post(begin, json!({"label": "a\nb"})).await.error(400, "invalid_label");

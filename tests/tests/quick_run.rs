@@ -183,6 +183,7 @@ async fn many_devices_need_a_fresh_proof_of_who_asks() {
     hosts.extend((0..50).map(|index| format!("absent-{index}")));
     let body = |hosts: &[String]| json!({"hostnames": hosts, "assembly_guid": guid});
     let run = |hosts: &[String]| operator.post("/api/scripts/quick_run", body(hosts));
+    engine.age_step_ups().await;
     let _ = run(&hosts).await.error(403, "step_up_required");
     let _ = run(&hosts[..50]).await.error(403, "out_of_scope_hostnames");
     let _ = operator.post("/api/auth/step-up", json!({"password": PASSWORD})).await.ok();

@@ -88,7 +88,7 @@ fn require_step_up(at: Option<DateTime<Utc>>, now: DateTime<Utc>) -> Result<()> 
     Err(Error::new(Kind::Forbidden, "step_up_required", "Prove again who you are: POST /api/auth/step-up."))
 }
 
-/// Opens a session.
+/// Opens a session; `stepped_up` when the sign-in proved as much as a step-up does.
 ///
 /// # Errors
 /// When the database is away.
@@ -98,18 +98,20 @@ pub async fn create(
     lifetimes: Lifetimes,
     ip: &str,
     user_agent: &str,
+    stepped_up: bool,
 ) -> Result<Secret<String>> {
     let token = new_token();
     let user_agent: String = user_agent.chars().filter(|c| !c.is_control()).take(USER_AGENT_MAX_CHARS).collect();
     sqlx::query!(
-        "INSERT INTO operator_sessions (id, user_id, token_hash, expires_at, ip, user_agent)
-         VALUES ($1, $2, $3, now() + make_interval(secs => $4), $5, $6)",
+        "INSERT INTO operator_sessions (id, user_id, token_hash, expires_at, ip, user_agent, stepped_up_at)
+         VALUES ($1, $2, $3, now() + make_interval(secs => $4), $5, $6, CASE WHEN $7 THEN now() END)",
         Uuid::now_v7(),
         user_id,
         &Sha256::digest(token.expose())[..],
         f64::from(lifetimes.absolute_s),
         ip,
         user_agent,
+        stepped_up,
     )
     .execute(&mut **tx)
     .await?;

@@ -325,7 +325,10 @@ impl Access<'_> {
 
     /// Opens the session of a user who has proven everything.
     pub(super) async fn complete(&self, tx: &mut db::Tx<'_>, client: &Client, account: &Account, by: &str) -> Result<SignedIn> {
-        let token = sessions::create(tx, account.id, self.settings.sessions, &client.ip_text(), &client.user_agent).await?;
+        // Clients made before there were step-ups know none, and who has just proven a second factor has proven enough.
+        let stepped_up = matches!(by, "totp" | "passkey" | "bootstrap");
+        let ip = client.ip_text();
+        let token = sessions::create(tx, account.id, self.settings.sessions, &ip, &client.user_agent, stepped_up).await?;
         sqlx::query!("UPDATE users SET last_login = now() WHERE id = $1", account.id).execute(&mut **tx).await?;
         let entry = Entry {
             action: "session.login",
