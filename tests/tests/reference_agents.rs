@@ -102,7 +102,8 @@ async fn how_a_script_ended_is_understood_without_an_exit_code() {
 
 /// A run of a job with a stop-after of a minute; the ids of job and run.
 async fn job_run(engine: &TestEngine, operator: &Actor, device: &Device, script: &str) -> (i64, i64) {
-    let body = json!({"domain": "user", "display_name": "Long", "payload": {"type": "bash", "script": script, "timeout_seconds": 300}});
+    let body =
+        json!({"domain": "user", "display_name": "Long", "payload": {"type": "bash", "script": script, "timeout_seconds": 300}});
     let guid = operator.post("/api/assemblies", body).await.expect(201).body["assembly_guid"].clone();
     let job = json!({
         "name": "Long", "components": [{"assembly_guid": guid}], "targets": [device.hostname], "stop_after": "1m",
@@ -224,10 +225,12 @@ async fn a_script_that_waits_has_its_limit_from_the_end_of_what_was_ahead_of_it(
     let _ahead = add(9.0, Some(0.5)).await;
     let (waits, later) = (add(8.9, None).await, add(8.8, None).await);
     assert!(timed_out().await.is_empty());
-    sqlx::query("UPDATE activity_history SET finished_at = now() - interval '3 minutes' WHERE finished_at > now() - interval '3 minutes'")
-        .execute(pool)
-        .await
-        .expect("an update");
+    sqlx::query(
+        "UPDATE activity_history SET finished_at = now() - interval '3 minutes' WHERE finished_at > now() - interval '3 minutes'",
+    )
+    .execute(pool)
+    .await
+    .expect("an update");
     assert_eq!(timed_out().await, [waits]);
     assert!(timed_out().await.is_empty(), "{later} has its time from the end of the one before it");
 }
@@ -271,7 +274,8 @@ async fn what_agents_send_and_ask_for_is_kept_and_answered() {
     assert_eq!(agent.count(|seen| matches!(seen, Seen::Ensured(status) if *status != 503)), 0);
     let _ = agent.heartbeat().await;
     let roles = startup(&admin, &device).await;
-    let role = |name: &str| roles.iter().find(|role| role["role_name"] == name).unwrap_or_else(|| panic!("no {name} in {roles:?}"));
+    let role =
+        |name: &str| roles.iter().find(|role| role["role_name"] == name).unwrap_or_else(|| panic!("no {name} in {roles:?}"));
     let tunnel = role("wireguard_tunnel");
     assert_eq!(tunnel["detail"], "This engine has no tunnels yet. Scripts and inventory do not need one.");
     assert_eq!(tunnel["details"]["last_error"], tunnel["detail"]);

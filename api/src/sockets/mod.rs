@@ -314,7 +314,8 @@ impl Running {
                 .with_adapter(adapter);
             builder.build_with_inner_svc(Nothing)
         };
-        let (agents_service, agents) = server("borealis-agents", AGENT_MESSAGE_BYTES + SHORTENED_BYTES, 1024, AGENT_LIBRARY_PATIENCE);
+        let (agents_service, agents) =
+            server("borealis-agents", AGENT_MESSAGE_BYTES + SHORTENED_BYTES, 1024, AGENT_LIBRARY_PATIENCE);
         let (people_service, people) = server("borealis-operators", OPERATOR_MESSAGE_BYTES, 1024, PING_TIMEOUT);
         let (events, waiting_events) = mpsc::channel(EVENTS);
         Self {

@@ -353,7 +353,10 @@ mod tests {
         assert_eq!(Instant::now(), opened, "nothing was waited for");
         tokio::time::advance(Duration::from_secs(7)).await;
         peer.write_all(&[0x81]).await.unwrap();
-        assert!(tokio::time::timeout(Duration::from_secs(1), ours.read(&mut [0; 8])).await.is_err(), "half a header is nothing yet");
+        assert!(
+            tokio::time::timeout(Duration::from_secs(1), ours.read(&mut [0; 8])).await.is_err(),
+            "half a header is nothing yet"
+        );
         assert_eq!(heard.last() - opened, Duration::from_secs(7));
     }
 

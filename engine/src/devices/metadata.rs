@@ -88,7 +88,8 @@ pub fn read(fields: &Map<String, Value>, now: DateTime<Utc>) -> BTreeMap<i16, Se
             .and_then(|at| DateTime::from_timestamp(at, 0))
             .filter(|at| *at <= now + TimeDelta::seconds(CLOCK_AHEAD_S))
             .unwrap_or(now);
-        let line = |names: &[&str], max| first(names).and_then(Value::as_str).map(|text| clean::line(text, max)).unwrap_or_default();
+        let line =
+            |names: &[&str], max| first(names).and_then(Value::as_str).map(|text| clean::line(text, max)).unwrap_or_default();
         let source = Some(line(&["source"], SOURCE_MAX_CHARS)).filter(|source| !source.is_empty());
         sent.insert(
             number,
@@ -218,7 +219,10 @@ mod tests {
         let numbers: Vec<i16> = read.keys().copied().collect();
         assert_eq!(numbers, [7, 8, 9, 10, 11, 12, 13, 500]);
         let value = |number: i16| read[&number].value.as_str();
-        assert_eq!((value(7), value(8), value(9), value(10), value(12), value(13)), ("seven", "plain", "not base64!", "", "", "5"));
+        assert_eq!(
+            (value(7), value(8), value(9), value(10), value(12), value(13)),
+            ("seven", "plain", "not base64!", "", "", "5")
+        );
         assert_eq!(read[&7].modified_at.timestamp(), 1_999_999_000);
         assert_eq!((read[&7].source.as_str(), read[&7].actor.as_str(), read[&8].source.as_str()), ("cli", "root", "agent"));
         assert_eq!(value(500).chars().count(), VALUE_MAX_CHARS);

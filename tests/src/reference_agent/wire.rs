@@ -163,10 +163,7 @@ mod tests {
     #[test]
     fn json_is_written_as_go_writes_it() {
         let value = json!({"stdout": "a<b>&\u{2028}\n", "context": {"b": [1, null], "a": true}});
-        assert_eq!(
-            go_json(&value),
-            "{\"context\":{\"a\":true,\"b\":[1,null]},\"stdout\":\"a\\u003cb\\u003e\\u0026\\u2028\\n\"}"
-        );
+        assert_eq!(go_json(&value), "{\"context\":{\"a\":true,\"b\":[1,null]},\"stdout\":\"a\\u003cb\\u003e\\u0026\\u2028\\n\"}");
         assert_eq!(parse_event("17[\"x\",{\"a\":1},2]"), Some(("x".into(), json!({"a": 1}), "17".into())));
         assert_eq!(parse_event("[\"x\"]"), Some(("x".into(), Value::Null, String::new())));
     }
