@@ -1,8 +1,9 @@
 //! Socket.IO events between agent and engine (contract remote 7.2-7.4, jobs 4.3-4.4).
 //!
-//! An agent that announces [`Capabilities::dedup`] sends `quick_job_accepted`, `quick_job_progress` and `quick_job_result`
-//! with an ack id and is answered an [`Ack`]. It keeps a result on disk until it is acknowledged, and a `quick_job_run` with
-//! a job id it knows is never run again: it answers `quick_job_accepted`, or the stored result when there is one.
+//! An agent that announces [`Capabilities::dedup`] sends `quick_job_accepted`, `quick_job_declined`, `quick_job_progress` and
+//! `quick_job_result` with an ack id and is answered an [`Ack`]. It keeps a result on disk until it is acknowledged, and a
+//! `quick_job_run` with a job id it knows is never run again: it answers `quick_job_accepted`, or the stored result when there
+//! is one.
 
 use std::collections::BTreeMap;
 
@@ -20,6 +21,8 @@ pub const QUICK_JOB_RUN: &str = "quick_job_run";
 pub const QUICK_JOB_CANCEL: &str = "quick_job_cancel";
 /// Agent to engine: [`QuickJobAccepted`].
 pub const QUICK_JOB_ACCEPTED: &str = "quick_job_accepted";
+/// Agent to engine: [`QuickJobDeclined`].
+pub const QUICK_JOB_DECLINED: &str = "quick_job_declined";
 /// Agent to engine: [`QuickJobProgress`].
 pub const QUICK_JOB_PROGRESS: &str = "quick_job_progress";
 /// Agent to engine: [`QuickJobResult`].
@@ -40,15 +43,21 @@ pub const REASON_CANCELLED: &str = "cancelled";
 pub const REASON_TIMED_OUT: &str = "timed_out";
 /// [`QuickJobResult::reason`]: signature, envelope or target were wrong; nothing was run.
 pub const REASON_REFUSED: &str = "refused";
-/// [`QuickJobResult::reason`]: the agent ended while the script ran; what the script did is unknown.
+/// [`QuickJobResult::reason`]: the agent or its machine ended while the script ran; what the script did is unknown. The status
+/// that goes with it is [`STATUS_TIMED_OUT`], as for a script that nothing was heard of.
 pub const REASON_OUTCOME_UNKNOWN: &str = "outcome_unknown";
 /// [`QuickJobResult::reason`]: the agent was stopped and took the script with it.
 pub const REASON_AGENT_STOPPED: &str = "agent_stopped";
 /// [`QuickJobResult::reason`]: the machine could not start the script or hold the job.
 pub const REASON_AGENT_ERROR: &str = "agent_error";
 
-/// The most bytes of one output stream an agent of this project keeps and reports.
-pub const OUTPUT_CAP_BYTES: usize = 1024 * 1024;
+/// [`QuickJobDeclined::reason`]: the disk of the machine is full.
+pub const DECLINED_DISK_FULL: &str = "agent_disk_full";
+/// [`QuickJobDeclined::reason`]: the disk of the machine does not take the job for another reason.
+pub const DECLINED_DISK_ERROR: &str = "agent_disk_error";
+/// [`QuickJobDeclined::reason`]: the agent holds as many jobs as it may.
+pub const DECLINED_QUEUE_FULL: &str = "agent_queue_full";
+
 /// The most bytes of one output stream in one [`QuickJobProgress`].
 pub const PROGRESS_CAP_BYTES: usize = 64 * 1024;
 
@@ -272,6 +281,16 @@ pub struct QuickJobAccepted {
     pub job_id: i64,
 }
 
+/// The agent could not write the job to its disk: it does not have it and will not run it. The engine offers it again later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QuickJobDeclined {
+    /// Id of the activity row.
+    pub job_id: i64,
+    /// One of the `DECLINED_` texts.
+    #[serde(default)]
+    pub reason: String,
+}
+
 /// What a running script said so far.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct QuickJobProgress {
@@ -323,7 +342,7 @@ pub struct QuickJobResult {
     /// Exit code of the script; 128 + n when signal n ended it; absent when it was not run to an end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
-    /// Output beyond [`OUTPUT_CAP_BYTES`] was left out.
+    /// Output beyond [`crate::output::CAP_BYTES`] was left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub truncated: Option<bool>,
     /// One of the `REASON_` texts, when the script did not end by itself.

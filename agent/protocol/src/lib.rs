@@ -5,6 +5,7 @@
 //! * [`envelope`]: how a script is signed and how an agent checks it.
 //! * [`keys`]: Ed25519 keys as they travel, fingerprints and the enrollment proof.
 //! * [`framing`]: Engine.IO 4 and Socket.IO packets as text frames.
+//! * [`output`]: what is kept of a script's output.
 //!
 //! Everything here is pure: no I/O, no clock, no randomness.
 
@@ -13,6 +14,7 @@ pub mod envelope;
 pub mod events;
 pub mod framing;
 pub mod keys;
+pub mod output;
 pub mod rest;
 pub mod succession;
 

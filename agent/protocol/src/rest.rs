@@ -23,6 +23,22 @@ pub const PATH_DETAILS: &str = "/api/agent/details";
 /// Path that answers [`ScriptIdle`].
 pub const PATH_SCRIPT_REQUEST: &str = "/api/agent/script/request";
 
+/// [`StatusReport::phase`] of an agent that stops: its good-bye.
+pub const PHASE_STOPPED: &str = "stopped";
+
+/// `error` codes of a refused token refresh that end the agent's account: it gives up its tokens. With status 401, 403 or 404,
+/// and only where the whole code is one of these: what a proxy says in between ends nothing.
+pub const FINAL_REFRESH_ERRORS: [&str; 6] = [
+    "refresh_token_expired",
+    "refresh_token_revoked",
+    "device_purged",
+    "device_revoked",
+    "fingerprint_mismatch",
+    "token_version_mismatch",
+];
+/// `error` codes of a refused token refresh that end nothing: the agent keeps its tokens and tries again.
+pub const PASSING_REFRESH_ERRORS: [&str; 2] = ["invalid_refresh_token", "device_not_found"];
+
 /// What an agent says of its token handling at enrollment and refresh.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenCapabilities {
