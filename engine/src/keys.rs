@@ -42,12 +42,13 @@ use crate::{
     error::{Error, Kind, Result},
     internal::Keyring,
     secret::Secret,
+    state_dir,
 };
 
 mod files;
 pub mod rotation;
 
-use files::{make_folder, read, read_or_create, read_signing_key, signing_key, unusable};
+use files::{read, read_or_create, read_signing_key, signing_key, unusable};
 
 /// How long an access token lives, in seconds.
 pub const ACCESS_TOKEN_TTL_S: i64 = 900;
@@ -160,7 +161,7 @@ impl Keys {
     /// # Errors
     /// `invalid_key_file` when a file cannot be read, made or understood, or others than its owner may read it.
     pub fn load_or_create(secrets_dir: &Path, engine_secret_file: Option<&Path>) -> Result<Self> {
-        make_folder(secrets_dir)?;
+        state_dir::own(secrets_dir)?;
         let engine_secret_file = engine_secret_file.map_or_else(|| secrets_dir.join("engine.secret"), Path::to_path_buf);
         engine_secret(&engine_secret_file)?;
         signing_key(&secrets_dir.join(format!("{TOKEN_KEY}.pem")))?;

@@ -1,11 +1,14 @@
-//! The state folder of an engine: secrets, logs and the private Postgres. Nobody but its owner may look inside.
+//! The state folder of an engine: secrets, logs and the private Postgres. Nobody but its owner may look inside, the owner is the
+//! account the engine runs as, and links in it are not followed.
 
 use std::{
     fs,
     io::{Read, Seek, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
+
+use nix::{errno::Errno, fcntl::OFlag, unistd::Uid};
 
 use crate::error::{Error, Kind, Result};
 
@@ -14,17 +17,52 @@ const LOG_BYTES: u64 = 16 * 1024 * 1024;
 /// So many logs are kept aside.
 const LOGS_KEPT: u32 = 3;
 
-/// Makes `folder` with all folders above it, for this user alone (mode 0700), also when it exists with a wider mode.
+/// Makes `folder` with all folders above it, for this account alone (mode 0700), also when it exists with a wider mode.
 ///
 /// # Errors
-/// `state_folder_unusable`.
+/// `state_folder_unusable`, also when it is a link or belongs to another account.
 pub fn own(folder: &Path) -> Result<()> {
     let failed = |error| unusable(folder, error);
     fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
-    if fs::metadata(folder).map_err(failed)?.permissions().mode() & 0o077 != 0 {
-        fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).map_err(failed)?;
+    // From here on the folder itself, wherever its path may lead in the next moment.
+    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
+    let opened = fs::OpenOptions::new().read(true).custom_flags(flags.bits()).open(folder).map_err(no_link).map_err(failed)?;
+    let metadata = opened.metadata().map_err(failed)?;
+    belongs_to_us(&metadata).map_err(failed)?;
+    if metadata.permissions().mode() & 0o077 != 0 {
+        opened.set_permissions(fs::Permissions::from_mode(0o700)).map_err(failed)?;
     }
     Ok(())
+}
+
+/// Opens a file of a state folder with these options, or creates it (mode 0600): a file of this account, and no link.
+fn open(options: &mut fs::OpenOptions, path: &Path) -> std::io::Result<fs::File> {
+    // A pipe in its place must not hold anybody up.
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let file = options.create(true).mode(0o600).custom_flags(flags.bits()).open(path).map_err(no_link)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(std::io::Error::other("it is not a file"));
+    }
+    belongs_to_us(&metadata)?;
+    Ok(file)
+}
+
+fn belongs_to_us(metadata: &fs::Metadata) -> std::io::Result<()> {
+    let own = Uid::effective();
+    if metadata.uid() == own.as_raw() {
+        return Ok(());
+    }
+    let why = format!("it belongs to user {} and this is user {own}; start the engine as the one who created it", metadata.uid());
+    Err(std::io::Error::new(std::io::ErrorKind::PermissionDenied, why))
+}
+
+/// Says of a link that it is one.
+fn no_link(error: std::io::Error) -> std::io::Error {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ELOOP | Errno::ENOTDIR) => std::io::Error::other("it is a link, and links are not followed here; name the place itself"),
+        _ => error,
+    }
 }
 
 /// Opens a log for appending (mode 0600), after putting a large one aside.
@@ -36,7 +74,7 @@ pub fn open_log(log: &Path) -> Result<fs::File> {
         own(folder)?;
     }
     rotate(log).map_err(|error| unusable(log, error))?;
-    fs::OpenOptions::new().create(true).append(true).mode(0o600).open(log).map_err(|error| unusable(log, error))
+    open(fs::OpenOptions::new().append(true), log).map_err(|error| unusable(log, error))
 }
 
 fn rotate(log: &Path) -> std::io::Result<()> {
@@ -70,8 +108,7 @@ pub struct Lock {
 pub fn lock(state_dir: &Path) -> Result<Lock> {
     let path = state_dir.join("up.lock");
     let failed = |error| unusable(&path, error);
-    let mut file =
-        fs::OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(&path).map_err(failed)?;
+    let mut file = open(fs::OpenOptions::new().read(true).write(true), &path).map_err(failed)?;
     match file.try_lock() {
         Ok(()) => {}
         Err(fs::TryLockError::WouldBlock) => {
@@ -137,5 +174,43 @@ mod tests {
         fs::set_permissions(&state, fs::Permissions::from_mode(0o755)).unwrap();
         own(&state).unwrap();
         assert_eq!(fs::metadata(&state).unwrap().permissions().mode() & 0o777, 0o700);
+    }
+
+    #[test]
+    fn links_are_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (elsewhere, link) = (folder.path().join("elsewhere"), folder.path().join("link"));
+        own(&elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &link).unwrap();
+        assert!(own(&link).unwrap_err().message.contains("is a link"));
+        let target = folder.path().join("target");
+        fs::write(&target, "precious").unwrap();
+        for name in ["up.lock", "some.log"] {
+            std::os::unix::fs::symlink(&target, elsewhere.join(name)).unwrap();
+        }
+        assert!(lock(&elsewhere).unwrap_err().message.contains("is a link"));
+        assert!(open_log(&elsewhere.join("some.log")).unwrap_err().message.contains("is a link"));
+        assert_eq!(fs::read_to_string(&target).unwrap(), "precious");
+    }
+
+    #[test]
+    fn what_belongs_to_another_account_is_not_used() {
+        if !Uid::effective().is_root() {
+            eprintln!("only the administrator can give a file away");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let give = |path: &Path| std::os::unix::fs::chown(path, Some(12_345), None).unwrap();
+        let foreign = folder.path().join("foreign");
+        fs::create_dir(&foreign).unwrap();
+        give(&foreign);
+        assert!(own(&foreign).unwrap_err().message.contains("belongs to user 12345"));
+        let (log, lock_file) = (folder.path().join("some.log"), folder.path().join("up.lock"));
+        for path in [&log, &lock_file] {
+            fs::write(path, "").unwrap();
+            give(path);
+        }
+        assert!(open_log(&log).unwrap_err().message.contains("belongs to user 12345"));
+        assert!(lock(folder.path()).unwrap_err().message.contains("belongs to user 12345"));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::Write,
+    io::{Read, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
@@ -11,6 +11,7 @@ use ed25519_dalek::{
     SigningKey,
     pkcs8::{DecodePrivateKey, EncodePrivateKey, spki::der::pem::LineEnding},
 };
+use nix::fcntl::OFlag;
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
@@ -33,23 +34,24 @@ pub(super) fn read_signing_key(path: &Path) -> Result<SigningKey> {
     SigningKey::from_pkcs8_pem(read(path)?.trim()).map_err(|_| unusable(path, &"it is not an Ed25519 key in PKCS#8 PEM"))
 }
 
-pub(super) fn make_folder(path: &Path) -> Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| unusable(path, &error))
-}
-
 pub(super) fn read(path: &Path) -> Result<Zeroizing<String>> {
     read_bounded(path, MAX_FILE_BYTES)
 }
 
 pub(super) fn read_bounded(path: &Path, max_bytes: u64) -> Result<Zeroizing<String>> {
-    let metadata = fs::metadata(path).map_err(|error| unusable(path, &error))?;
+    let failed = |error: std::io::Error| unusable(path, &error);
+    // What is looked at is what is read. A pipe in its place must not hold anybody up.
+    let mut file = fs::OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
     if metadata.permissions().mode() & 0o077 != 0 {
         return Err(unusable(path, &"others than its owner may read it (chmod 600)"));
     }
     if metadata.len() > max_bytes {
         return Err(unusable(path, &"it is too long"));
     }
-    Ok(Zeroizing::new(fs::read_to_string(path).map_err(|error| unusable(path, &error))?))
+    let mut text = Zeroizing::new(String::new());
+    file.read_to_string(&mut text).map_err(failed)?;
+    Ok(text)
 }
 
 /// Reads `path`, or writes what `make` gives and then reads it. The text is complete in a file of another name before it is
@@ -60,7 +62,7 @@ pub(super) fn read_or_create(path: &Path, make: impl FnOnce() -> Result<Zeroizin
     }
     let folder =
         path.parent().filter(|folder| !folder.as_os_str().is_empty()).map_or_else(|| PathBuf::from("."), Path::to_path_buf);
-    make_folder(&folder)?;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(|error| unusable(path, &error))?;
     let text = make()?;
     let temporary = folder.join(format!(".{}.new", Uuid::new_v4().simple()));
     let made = (|| {
