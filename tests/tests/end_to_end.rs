@@ -325,6 +325,64 @@ async fn a_device_that_is_away_gets_its_script_when_it_appears() {
     assert!(house.output(job).await.contains("better late"));
 }
 
+/// A small disk of its own, until it is dropped.
+struct Disk(std::path::PathBuf);
+
+impl Disk {
+    fn mount(at: std::path::PathBuf) -> Self {
+        std::fs::create_dir(&at).expect("a folder");
+        let mut command = std::process::Command::new("mount");
+        let mounted = command.args(["-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs"]).arg(&at).status().expect("mount runs");
+        assert!(mounted.success(), "a small disk is mounted");
+        Self(at)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[tokio::test]
+async fn a_device_whose_disk_is_full_gets_its_script_when_there_is_room() {
+    if !nix::unistd::Uid::effective().is_root() {
+        eprintln!("only root can mount a small disk");
+        return;
+    }
+    let mut house = House::new().await;
+    drop(house.agent.take());
+    house.online(false).await;
+    let disk = Disk::mount(house._state.path().join("disk"));
+    std::fs::copy(house._state.path().join("agent/agent.json"), disk.0.join("agent.json")).expect("the agent's file");
+    house.processes.set("BOREALIS_AGENT_STATE_DIR", disk.0.display().to_string());
+    house.agent = Some(house.processes.start("borealis-agent", &["run"]));
+    house.online(true).await;
+
+    let filling = disk.0.join("filling");
+    assert!(std::fs::write(&filling, vec![b'x'; 16 << 20]).is_err(), "it is full");
+    let job = house.run_now("echo there is room").await;
+    eventually("the run says why it waits", SOON, async || {
+        let runs = house.runs(job).await;
+        let run = runs.first()?;
+        (run["status"] == "Pending" && run["error"] == "agent_disk_full").then_some(())
+    })
+    .await;
+    std::fs::remove_file(&filling).expect("room");
+    // Nothing else happens to the agent: it is offered again by itself.
+    let run = house.until(job, "Success").await;
+    assert_eq!(run["error"].as_str().unwrap_or_default(), "", "{run}");
+    assert!(house.output(job).await.contains("there is room"));
+
+    // An agent that is told to stop takes its leave.
+    house.agent.as_ref().expect("the agent").ask_to_end();
+    eventually("the device is offline", SOON, async || {
+        let devices = house.admin.get("/api/devices").await.ok();
+        (devices["devices"][0]["status"] == "Offline").then_some(())
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_worker_killed_in_mid_run_delays_it_by_its_lease_at_most() {
     let mut house = House::new().await;

@@ -324,6 +324,49 @@ async fn only_an_agent_with_dedup_is_sent_a_script_again() {
 }
 
 #[tokio::test]
+async fn a_script_that_an_agent_could_not_take_is_offered_again() {
+    let (engine, site) = engine().await;
+    let pool = &engine.database.pool;
+    let error = async |job: i64| -> Option<String> {
+        sqlx::query_scalar("SELECT error FROM activity_history WHERE id = $1").bind(job).fetch_one(pool).await.expect("the activity")
+    };
+    let own = machine(&engine, site).await;
+    let mut socket = own.connect(&engine, dedup()).await;
+    let job = own.job(pool).await;
+    engine.app.hub.deliver(&[own.guid]).await;
+    assert_eq!(socket.event("quick_job_run").await["job_id"], job);
+    let declined = json!({"job_id": job, "reason": "agent_disk_full"});
+    assert_eq!(socket.call("quick_job_declined", declined.clone()).await["status"], "ok");
+    assert_eq!(row(&engine, job).await, ("Queued".into(), "ready".into(), String::new(), 0));
+    assert_eq!(error(job).await.as_deref(), Some("agent_disk_full"), "operators see why it waits");
+    // Not at once, and within a minute.
+    engine.app.hub.deliver(&[own.guid]).await;
+    assert!(socket.silent("quick_job_run", Duration::from_secs(3)).await);
+    let wait: f64 = sqlx::query_scalar("SELECT extract(epoch FROM offer_after - now())::float8 FROM activity_history WHERE id = $1")
+        .bind(job)
+        .fetch_one(pool)
+        .await
+        .expect("a time");
+    assert!(wait < 50.0, "{wait}");
+    sqlx::query("UPDATE activity_history SET offer_after = now()").execute(pool).await.expect("an update");
+    assert_eq!(socket.event("quick_job_run").await["job_id"], job);
+    assert_eq!(socket.call("quick_job_accepted", json!({"job_id": job})).await["status"], "ok");
+    assert_eq!((row(&engine, job).await.1.as_str(), error(job).await), ("accepted", None));
+    // What it has it cannot give back.
+    assert_eq!(socket.call("quick_job_declined", declined).await["status"], "ignored");
+    assert_eq!(row(&engine, job).await.1, "accepted");
+
+    // An agent that may have begun with what it was sent has no such word.
+    let plain = machine(&engine, site).await;
+    let job = plain.job(pool).await;
+    let mut socket = plain.connect(&engine, json!({"runtime": "go"})).await;
+    assert_eq!(socket.event("quick_job_run").await["job_id"], job);
+    let declined = json!({"job_id": job, "reason": "agent_disk_full"});
+    assert_eq!(socket.ask("quick_job_declined", declined, Duration::from_secs(1)).await, None);
+    assert_eq!(row(&engine, job).await.1, "sent");
+}
+
+#[tokio::test]
 async fn a_cancel_reaches_the_agent_that_was_sent_the_script() {
     let (engine, site) = engine().await;
     let own = machine(&engine, site).await;

@@ -61,6 +61,9 @@ pub fn entered(running: &Arc<Running>, socket: SocketRef<Adapter>) {
             match event {
                 FromAgent::Connect => connect(&running, &agent, said.unwrap_or_default(), ack),
                 FromAgent::Accepted => report(&running, &agent, Kind::Accepted, said.ok(), ack),
+                // Another agent may have begun with what it was sent.
+                FromAgent::Declined if !agent.can("dedup") => {}
+                FromAgent::Declined => report(&running, &agent, Kind::Declined, said.ok(), ack),
                 FromAgent::Progress => report(&running, &agent, Kind::Progress, said.ok(), ack),
                 FromAgent::Result => report(&running, &agent, Kind::Result, said.ok(), ack),
             }

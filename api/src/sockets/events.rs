@@ -2,7 +2,7 @@
 //! by a name from here only, so [`FromAgent::ALL`], [`FromOperator::ALL`] and [`ToOperator::ALL`] are the socket part of the
 //! access table.
 
-use borealis_protocol::events::{CONNECT_AGENT, QUICK_JOB_ACCEPTED, QUICK_JOB_PROGRESS, QUICK_JOB_RESULT};
+use borealis_protocol::events::{CONNECT_AGENT, QUICK_JOB_ACCEPTED, QUICK_JOB_DECLINED, QUICK_JOB_PROGRESS, QUICK_JOB_RESULT};
 
 macro_rules! events {
     ($(#[$what:meta])* $set:ident { $($(#[$when:meta])* $event:ident => $name:expr,)* }) => {
@@ -32,6 +32,8 @@ events! {
     FromAgent {
         /// It is there.
         Connect => CONNECT_AGENT,
+        /// It could not take a job.
+        Declined => QUICK_JOB_DECLINED,
         /// It has a job.
         Accepted => QUICK_JOB_ACCEPTED,
         /// A job runs.

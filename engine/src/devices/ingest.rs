@@ -1,6 +1,7 @@
 //! What agents report of themselves (contract devices 2). A device is its GUID, from its token; nothing in a body decides
 //! whose row is written.
 
+use borealis_protocol::rest::PHASE_STOPPED;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -188,7 +189,7 @@ impl Scalars {
     async fn store(&self, db: &mut sqlx::PgConnection, guid: Uuid, alive: bool) -> Result<Noted> {
         let row = sqlx::query!(
             r#"UPDATE devices AS d SET
-                   last_seen = CASE WHEN $2 THEN now() ELSE d.last_seen END,
+                   last_seen = CASE WHEN $2 THEN now() ELSE d.last_seen END, left_at = CASE WHEN $2 THEN NULL ELSE d.left_at END,
                    hostname = coalesce($3, d.hostname), agent_id = coalesce($4, d.agent_id),
                    agent_build_id = coalesce($5, d.agent_build_id), device_type = coalesce($6, d.device_type),
                    domain = coalesce($7, d.domain), external_ip = coalesce($8, d.external_ip),
@@ -422,7 +423,7 @@ pub struct StatusNoted {
     pub event: Option<Value>,
 }
 
-/// A status report: the sign of life and the startup role. Identical reports within [`STATUS_WINDOW_S`] of the last accepted
+/// A status report: the sign of life and the startup role; with the phase [`PHASE_STOPPED`] a good-bye. Identical reports within [`STATUS_WINDOW_S`] of the last accepted
 /// one are only noted.
 ///
 /// # Errors
@@ -434,6 +435,9 @@ pub async fn status(pool: &db::Pool, device: &DeviceIdentity, context: &str, bod
         Scalars { hostname: body.get("hostname").and_then(Value::as_str).and_then(requests::hostname), ..Scalars::default() };
     let mut tx = pool.begin().await?;
     let noted = scalars.store(&mut tx, device.guid, true).await?;
+    if report.phase == PHASE_STOPPED {
+        sqlx::query!("UPDATE devices SET left_at = now() WHERE guid = $1", device.guid).execute(&mut *tx).await?;
+    }
     let before = sqlx::query!(
         r#"SELECT status_signature, status_accepted_at, status_event_at, now() AS "now!" FROM device_details WHERE device_guid = $1"#,
         device.guid,

@@ -138,6 +138,7 @@ struct Row {
     created_at: DateTime<Utc>,
     last_enrollment_at: DateTime<Utc>,
     last_seen: Option<DateTime<Utc>>,
+    left_at: Option<DateTime<Utc>>,
     agent_build_id: String,
     device_type: String,
     domain: String,
@@ -179,10 +180,11 @@ fn iso(at: Option<DateTime<Utc>>) -> String {
     at.map(|at| at.to_rfc3339_opts(SecondsFormat::Secs, true)).unwrap_or_default()
 }
 
-/// `Online` or `Offline`.
+/// `Online` or `Offline`: a device whose agent said good-bye, at `left_at`, is offline at once.
 #[must_use]
-pub fn presence(last_seen: Option<DateTime<Utc>>, now: DateTime<Utc>) -> &'static str {
-    if last_seen.is_some_and(|at| (now - at).num_seconds() <= ONLINE_S) { "Online" } else { "Offline" }
+pub fn presence(last_seen: Option<DateTime<Utc>>, left_at: Option<DateTime<Utc>>, now: DateTime<Utc>) -> &'static str {
+    let seen = last_seen.is_some_and(|at| (now - at).num_seconds() <= ONLINE_S);
+    if seen && left_at.is_none() { "Online" } else { "Offline" }
 }
 
 impl Row {
@@ -227,7 +229,7 @@ impl Row {
             "site_id": self.site_id,
             "site_name": self.site_name.unwrap_or_default(),
             "site_description": self.site_description.unwrap_or_default(),
-            "status": presence(last_seen, now),
+            "status": presence(last_seen, self.left_at, now),
             "enrollment_status": self.status,
         });
         let scalars = match scalars {
@@ -298,7 +300,7 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
         Row,
         r#"SELECT d.guid, d.hostname, lower(d.hostname) AS "sort_name!", d.site_id, s.name AS "site_name?",
                   s.description AS "site_description?", d.agent_id, d.status, d.description, d.created_at, d.last_enrollment_at,
-                  d.last_seen, d.agent_build_id, d.device_type, d.domain, d.external_ip, d.internal_ip, d.last_reboot, d.last_user,
+                  d.last_seen, d.left_at, d.agent_build_id, d.device_type, d.domain, d.external_ip, d.internal_ip, d.last_reboot, d.last_user,
                   d.operating_system, d.uptime, d.cpu_percent, d.memory_percent, d.connection_type, d.connection_endpoint,
                   d.agent_release_channel, d.agent_branch,
                   x.summary AS "summary?", x.memory AS "memory?: Json<Box<RawValue>>", x.network AS "network?: Json<Box<RawValue>>", x.software AS "software?: Json<Box<RawValue>>",
@@ -455,6 +457,8 @@ mod tests {
     fn a_device_is_offline_after_five_minutes() {
         let now = Utc::now();
         let ago = |seconds| Some(now - chrono::TimeDelta::seconds(seconds));
-        assert_eq!((presence(ago(300), now), presence(ago(301), now), presence(None, now)), ("Online", "Offline", "Offline"));
+        let seen = |last_seen| presence(last_seen, None, now);
+        assert_eq!((seen(ago(300)), seen(ago(301)), seen(None)), ("Online", "Offline", "Offline"));
+        assert_eq!(presence(ago(1), ago(0), now), "Offline", "it said good-bye");
     }
 }

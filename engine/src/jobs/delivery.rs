@@ -1,7 +1,8 @@
 //! How a script reaches its device: one path, whether it is dispatched while the device is connected or waits for it.
 //!
 //! A row is marked `sent` before it is written to a socket, so a crash in between loses the dispatch and never doubles
-//! it. An agent that announces `dedup` is sent the row again when it reconnects; another agent never is.
+//! it. An agent that announces `dedup` is sent the row again when it reconnects; another agent never is. An agent that could not
+//! write it to its disk says so, and it is ready again after [`results::DECLINED_PAUSE_S`].
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -130,7 +131,8 @@ pub async fn due(pool: &Pool, process: Uuid) -> Result<Vec<Uuid>> {
     let devices = sqlx::query_scalar!(
         "SELECT DISTINCT s.device_guid FROM device_sockets s JOIN activity_history a ON a.device_guid = s.device_guid
          WHERE s.api_process = $1 AND a.delivery IN ('ready', 'sent', 'accepted')
-           AND ((a.delivery = 'ready' AND a.cancel_requested_at IS NULL AND (a.deliver_until IS NULL OR a.deliver_until > now()))
+           AND ((a.delivery = 'ready' AND a.cancel_requested_at IS NULL AND (a.deliver_until IS NULL OR a.deliver_until > now())
+                 AND (a.offer_after IS NULL OR a.offer_after <= now()))
              OR (a.delivery <> 'ready' AND a.cancel_requested_at IS NOT NULL AND a.cancel_sent_at IS NULL
                  AND coalesce(s.capabilities -> 'cancel' = 'true', false)))",
         process
@@ -168,7 +170,8 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
                LEFT JOIN occurrence_scripts c ON c.occurrence_id = r.occurrence_id AND c.component_index = a.component_index
                WHERE a.device_guid = ANY($2) AND a.delivery IN ('ready', 'sent', 'accepted') AND s.api_process = $1
                  AND a.cancel_requested_at IS NULL
-                 AND ((a.delivery = 'ready' AND (a.deliver_until IS NULL OR a.deliver_until > now()))
+                 AND ((a.delivery = 'ready' AND (a.deliver_until IS NULL OR a.deliver_until > now())
+                      AND (a.offer_after IS NULL OR a.offer_after <= now()))
                    OR ($3 AND a.delivery IN ('sent', 'accepted') AND s.dedup AND a.sent_at < s.connected_at))
                  -- A run that is gone takes its dispatch with it.
                  AND (r.status IN ('Pending', 'Running') AND r.cancel_requested_at IS NULL
@@ -383,7 +386,8 @@ impl Signed {
     }
 }
 
-/// Ends what was not delivered in time as `Expired`, with its runs. Up to [`BATCH`] rows; to be called again while any come.
+/// Ends what was not delivered in time as `Expired`, with its runs: as `not_delivered`, or with what the agent said when it could not
+/// take it. Up to [`BATCH`] rows; to be called again while any come.
 ///
 /// # Errors
 /// When the database refuses.
@@ -394,7 +398,7 @@ pub async fn expire_undelivered(tx: &mut Tx<'_>) -> Result<Settled> {
     )
     .fetch_all(&mut **tx)
     .await?;
-    end(tx, &ids, Status::Expired, "not_delivered").await
+    end(tx, &ids, Status::Expired, "not_delivered", true).await
 }
 
 /// Ends what is ready for a device that has moved to another site since, as `Expired`: [`take_ready`] never takes it. Up to
@@ -410,7 +414,7 @@ pub async fn expire_moved(tx: &mut Tx<'_>) -> Result<Settled> {
     )
     .fetch_all(&mut **tx)
     .await?;
-    end(tx, &ids, Status::Expired, "device_moved").await
+    end(tx, &ids, Status::Expired, "device_moved", false).await
 }
 
 /// Ends what has been silent beyond its time limit as `Timed Out` with `outcome_unknown`, with its runs. The limit counts
@@ -444,19 +448,22 @@ pub async fn time_out_silent(tx: &mut Tx<'_>) -> Result<Settled> {
     )
     .fetch_all(&mut **tx)
     .await?;
-    end(tx, &ids, Status::TimedOut, "outcome_unknown").await
+    end(tx, &ids, Status::TimedOut, "outcome_unknown", false).await
 }
 
-async fn end(tx: &mut Tx<'_>, ids: &[i64], status: Status, error: &str) -> Result<Settled> {
+/// Ends these. `declined`: with the agent's own reason where it has said one.
+async fn end(tx: &mut Tx<'_>, ids: &[i64], status: Status, error: &str, declined: bool) -> Result<Settled> {
     if ids.is_empty() {
         return Ok(Settled::default());
     }
     let rows = sqlx::query!(
-        "UPDATE activity_history SET status = $2, delivery = 'done', error = $3, finished_at = now(), updated_at = now()
+        "UPDATE activity_history SET status = $2, delivery = 'done', error = CASE WHEN $4 THEN coalesce(error, $3) ELSE $3 END,
+                finished_at = now(), updated_at = now()
          WHERE id = ANY($1) RETURNING id, device_guid, hostname, site_id, run_id, queue_lane, activity_kind",
         ids,
         status.as_str(),
-        error
+        error,
+        declined
     )
     .fetch_all(&mut **tx)
     .await?;

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use borealis_protocol::output;
 use serde_json::{Map, Value, json};
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -16,10 +17,12 @@ use crate::{
     db::{self, Tx},
 };
 
-/// The most bytes kept of each output stream.
-pub const OUTPUT_LIMIT_BYTES: usize = 1024 * 1024;
-/// What ends an output that was longer.
+/// The most bytes kept of each output stream: of a longer one both ends, with a marked gap.
+pub const OUTPUT_LIMIT_BYTES: usize = output::CAP_BYTES + output::NOTES_BYTES;
+/// What ends an output that came in pieces and grew longer; the result brings its end.
 pub const TRUNCATED: &str = "\n[output truncated: the limit of 1 MiB is reached]\n";
+/// How long a job waits that its agent could not take before it is offered again, in seconds.
+pub const DECLINED_PAUSE_S: i32 = 20;
 /// The most reports applied in one transaction.
 pub const BATCH: usize = 1_000;
 /// The most bytes of metadata taken from one report.
@@ -97,6 +100,8 @@ impl Status {
 pub enum Kind {
     /// The agent has the script on its disk.
     Accepted,
+    /// The agent could not write the script to its disk: it does not have it.
+    Declined,
     /// Something about a script that has not ended.
     Progress,
     /// The end.
@@ -107,6 +112,7 @@ impl Kind {
     fn late_event(self) -> &'static str {
         match self {
             Self::Accepted => "late_accept",
+            Self::Declined => "late_decline",
             Self::Progress => "late_progress",
             Self::Result => "late_result",
         }
@@ -145,7 +151,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Reads the first argument of `quick_job_accepted`, `quick_job_progress` or `quick_job_result`. None when it is not
+    /// Reads the first argument of `quick_job_accepted`, `quick_job_declined`, `quick_job_progress` or `quick_job_result`. None when it is not
     /// an object with an integer `job_id`: such are ignored. Unknown fields are ignored too.
     #[must_use]
     pub fn parse(device: Uuid, kind: Kind, value: &Value) -> Option<Self> {
@@ -156,13 +162,13 @@ impl Report {
             _ => return None,
         };
         let text = |name: &str| object.get(name).and_then(Value::as_str).map(storable);
-        let short = |name: &str| text(name).map(|text| prefix(&text, 200).to_owned()).unwrap_or_default();
+        let short = |name: &str| text(name).map(|text| output::first(&text, 200).to_owned()).unwrap_or_default();
         let said = Status::parse(object.get("status").and_then(Value::as_str).unwrap_or_default());
         let error = text("reason").or_else(|| text("error")).filter(|text| !text.is_empty());
         let status = match kind {
-            Kind::Accepted => Status::Queued,
+            Kind::Accepted | Kind::Declined => Status::Queued,
             Kind::Progress => said.unwrap_or(Status::Running),
-            // Whoever finds out that it is not known how a script ended, the run has the same status.
+            // It is not known how the script ended: the status is that of a device that was silent.
             Kind::Result if error.as_deref() == Some(OUTCOME_UNKNOWN) => Status::TimedOut,
             // A result ends the script whatever it says; what is not known to end well has not.
             Kind::Result => said.filter(|status| status.is_terminal()).unwrap_or(Status::Failed),
@@ -189,7 +195,7 @@ impl Report {
             exit_code: exit_code.or((silent && said == Some(Status::Success)).then_some(0)),
             error: error.map(|text| match text.as_str() {
                 "cancelled" => "cancelled_by_operator".to_owned(),
-                text => prefix(text, 512).to_owned(),
+                text => output::first(text, 512).to_owned(),
             }),
             queue_lane: short("queue_lane"),
             activity_kind: short("activity_kind"),
@@ -216,21 +222,9 @@ fn storable(text: &str) -> String {
     if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text.to_owned() }
 }
 
-/// Long enough to be seen to be too long, and no longer.
-fn bounded(mut text: String) -> String {
-    let end = prefix(&text, OUTPUT_LIMIT_BYTES + 4).len();
-    text.truncate(end);
-    text.shrink_to_fit();
-    text
-}
-
-/// The longest prefix of at most `bytes` bytes that ends between two characters.
-fn prefix(text: &str, bytes: usize) -> &str {
-    let mut end = bytes.min(text.len());
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text.get(..end).unwrap_or_default()
+/// Both ends of an output that is too long.
+fn bounded(text: String) -> String {
+    output::shorten(&text).unwrap_or(text)
 }
 
 /// What became of a report.
@@ -319,7 +313,7 @@ impl Output {
             return;
         }
         let room = OUTPUT_LIMIT_BYTES - self.len;
-        let kept = prefix(piece, room);
+        let kept = output::first(piece, room);
         self.text.push_str(kept);
         self.len += kept.len();
         if kept.len() < piece.len() {
@@ -341,8 +335,12 @@ struct Row {
     activity_kind: String,
     timeout_seconds: i32,
     cancelled: bool,
+    /// Whether it is on its way and nothing was heard of it yet.
+    sent: bool,
     changed: bool,
     started: bool,
+    /// Whether the agent does not have it, so that it is to be offered again.
+    declined: bool,
     by_result: bool,
     stdout: Output,
     stderr: Output,
@@ -359,7 +357,11 @@ fn fold(row: &mut Row, report: &Report) -> Outcome {
     if row.status.is_terminal() {
         return Outcome::Late;
     }
+    if report.kind == Kind::Declined {
+        return decline(row, report);
+    }
     row.changed = true;
+    (row.sent, row.declined) = (false, false);
     match (row.status, report.status) {
         // What runs does not go back into the queue.
         (Status::Running, Status::Queued) => {}
@@ -391,6 +393,22 @@ fn fold(row: &mut Row, report: &Report) -> Outcome {
     Outcome::Applied
 }
 
+/// What becomes of a row whose agent could not take it: it waits and is offered again, or ends where that is wanted anyway.
+fn decline(row: &mut Row, report: &Report) -> Outcome {
+    if !row.sent {
+        return Outcome::Late;
+    }
+    (row.changed, row.sent) = (true, false);
+    if row.cancelled {
+        row.status = Status::Failed;
+        row.error = Some("cancelled_by_operator".to_owned());
+    } else {
+        row.declined = true;
+        row.error.clone_from(&report.error);
+    }
+    Outcome::Applied
+}
+
 /// Applies reports in their order, in a few statements for any number up to [`BATCH`].
 ///
 /// # Errors
@@ -400,7 +418,7 @@ pub async fn apply(tx: &mut Tx<'_>, reports: &[Report]) -> Result<Settled> {
     let ids: Vec<i64> = reports.iter().map(|report| report.activity_id).collect::<BTreeSet<_>>().into_iter().collect();
     let stored = sqlx::query!(
         r#"SELECT id, device_guid, hostname, site_id, run_id, status, queue_lane, activity_kind, timeout_seconds,
-                  cancel_requested_at IS NOT NULL AS "cancelled!",
+                  cancel_requested_at IS NOT NULL AS "cancelled!", delivery = 'sent' AS "sent!",
                   octet_length(stdout) AS "stdout_len!", octet_length(stderr) AS "stderr_len!"
            FROM activity_history WHERE id = ANY($1) ORDER BY id FOR UPDATE"#,
         &ids
@@ -422,8 +440,10 @@ pub async fn apply(tx: &mut Tx<'_>, reports: &[Report]) -> Result<Settled> {
                 activity_kind: row.activity_kind,
                 timeout_seconds: row.timeout_seconds,
                 cancelled: row.cancelled,
+                sent: row.sent,
                 changed: false,
                 started: false,
+                declined: false,
                 by_result: false,
                 stdout: Output { len: length(row.stdout_len), ..Output::default() },
                 stderr: Output { len: length(row.stderr_len), ..Output::default() },
@@ -445,7 +465,10 @@ pub async fn apply(tx: &mut Tx<'_>, reports: &[Report]) -> Result<Settled> {
     rows.retain(|_, row| row.changed);
     write(tx, &rows).await?;
 
-    let running: BTreeSet<i64> = rows.values().filter(|row| !row.status.is_terminal()).filter_map(|row| row.run_id).collect();
+    let declined = rows.values().filter(|row| row.declined).filter_map(|row| Some((row.run_id?, row.error.clone())));
+    explain_waiting(tx, declined).await?;
+    let going = |row: &&Row| !row.status.is_terminal() && !row.declined;
+    let running: BTreeSet<i64> = rows.values().filter(going).filter_map(|row| row.run_id).collect();
     begin_runs(tx, &running.into_iter().collect::<Vec<_>>()).await?;
     let ended: BTreeSet<i64> = rows.values().filter(|row| row.status.is_terminal()).filter_map(|row| row.run_id).collect();
     let finished = end_runs(tx, &ended.into_iter().collect::<Vec<_>>()).await?;
@@ -473,6 +496,7 @@ async fn write(tx: &mut Tx<'_>, rows: &BTreeMap<i64, Row>) -> Result<()> {
     let statuses: Vec<String> = rows.values().map(|row| row.status.as_str().to_owned()).collect();
     let ended: Vec<bool> = rows.values().map(|row| row.status.is_terminal()).collect();
     let started: Vec<bool> = rows.values().map(|row| row.started).collect();
+    let declined: Vec<bool> = rows.values().map(|row| row.declined).collect();
     let stdout: Vec<String> = rows.values().map(|row| row.stdout.text.clone()).collect();
     let stdout_new: Vec<bool> = rows.values().map(|row| row.stdout.replace).collect();
     let stderr: Vec<String> = rows.values().map(|row| row.stderr.text.clone()).collect();
@@ -485,11 +509,16 @@ async fn write(tx: &mut Tx<'_>, rows: &BTreeMap<i64, Row>) -> Result<()> {
     sqlx::query!(
         "UPDATE activity_history a SET
              status = n.status,
-             delivery = CASE WHEN n.ended THEN 'done' ELSE 'accepted' END,
+             delivery = CASE WHEN n.ended THEN 'done' WHEN n.declined THEN 'ready' ELSE 'accepted' END,
+             -- As if it had not been sent: the agent says so.
+             delivery_count = CASE WHEN n.declined THEN greatest(a.delivery_count - 1, 0) ELSE a.delivery_count END,
+             sent_at = CASE WHEN n.declined THEN NULL ELSE a.sent_at END,
+             offer_after = CASE WHEN n.declined THEN now() + make_interval(secs => $15) END,
              stdout = CASE WHEN n.stdout_new THEN n.stdout WHEN n.stdout = '' THEN a.stdout ELSE a.stdout || n.stdout END,
              stderr = CASE WHEN n.stderr_new THEN n.stderr WHEN n.stderr = '' THEN a.stderr ELSE a.stderr || n.stderr END,
              exit_code = coalesce(n.exit_code, a.exit_code),
-             error = coalesce(n.error, a.error),
+             -- Before the agent has it, there is only the reason why it could not take it.
+             error = CASE WHEN a.delivery = 'sent' THEN n.error ELSE coalesce(n.error, a.error) END,
              queue_lane = n.lane,
              activity_kind = n.kind,
              metadata = jsonb_strip_nulls(jsonb_build_object(
@@ -501,8 +530,8 @@ async fn write(tx: &mut Tx<'_>, rows: &BTreeMap<i64, Row>) -> Result<()> {
              finished_at = CASE WHEN n.ended THEN now() END,
              updated_at = now()
          FROM unnest($1::bigint[], $2::text[], $3::bool[], $4::bool[], $5::text[], $6::bool[], $7::text[], $8::bool[], $9::int[], $10::text[],
-                     $11::text[], $12::text[], $13::jsonb[])
-              AS n (id, status, ended, started, stdout, stdout_new, stderr, stderr_new, exit_code, error, lane, kind, metadata)
+                     $11::text[], $12::text[], $13::jsonb[], $14::bool[])
+              AS n (id, status, ended, started, stdout, stdout_new, stderr, stderr_new, exit_code, error, lane, kind, metadata, declined)
          WHERE a.id = n.id",
         &ids,
         &statuses,
@@ -516,7 +545,9 @@ async fn write(tx: &mut Tx<'_>, rows: &BTreeMap<i64, Row>) -> Result<()> {
         &errors as &[Option<String>],
         &lanes,
         &kinds,
-        &metadata
+        &metadata,
+        &declined,
+        f64::from(DECLINED_PAUSE_S)
     )
     .execute(&mut **tx)
     .await?;
@@ -526,7 +557,7 @@ async fn write(tx: &mut Tx<'_>, rows: &BTreeMap<i64, Row>) -> Result<()> {
 async fn record_late(tx: &mut Tx<'_>, reports: impl Iterator<Item = &Report>) -> Result<()> {
     let (mut ids, mut kinds, mut details) = (Vec::new(), Vec::new(), Vec::new());
     for report in reports {
-        let output = |text: &Option<String>| text.as_ref().map(|text| prefix(text, EVENT_OUTPUT_BYTES).to_owned());
+        let output = |text: &Option<String>| text.as_ref().map(|text| output::first(text, EVENT_OUTPUT_BYTES).to_owned());
         ids.push(report.activity_id);
         kinds.push(report.kind.late_event().to_owned());
         details.push(json!({
@@ -545,6 +576,24 @@ async fn record_late(tx: &mut Tx<'_>, reports: impl Iterator<Item = &Report>) ->
         &kinds,
         &details,
         EVENTS_LIMIT
+    )
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+/// Says of `Pending` runs why they still are.
+async fn explain_waiting(tx: &mut Tx<'_>, reasons: impl Iterator<Item = (i64, Option<String>)>) -> Result<()> {
+    let (runs, reasons): (Vec<i64>, Vec<Option<String>>) = reasons.unzip();
+    if runs.is_empty() {
+        return Ok(());
+    }
+    sqlx::query!(
+        "UPDATE scheduled_job_runs r SET error = n.reason, updated_at = now()
+         FROM unnest($1::bigint[], $2::text[]) AS n (id, reason)
+         WHERE r.id = n.id AND r.id IN (SELECT id FROM scheduled_job_runs WHERE id = ANY($1) AND status = 'Pending' ORDER BY id FOR UPDATE)",
+        &runs,
+        &reasons as &[Option<String>]
     )
     .execute(&mut **tx)
     .await?;
@@ -646,8 +695,10 @@ mod tests {
             activity_kind: String::new(),
             timeout_seconds: 60,
             cancelled: false,
+            sent: true,
             changed: false,
             started: false,
+            declined: false,
             by_result: false,
             stdout: Output::default(),
             stderr: Output::default(),
@@ -679,6 +730,9 @@ mod tests {
         assert_eq!(report(Kind::Result, json!({"job_id": 1, "status": "Running"})).status, Status::Failed);
         assert_eq!(report(Kind::Progress, json!({"job_id": 1})).status, Status::Running);
         assert_eq!(report(Kind::Accepted, json!({"job_id": "7", "status": "Success"})).status, Status::Queued);
+        assert_eq!(report(Kind::Declined, json!({"job_id": "7", "status": "Success"})).status, Status::Queued);
+        let unknown = json!({"job_id": 1, "status": "Failed", "reason": "outcome_unknown"});
+        assert_eq!(report(Kind::Result, unknown).status, Status::TimedOut);
     }
 
     #[test]
@@ -707,6 +761,27 @@ mod tests {
     }
 
     #[test]
+    fn what_could_not_be_taken_is_offered_again() {
+        let declined = report(Kind::Declined, json!({"job_id": 1, "reason": "agent_disk_full"}));
+        let mut offered = row();
+        assert_eq!(fold(&mut offered, &declined), Outcome::Applied);
+        assert!(offered.declined && !offered.started && offered.status == Status::Queued);
+        assert_eq!(offered.error.as_deref(), Some("agent_disk_full"));
+        assert_eq!(fold(&mut offered, &declined), Outcome::Late, "it is on its way no longer");
+        // Both in one batch: it has it after all.
+        assert_eq!(fold(&mut offered, &report(Kind::Accepted, json!({"job_id": 1}))), Outcome::Applied);
+        assert!(!offered.declined);
+
+        let mut accepted = Row { sent: false, ..row() };
+        assert_eq!(fold(&mut accepted, &declined), Outcome::Late);
+        assert!(!accepted.changed);
+
+        let mut cancelled = Row { cancelled: true, ..row() };
+        assert_eq!(fold(&mut cancelled, &declined), Outcome::Applied);
+        assert_eq!((cancelled.status, cancelled.error.as_deref()), (Status::Failed, Some("cancelled_by_operator")));
+    }
+
+    #[test]
     fn another_device_changes_nothing() {
         let mut row = row();
         let foreign = Report::parse(Uuid::from_u128(2), Kind::Result, &json!({"job_id": 1, "status": "Success"})).unwrap();
@@ -732,6 +807,12 @@ mod tests {
         let cut = output.len;
         output.take("more", true);
         assert_eq!(output.len, cut, "nothing follows the mark");
+
+        // The end of a whole output stays.
+        let long = format!("first\n{}\nthe reason", "x".repeat(6_000_000));
+        fold(&mut row, &report(Kind::Result, json!({"job_id": 1, "stdout": long})));
+        assert!(row.stdout.text.starts_with("first\nx") && row.stdout.text.ends_with("x\nthe reason"));
+        assert!(row.stdout.text.contains(" bytes of output left out here]\n") && row.stdout.len <= OUTPUT_LIMIT_BYTES);
 
         let mut full = Output { len: OUTPUT_LIMIT_BYTES - 1, ..Output::default() };
         full.take("y", true);

@@ -412,7 +412,7 @@ pub async fn devices(
     };
     let rows = sqlx::query!(
         r#"SELECT r.id, r.device_guid, coalesce(d.hostname, r.target_hostname, '') AS "hostname!",
-                  coalesce(d.last_seen > now() - make_interval(secs => $3), false) AS "online!",
+                  coalesce(d.last_seen > now() - make_interval(secs => $3) AND d.left_at IS NULL, false) AS "online!",
                   r.site_id, coalesce(s.name, '') AS "site_name!", r.resolution_status, r.resolution_reason, r.error,
                   coalesce(r.finished_at, r.started_at) AS ran_on, r.status
            FROM scheduled_job_runs r
@@ -488,7 +488,7 @@ async fn planned(conn: &mut PgConnection, scope: &Scope, job_id: i64, saved: &Va
     let guids: Vec<Uuid> = resolved.iter().map(|target| target.device_guid).collect();
     let rows = sqlx::query!(
         r#"SELECT d.guid, d.hostname, d.site_id, coalesce(s.name, '') AS "site_name!",
-                  coalesce(d.last_seen > now() - make_interval(secs => $2), false) AS "online!"
+                  coalesce(d.last_seen > now() - make_interval(secs => $2) AND d.left_at IS NULL, false) AS "online!"
            FROM devices d LEFT JOIN sites s ON s.id = d.site_id
            WHERE d.guid = ANY($1) ORDER BY lower(d.hostname), d.guid LIMIT $3"#,
         &guids,

@@ -26,6 +26,7 @@ fn said_by_agent(event: FromAgent, agent_id: &str, job: i64) -> Value {
         FromAgent::Connect => {
             json!({"agent_id": agent_id, "service_mode": "system", "hostname": "host", "capabilities": {"dedup": true}})
         }
+        FromAgent::Declined => json!({"job_id": job, "reason": "agent_disk_full"}),
         FromAgent::Accepted => json!({"job_id": job}),
         FromAgent::Progress => json!({"job_id": job, "status": "Running", "stdout": "so far", "append_output": true}),
         FromAgent::Result => json!({"job_id": job, "status": "Success", "stdout": "all", "stderr": "", "exit_code": 0}),
