@@ -1,14 +1,14 @@
 //! Who the agent is to the engine: its key, its GUID, its tokens and the engine key it trusts. One file, private.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use borealis_protocol::keys::{self, NONCE_LEN, SigningKey, VerifyingKey};
 use borealis_protocol::normalise_guid;
 use borealis_protocol::rest::{
-    EnrollRequest, EnrollResponse, PATH_ENROLL_POLL, PATH_ENROLL_REQUEST, PATH_TOKEN_REFRESH, PollRequest, PollResponse,
-    RefreshRequest, RefreshResponse, RemoteOpsRoute, TokenCapabilities,
+    EnrollRequest, EnrollResponse, FINAL_REFRESH_ERRORS, PASSING_REFRESH_ERRORS, PATH_ENROLL_POLL, PATH_ENROLL_REQUEST,
+    PATH_TOKEN_REFRESH, PollRequest, PollResponse, RefreshRequest, RefreshResponse, RemoteOpsRoute, TokenCapabilities,
 };
 use borealis_protocol::succession::{self, Succession};
 use serde::{Deserialize, Serialize};
@@ -19,8 +19,8 @@ use tracing::{info, warn};
 use crate::backoff::Ending;
 use crate::client::{CallError, Client};
 use crate::clock::local_now;
-use crate::platform::Platform;
-use crate::{Error, Result, files};
+use crate::platform::{self, Platform};
+use crate::{Error, Identity, Result, files};
 
 const SCHEMA_VERSION: u32 = 1;
 /// A token with less than this left is refreshed before it is used.
@@ -52,6 +52,46 @@ struct Stored {
     former_signing_key: Option<Former>,
     #[serde(default)]
     remote_ops_route: Option<RemoteOpsRoute>,
+}
+
+impl Stored {
+    fn read(platform: &dyn Platform, path: &Path) -> Result<Option<Self>> {
+        match files::read_json::<Self>(platform, path)? {
+            Some(stored) if stored.schema_version != SCHEMA_VERSION => {
+                let reason = format!("written by another version of the agent (schema {})", stored.schema_version);
+                Err(Error::Corrupt { path: path.to_owned(), reason })
+            }
+            stored => Ok(stored),
+        }
+    }
+
+    fn key(&self, path: &Path) -> Result<SigningKey> {
+        keys::from_base64(&self.private_key)
+            .ok()
+            .and_then(|bytes| <[u8; 32]>::try_from(bytes).ok())
+            .map(|bytes| SigningKey::from_bytes(&bytes))
+            .ok_or_else(|| Error::Corrupt { path: path.to_owned(), reason: "the private key is unreadable".to_owned() })
+    }
+
+    fn is_enrolled(&self) -> bool {
+        self.tokens.is_some() && self.guid.is_some()
+    }
+}
+
+/// Reads the identity in `state_dir` and changes nothing; none when no agent ever ran there.
+///
+/// # Errors
+/// A file that is there and cannot be read.
+pub fn identity(state_dir: &Path) -> Result<Option<Identity>> {
+    let path = account_file(state_dir);
+    let Some(stored) = Stored::read(&*platform::current(), &path)? else { return Ok(None) };
+    let fingerprint = keys::fingerprint(&stored.key(&path)?.verifying_key());
+    let enrolled = stored.is_enrolled();
+    Ok(Some(Identity { guid: stored.guid.unwrap_or_default(), fingerprint, enrolled }))
+}
+
+fn account_file(state_dir: &Path) -> PathBuf {
+    state_dir.join("agent.json")
 }
 
 /// A script key that has passed its place on.
@@ -121,42 +161,43 @@ pub(crate) enum EnrollError {
     Stopped,
 }
 
-/// What a failed refresh means (contract access 16, remote 8.2).
+/// What a refused refresh means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reaction {
     /// The account is over.
     Wipe,
-    /// Keep the tokens and try again.
+    /// The engine itself refuses the token, and does not say that the account is over.
+    Refused,
+    /// Not the engine's word, or no word about the account: try again.
     Keep,
 }
 
-/// Reads the reaction from the text of the engine's answer, whatever its status.
-pub(crate) fn reaction_to(body: &str) -> Reaction {
-    const NEVER_FINAL: [&str; 4] = ["invalid_refresh_token", "device_not_found", "token_refresh_unavailable", "auth_unavailable"];
-    const FINAL: [&str; 8] = [
-        "refresh_token_expired",
-        "refresh_token_revoked",
-        "device_purged",
-        "device_revoked",
-        "fingerprint_mismatch",
-        "token_version",
-        "revoked",
-        "decommissioned",
-    ];
-    let says = |markers: &[&str]| markers.iter().any(|marker| body.contains(marker));
-    if !says(&NEVER_FINAL) && says(&FINAL) { Reaction::Wipe } else { Reaction::Keep }
+/// Reads the reaction from the engine's answer. Only a JSON body whose `error` is exactly a code of the engine counts, with a status
+/// that goes with it: pages of proxies and portals may contain any word.
+pub(crate) fn reaction_to(status: u16, body: &str) -> Reaction {
+    #[derive(Deserialize)]
+    struct Refusal {
+        error: String,
+    }
+    if !matches!(status, 401 | 403 | 404) {
+        return Reaction::Keep;
+    }
+    let Ok(refusal) = serde_json::from_str::<Refusal>(body) else { return Reaction::Keep };
+    if FINAL_REFRESH_ERRORS.contains(&refusal.error.as_str()) {
+        Reaction::Wipe
+    } else if PASSING_REFRESH_ERRORS.contains(&refusal.error.as_str()) {
+        Reaction::Refused
+    } else {
+        Reaction::Keep
+    }
 }
 
 impl Account {
     /// Reads the account from `state_dir`, making a new identity at the first start.
-    pub(crate) fn open(platform: Arc<dyn Platform>, client: Client, state_dir: &std::path::Path) -> Result<Self> {
-        let path = state_dir.join("agent.json");
-        let stored = match files::read_json::<Stored>(&path)? {
-            Some(stored) if stored.schema_version == SCHEMA_VERSION => stored,
-            Some(stored) => {
-                let reason = format!("written by another version of the agent (schema {})", stored.schema_version);
-                return Err(Error::Corrupt { path, reason });
-            }
+    pub(crate) fn open(platform: Arc<dyn Platform>, client: Client, state_dir: &Path) -> Result<Self> {
+        let path = account_file(state_dir);
+        let stored = match Stored::read(&*platform, &path)? {
+            Some(stored) => stored,
             None => {
                 let key = SigningKey::from_bytes(&rand::random());
                 let stored = Stored {
@@ -172,11 +213,7 @@ impl Account {
                 stored
             }
         };
-        let key = keys::from_base64(&stored.private_key)
-            .ok()
-            .and_then(|bytes| <[u8; 32]>::try_from(bytes).ok())
-            .map(|bytes| SigningKey::from_bytes(&bytes))
-            .ok_or_else(|| Error::Corrupt { path: path.clone(), reason: "the private key is unreadable".to_owned() })?;
+        let key = stored.key(&path)?;
         let left = stored.tokens.as_ref().map_or(0, |tokens| tokens.access_expires_at.saturating_sub(local_now()));
         // A clock that was set back must not make an old token look fresh for long.
         let usable_until = Instant::now() + seconds(left.clamp(0, DEFAULT_LIFETIME_SECONDS));
@@ -193,7 +230,7 @@ impl Account {
     }
 
     pub(crate) fn is_enrolled(&self) -> bool {
-        self.read(|stored| stored.tokens.is_some() && stored.guid.is_some())
+        self.read(Stored::is_enrolled)
     }
 
     /// The device's GUID, empty before the first enrollment.
@@ -288,14 +325,19 @@ impl Account {
             .ok_or(TokenError::NotEnrolled)?;
         let answer: RefreshResponse = match self.client.post(PATH_TOKEN_REFRESH, None, &request).await {
             Ok(answer) => answer,
-            Err(CallError::Status { status, body, .. }) if reaction_to(&body) == Reaction::Wipe => {
-                warn!(status, %body, "the engine has ended this agent's account");
-                self.wipe();
-                return Err(TokenError::NotEnrolled);
-            }
             Err(error) => {
-                if matches!(error, CallError::Status { status: 400..=428, .. }) {
-                    self.refused.notify_one();
+                let reaction = match &error {
+                    CallError::Status { status, body, .. } => reaction_to(*status, body),
+                    _ => Reaction::Keep,
+                };
+                match reaction {
+                    Reaction::Wipe => {
+                        warn!(%error, "the engine has ended this agent's account");
+                        self.wipe();
+                        return Err(TokenError::NotEnrolled);
+                    }
+                    Reaction::Refused => self.refused.notify_one(),
+                    Reaction::Keep => {}
                 }
                 return Err(TokenError::Transient { reason: error.to_string(), ending: error.ending() });
             }
@@ -477,7 +519,7 @@ fn seconds(seconds: i64) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{client, clock, platform};
+    use crate::{client, clock};
 
     fn open(dir: &std::path::Path) -> Account {
         let tls = client::tls(None).unwrap();
@@ -499,29 +541,37 @@ mod tests {
     }
 
     #[test]
-    fn reactions_follow_the_table() {
-        for body in [
-            "refresh_token_expired",
-            "refresh_token_revoked",
-            "device_purged",
-            "device_revoked",
-            "fingerprint_mismatch",
-            "token_version_mismatch",
-            r#"{"error":"decommissioned"}"#,
-        ] {
-            assert_eq!(reaction_to(body), Reaction::Wipe, "{body}");
+    fn only_the_engines_own_code_ends_an_account() {
+        let json = |code: &str| format!(r#"{{"error":"{code}","message":"m"}}"#);
+        for code in FINAL_REFRESH_ERRORS {
+            for status in [401, 403, 404] {
+                assert_eq!(reaction_to(status, &json(code)), Reaction::Wipe, "{status} {code}");
+            }
+            for (status, body) in [
+                (503, json(code)),
+                (502, format!("<html>{code}</html>")),
+                (403, format!("<html>{code}</html>")),
+                (403, code.to_owned()),
+                (403, format!("\"{code}\"")),
+                (403, format!("[{}]", json(code))),
+                (401, json(&format!("not {code}"))),
+                (401, format!(r#"{{"message":"{code}"}}"#)),
+                (401, format!(r#"{{"error":["{code}"]}}"#)),
+                (401, format!(r#"{{"error":"unauthorized","message":"{code}"}}"#)),
+                (200, json(code)),
+                (400, json(code)),
+                (401, String::new()),
+            ] {
+                assert_eq!(reaction_to(status, &body), Reaction::Keep, "{status} {body}");
+            }
         }
-        for body in [
-            "invalid_refresh_token",
-            "device_not_found",
-            "token_refresh_unavailable",
-            "auth_unavailable",
-            "",
-            "rate_limited",
-            r#"{"error":"token_refresh_unavailable","message":"revoked?"}"#,
-            "<html>502</html>",
-        ] {
-            assert_eq!(reaction_to(body), Reaction::Keep, "{body}");
+        for code in PASSING_REFRESH_ERRORS {
+            assert_eq!(reaction_to(401, &json(code)), Reaction::Refused, "{code}");
+        }
+        for code in
+            ["token_refresh_unavailable", "auth_unavailable", "rate_limited", "revoked", "decommissioned", "token_version"]
+        {
+            assert_eq!(reaction_to(403, &json(code)), Reaction::Keep, "{code}");
         }
     }
 

@@ -91,9 +91,7 @@ impl Client {
             request = request.header(AUTHORIZATION, format!("Bearer {token}"));
         }
         let mut response = request.json(body).send().await.map_err(|error| CallError::Network(chain(&error)))?;
-        if let Some(date) = response.headers().get(DATE).and_then(|value| value.to_str().ok()) {
-            self.clock.observe(date);
-        }
+        let date = response.headers().get(DATE).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let status = response.status().as_u16();
         let retry_after = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()).and_then(parse_retry_after);
         let cap = if status >= 300 { ERROR_BODY_CAP_BYTES } else { RESPONSE_CAP_BYTES };
@@ -111,7 +109,12 @@ impl Client {
         if status >= 300 {
             return Err(CallError::Status { status, body: String::from_utf8_lossy(&bytes).trim().to_owned(), retry_after });
         }
-        serde_json::from_slice(&bytes).map_err(|error| CallError::Body(error.to_string()))
+        let answer = serde_json::from_slice(&bytes).map_err(|error| CallError::Body(error.to_string()))?;
+        // The time of who answers with a page of its own, or an error, is not the engine's.
+        if let Some(date) = date {
+            self.clock.observe(&date);
+        }
+        Ok(answer)
     }
 }
 

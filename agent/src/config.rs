@@ -59,21 +59,18 @@ impl Config {
     /// # Errors
     /// An unreadable file, no server URL, or one that is not allowed.
     pub fn load(given: Settings, config_path: Option<&Path>) -> Result<Self> {
-        let stored = config_path.map(files::read_json::<Settings>).transpose()?.flatten().unwrap_or_default();
-        let server_url = given
+        let stored = config_path.map(Settings::read).transpose()?.flatten().unwrap_or_default();
+        let settings = given.or(stored);
+        let server_url = settings
             .server_url
-            .or(stored.server_url)
+            .as_deref()
             .ok_or_else(|| Error::Config("no server URL: give --server-url or BOREALIS_AGENT_SERVER_URL".to_owned()))?;
-        let state_dir = given.state_dir.or(stored.state_dir).unwrap_or_else(|| PathBuf::from(DEFAULT_STATE_DIR));
-        // Scripts run in a folder of their own, where a relative path would mean another place.
-        let state_dir = std::path::absolute(&state_dir)
-            .map_err(|error| Error::Config(format!("the state folder {} cannot be used: {error}", state_dir.display())))?;
-        let mut config = Self::new(parse_url(&server_url)?, state_dir);
-        config.enrollment_code = given.enrollment_code.or(stored.enrollment_code).filter(|code| !code.trim().is_empty());
+        let mut config = Self::new(parse_url(server_url)?, settings.state_dir()?);
+        config.enrollment_code = settings.enrollment_code.filter(|code| !code.trim().is_empty());
         config.config_path = config_path.map(Path::to_owned);
-        config.ca_file = given.ca_file.or(stored.ca_file);
-        config.allow_plain_http = given.allow_plain_http || stored.allow_plain_http;
-        config.hostname = given.hostname.or(stored.hostname).filter(|name| !name.trim().is_empty());
+        config.ca_file = settings.ca_file;
+        config.allow_plain_http = settings.allow_plain_http;
+        config.hostname = settings.hostname.filter(|name| !name.trim().is_empty());
         config.check()?;
         Ok(config)
     }
@@ -120,6 +117,38 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// Reads a configuration file, wherever it leads; none when there is no such file.
+    ///
+    /// # Errors
+    /// What the file system says, or what is wrong with its text.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        files::from_json(path, std::fs::read(path))
+    }
+
+    /// These settings, and `others` where they are silent.
+    #[must_use]
+    pub fn or(self, others: Self) -> Self {
+        Self {
+            server_url: self.server_url.or(others.server_url),
+            enrollment_code: self.enrollment_code.or(others.enrollment_code),
+            state_dir: self.state_dir.or(others.state_dir),
+            ca_file: self.ca_file.or(others.ca_file),
+            allow_plain_http: self.allow_plain_http || others.allow_plain_http,
+            hostname: self.hostname.or(others.hostname),
+        }
+    }
+
+    /// The state directory they name, or the usual one, as an absolute path.
+    ///
+    /// # Errors
+    /// A path that cannot be used.
+    pub fn state_dir(&self) -> Result<PathBuf> {
+        let state_dir = self.state_dir.as_deref().unwrap_or(Path::new(DEFAULT_STATE_DIR));
+        // Scripts run in a folder of their own, where a relative path would mean another place.
+        std::path::absolute(state_dir)
+            .map_err(|error| Error::Config(format!("the state folder {} cannot be used: {error}", state_dir.display())))
+    }
+
     /// Writes the configuration file, readable by its owner alone.
     ///
     /// # Errors
@@ -134,7 +163,7 @@ impl Settings {
 
 /// Takes the enrollment code out of the configuration file.
 pub(crate) fn erase_code(platform: &dyn Platform, path: &Path) -> Result<()> {
-    let Some(mut settings) = files::read_json::<Settings>(path)? else { return Ok(()) };
+    let Some(mut settings) = Settings::read(path)? else { return Ok(()) };
     if settings.enrollment_code.take().is_none() {
         return Ok(());
     }
@@ -143,7 +172,7 @@ pub(crate) fn erase_code(platform: &dyn Platform, path: &Path) -> Result<()> {
 
 /// The enrollment code the configuration file holds now.
 pub(crate) fn stored_code(path: &Path) -> Option<String> {
-    files::read_json::<Settings>(path).ok().flatten()?.enrollment_code.filter(|code| !code.trim().is_empty())
+    Settings::read(path).ok().flatten()?.enrollment_code.filter(|code| !code.trim().is_empty())
 }
 
 fn parse_url(text: &str) -> Result<Url> {

@@ -1,7 +1,7 @@
 //! Files that are either the old or the new text after a crash, and that nobody else can read.
 
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -28,9 +28,21 @@ pub(crate) fn replace_json<T: Serialize>(platform: &dyn Platform, path: &Path, v
     replace(platform, path, &serde_json::to_vec_pretty(value)?)
 }
 
-/// Reads JSON; none when there is no such file.
-pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    let bytes = match std::fs::read(path) {
+/// Reads a file of the state directory; links are not followed.
+pub(crate) fn read(platform: &dyn Platform, path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    platform.own_file(path, false)?.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// [`read`] as JSON; none when there is no such file.
+pub(crate) fn read_json<T: DeserializeOwned>(platform: &dyn Platform, path: &Path) -> Result<Option<T>> {
+    from_json(path, read(platform, path))
+}
+
+/// Makes JSON of what was read of `path`; none when there is no such file.
+pub(crate) fn from_json<T: DeserializeOwned>(path: &Path, read: io::Result<Vec<u8>>) -> Result<Option<T>> {
+    let bytes = match read {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::file(path)(error)),
@@ -52,7 +64,7 @@ pub(crate) struct Lock(#[expect(dead_code, reason = "kept open for its lock")] F
 /// Takes the lock of `dir`.
 pub(crate) fn lock(platform: &dyn Platform, dir: &Path) -> Result<Lock> {
     let path = dir.join("agent.lock");
-    let file = platform.private_file(&path).map_err(Error::file(&path))?;
+    let file = platform.own_file(&path, true).map_err(Error::file(&path))?;
     match file.try_lock() {
         Ok(()) => Ok(Lock(file)),
         Err(std::fs::TryLockError::WouldBlock) => Err(Error::Locked(dir.to_owned())),
@@ -73,11 +85,11 @@ mod tests {
         replace_json(&*platform, &path, &1).unwrap();
         // A draft left behind by a crash is in nobody's way.
         std::fs::write(draft_of(&path), "{half").unwrap();
-        assert_eq!(read_json::<i32>(&path).unwrap(), Some(1));
+        assert_eq!(read_json::<i32>(&*platform, &path).unwrap(), Some(1));
         replace_json(&*platform, &path, &2).unwrap();
-        assert_eq!(read_json::<i32>(&path).unwrap(), Some(2));
+        assert_eq!(read_json::<i32>(&*platform, &path).unwrap(), Some(2));
         assert!(!draft_of(&path).exists());
-        assert_eq!(read_json::<i32>(&dir.path().join("none")).unwrap(), None);
+        assert_eq!(read_json::<i32>(&*platform, &dir.path().join("none")).unwrap(), None);
     }
 
     #[test]

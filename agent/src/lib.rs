@@ -11,6 +11,7 @@ mod clock;
 mod config;
 mod error;
 mod files;
+pub mod installation;
 mod inventory;
 pub mod platform;
 mod report;
@@ -20,6 +21,7 @@ mod socket;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use account::identity;
 pub use config::{Config, DEFAULT_CONFIG_PATH, DEFAULT_STATE_DIR, Settings};
 pub use error::{Error, Result};
 use platform::Platform;
@@ -73,19 +75,6 @@ pub struct Identity {
     pub fingerprint: String,
     /// Whether the agent has tokens.
     pub enrolled: bool,
-}
-
-/// Reads the identity of the agent in `config.state_dir`, creating none.
-///
-/// # Errors
-/// No state there, or unreadable.
-pub fn identity(config: &Config) -> Result<Identity> {
-    let path = config.state_dir.join("agent.json");
-    std::fs::metadata(&path).map_err(Error::file(&path))?;
-    let clock = Arc::new(ServerClock::default());
-    let client = Client::new(config.server_url.clone(), &client::tls(config.ca_file.as_deref())?, clock)?;
-    let account = Account::open(platform::current(), client, &config.state_dir)?;
-    Ok(Identity { guid: account.guid(), fingerprint: account.fingerprint(), enrolled: account.is_enrolled() })
 }
 
 struct Agent {
@@ -190,9 +179,9 @@ impl Agent {
         self.status.complete("authenticated");
         self.status.active("roles_loading");
         let store =
-            scripts::Store::open(Arc::clone(&self.platform), &self.config.state_dir, &self.account.guid(), self.clock.now())?;
+            scripts::Store::open(Arc::clone(&self.platform), &self.config.state_dir, &self.account.guid(), clock::local_now())?;
         let run_dir = self.config.state_dir.join("run");
-        // Scripts of a process that is gone.
+        scripts::end_left_over(&self.platform, &run_dir).await;
         let _ = std::fs::remove_dir_all(&run_dir);
         let (link, linked) = watch::channel(None);
         let (inbox, mut inbound) = socket::inbox();
@@ -281,6 +270,9 @@ impl Agent {
         let _ = connection.await;
         events.abort();
         reports.shutdown().await;
+        if stop.is_cancelled() {
+            reporter.say_good_bye().await;
+        }
         Ok(())
     }
 }

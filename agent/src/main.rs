@@ -1,12 +1,16 @@
 //! The command line of the Borealis agent.
 
+mod journal;
+
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use borealis_agent::installation::{self, PROGRAM_PATH};
 use borealis_agent::platform::{self, ServiceSpec};
-use borealis_agent::{CancellationToken, Config, DEFAULT_CONFIG_PATH, DEFAULT_STATE_DIR, Error, Result, Settings};
+use borealis_agent::{CancellationToken, Config, DEFAULT_CONFIG_PATH, Error, Result, Settings};
 use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::Layer as _;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -21,7 +25,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Write the configuration, install the agent as a service and start it (as root)
+    /// Write the configuration, put the program in its place, install it as a service and start it (as root); again to replace any of it
     Install(Options),
     /// Run the agent in the foreground until it is told to stop
     Run(Options),
@@ -31,7 +35,7 @@ enum Command {
     Uninstall {
         #[command(flatten)]
         options: Options,
-        /// Also remove the configuration and the state directory: the machine will have to be enrolled again
+        /// Also remove the configuration, the state directory and the installed program: the machine will have to be enrolled again
         #[arg(long)]
         purge: bool,
     },
@@ -83,6 +87,12 @@ impl Options {
         }
     }
 
+    /// What command line, environment and configuration file say, which may be nothing.
+    fn all_settings(&self) -> Result<Settings> {
+        let stored = self.config_path()?.as_deref().map(Settings::read).transpose()?.flatten();
+        Ok(self.settings().or(stored.unwrap_or_default()))
+    }
+
     fn load(&self) -> Result<Config> {
         Config::load(self.settings(), self.config_path()?.as_deref())
     }
@@ -98,7 +108,8 @@ fn main() -> ExitCode {
     match done {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("borealis-agent: {error}");
+            let level = if journal::is_listening() { journal::prefix(tracing::Level::ERROR) } else { "" };
+            eprintln!("{level}borealis-agent: {error}");
             ExitCode::FAILURE
         }
     }
@@ -113,6 +124,12 @@ fn run(options: &Options) -> Result<ExitCode> {
         .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
+    let lines = if journal::is_listening() {
+        // The journal has a clock of its own.
+        lines.event_format(journal::Leveled(tracing_subscriber::fmt::format().without_time().with_ansi(false))).boxed()
+    } else {
+        lines.boxed()
+    };
     // Libraries say at `trace` what goes over the wire, with the tokens in it: that is heard of nobody but ourselves.
     let discreet = filter_fn(|about| *about.level() <= tracing::Level::DEBUG || about.target().starts_with("borealis"));
     tracing_subscriber::registry().with(discreet).with(filter).with(lines).init();
@@ -170,8 +187,12 @@ fn install(options: &Options) -> Result<ExitCode> {
         allow_plain_http: config.allow_plain_http,
         hostname: config.hostname.clone(),
     };
-    let state_dir = settings.state_dir.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_STATE_DIR));
+    let state_dir = settings.state_dir()?;
     let program = std::env::current_exe().map_err(|error| Error::Service(format!("cannot find my own program: {error}")))?;
+    for origin in [Some(program.as_path()), present, config.ca_file.as_deref()].into_iter().flatten() {
+        installation::check_origin(&*platform, origin)?;
+    }
+    let program = installation::place_program(&program, Path::new(PROGRAM_PATH))?;
     let path = absolute(&path)?;
     settings.save(&*platform, &path)?;
     platform.install_service(&ServiceSpec { program, config_path: path.clone(), state_dir })?;
@@ -185,15 +206,13 @@ fn install(options: &Options) -> Result<ExitCode> {
 fn status(options: &Options) -> Result<ExitCode> {
     let service = platform::current().service_state();
     println!("service:     {}, {}", if service.installed { "installed" } else { "not installed" }, service.state);
-    let config = options.load()?;
-    println!("server:      {}", config.server_url);
-    println!("state:       {}", config.state_dir.display());
-    let identity = match borealis_agent::identity(&config) {
-        Err(Error::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-            println!("enrolled:    no, the agent never ran with this state directory");
-            return Ok(ExitCode::from(3));
-        }
-        other => other?,
+    let settings = options.all_settings()?;
+    println!("server:      {}", settings.server_url.as_deref().unwrap_or("none is set"));
+    let state_dir = settings.state_dir()?;
+    println!("state:       {}", state_dir.display());
+    let Some(identity) = borealis_agent::identity(&state_dir)? else {
+        println!("enrolled:    no, the agent never ran with this state directory");
+        return Ok(ExitCode::from(3));
     };
     println!("fingerprint: {}", identity.fingerprint);
     if identity.enrolled {
@@ -205,26 +224,15 @@ fn status(options: &Options) -> Result<ExitCode> {
 }
 
 fn uninstall(options: &Options, purge: bool) -> Result<ExitCode> {
-    platform::current().uninstall_service()?;
+    let platform = platform::current();
+    platform.uninstall_service()?;
     if purge {
-        let path = options.config.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_CONFIG_PATH));
-        let present = Some(path.as_path()).filter(|path| path.exists());
-        if let Ok(config) = Config::load(options.settings(), present) {
-            // Only a directory that is an agent's: a mistyped path must cost nothing.
-            if config.state_dir.join("agent.json").exists() {
-                remove(std::fs::remove_dir_all(&config.state_dir), &config.state_dir)?;
-            }
-        }
-        if present.is_some() {
-            remove(std::fs::remove_file(&path), &path)?;
-        }
+        let config = options.config.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_CONFIG_PATH));
+        let state_dir = options.settings().or(Settings::read(&config)?.unwrap_or_default()).state_dir()?;
+        installation::purge(&*platform, &state_dir, &config, Path::new(PROGRAM_PATH))?;
     }
     println!("The agent is uninstalled.");
     Ok(ExitCode::SUCCESS)
-}
-
-fn remove(done: std::io::Result<()>, path: &Path) -> Result<()> {
-    done.map_err(|source| Error::File { path: path.to_owned(), source })
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {

@@ -4,7 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use borealis_protocol::rest::{
-    Details, Heartbeat, IngestResponse, Milestone, PATH_DETAILS, PATH_HEARTBEAT, PATH_STATUS, Role, RoleHealth, StatusReport,
+    Details, Heartbeat, IngestResponse, Milestone, PATH_DETAILS, PATH_HEARTBEAT, PATH_STATUS, PHASE_STOPPED, Role, RoleHealth,
+    StatusReport,
 };
 use borealis_protocol::{CONTEXT_SYSTEM, agent_id};
 use serde::Serialize;
@@ -23,6 +24,9 @@ use crate::scripts::Shared;
 const SERVICE_MODE: &str = "system";
 /// Milestones close together go out as one report.
 const SETTLE: Duration = Duration::from_millis(300);
+
+/// How long a stopping agent tries to tell the engine.
+const GOOD_BYE: Duration = Duration::from_secs(3);
 
 /// Steps of the start this agent has, in order (contract remote 8.1).
 const MILESTONES: [(&str, &str); 11] = [
@@ -237,6 +241,23 @@ impl Reporter {
                 () = tokio::time::sleep(pause) => {}
                 () = stop.cancelled() => return,
             }
+        }
+    }
+
+    /// Tells the engine that the agent stops, so that the device does not look as if it were there. Tried once.
+    pub(crate) async fn say_good_bye(&self) {
+        let report = StatusReport {
+            phase: PHASE_STOPPED.to_owned(),
+            status: "unknown".to_owned(),
+            message: "Agent stopped".to_owned(),
+            ..self.status.report()
+        };
+        let said = tokio::time::timeout(GOOD_BYE, async {
+            let bearer = self.account.bearer().await.ok()?;
+            self.client.post::<_, Value>(PATH_STATUS, Some(&bearer), &report).await.ok()
+        });
+        if !matches!(said.await, Ok(Some(_))) {
+            debug!("the engine was not told that the agent stops");
         }
     }
 

@@ -1,22 +1,22 @@
-//! Linux: bash, process groups, systemd.
+//! Linux: bash, process groups, files; systemd is in [`service`].
+
+mod service;
 
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command as StdCommand;
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, Uid, gethostname};
 use tokio::process::Command;
 
 use super::{Interpreter, Platform, ServiceSpec, ServiceState};
-use crate::{Error, Result};
+use crate::Result;
 
-const UNIT_NAME: &str = "borealis-agent.service";
-const UNIT_PATH: &str = "/etc/systemd/system/borealis-agent.service";
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Variables of the agent's environment a script may see.
@@ -32,17 +32,50 @@ impl Platform for Linux {
 
     fn private_dir(&self, path: &Path) -> io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-        let mode = std::fs::metadata(path)?.permissions().mode();
-        if mode & 0o077 != 0 {
-            std::fs::set_permissions(path, Permissions::from_mode(0o700))?;
+        // From here on the directory itself, wherever its path may lead in the next moment.
+        let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
+        let dir = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path).map_err(no_link)?;
+        let metadata = dir.metadata()?;
+        let own = Uid::effective();
+        if metadata.uid() != own.as_raw() {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                format!("belongs to another account (user {}; this is user {own}): it is not used", metadata.uid()),
+            ));
+        }
+        if metadata.permissions().mode() & 0o077 != 0 {
+            dir.set_permissions(Permissions::from_mode(0o700))?;
         }
         Ok(())
     }
 
     fn private_file(&self, path: &Path) -> io::Result<File> {
-        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-        if file.metadata()?.permissions().mode() & 0o077 != 0 {
-            file.set_permissions(Permissions::from_mode(0o600))?;
+        // One that is left over from a crash; or a link, which is not followed.
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+    }
+
+    fn own_file(&self, path: &Path, create: bool) -> io::Result<File> {
+        // A pipe in its place must not hold the agent up.
+        let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(create)
+            .create(create)
+            .mode(0o600)
+            .custom_flags(flags.bits())
+            .open(path)
+            .map_err(no_link)?;
+        let metadata = file.metadata()?;
+        let refused = |why: String| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        if !metadata.is_file() {
+            return refused("is not a file".to_owned());
+        }
+        if metadata.uid() != Uid::effective().as_raw() && metadata.uid() != 0 {
+            return refused(format!("belongs to another account (user {}): it is not used", metadata.uid()));
         }
         Ok(file)
     }
@@ -78,6 +111,10 @@ impl Platform for Linux {
         environment
     }
 
+    fn drain(&self) -> PathBuf {
+        PathBuf::from("/bin/cat")
+    }
+
     fn own_group(&self, command: &mut Command) {
         command.process_group(0);
     }
@@ -94,75 +131,63 @@ impl Platform for Linux {
         group(leader).is_ok_and(|group| !matches!(killpg(group, None), Err(Errno::ESRCH)))
     }
 
-    fn service_definition(&self, spec: &ServiceSpec) -> String {
-        // Scripts administer the machine, so the sandbox options of systemd would only break them. KillMode=mixed leaves
-        // the running script to the agent, which stops it and reports that.
-        format!(
-            "[Unit]\n\
-             Description=Borealis agent\n\
-             Wants=network-online.target\n\
-             After=network-online.target\n\
-             StartLimitIntervalSec=0\n\
-             \n\
-             [Service]\n\
-             Type=exec\n\
-             ExecStart={program} run --config {config}\n\
-             Restart=always\n\
-             RestartSec=5\n\
-             KillMode=mixed\n\
-             TimeoutStopSec=30\n\
-             OOMPolicy=continue\n\
-             \n\
-             [Install]\n\
-             WantedBy=multi-user.target\n",
-            program = unit_quote(&spec.program),
-            config = unit_quote(&spec.config_path),
-        )
+    fn process_mark(&self, process: u32) -> Option<String> {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+        // The name of the program may hold spaces and brackets; what follows it does not. The 22nd field is when it began.
+        let (_, fields) = stat.rsplit_once(") ")?;
+        let began = fields.split_whitespace().nth(19)?;
+        Some(format!("{} {began}", boot.trim()))
     }
 
-    fn may_manage_service(&self) -> Result<()> {
-        if !Uid::effective().is_root() {
-            return Err(Error::Service("this needs root: run it again with sudo".to_owned()));
-        }
-        if !Path::new("/run/systemd/system").exists() {
-            return Err(Error::Service(
-                "systemd does not run here: start `borealis-agent run` with the service manager of this machine".to_owned(),
-            ));
+    fn is_only_ours(&self, path: &Path) -> io::Result<()> {
+        let own = Uid::effective().as_raw();
+        let caller = std::env::var("SUDO_UID").ok().filter(|_| own == 0).and_then(|uid| uid.parse().ok());
+        for place in path.canonicalize()?.ancestors() {
+            let metadata = std::fs::metadata(place)?;
+            let (mode, owner) = (metadata.permissions().mode(), metadata.uid());
+            // In a sticky directory nobody replaces what belongs to another.
+            let shared = mode & 0o002 != 0 || (mode & 0o020 != 0 && metadata.gid() != 0);
+            let why = if ![0, own].contains(&owner) && Some(owner) != caller {
+                format!("{} belongs to user {owner}, who could have put something else there", place.display())
+            } else if shared && !(metadata.is_dir() && mode & 0o1000 != 0) {
+                format!("others may write to {} and could have put something else there", place.display())
+            } else {
+                continue;
+            };
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
         }
         Ok(())
     }
 
+    fn service_definition(&self, spec: &ServiceSpec) -> String {
+        service::definition(spec)
+    }
+
+    fn may_manage_service(&self) -> Result<()> {
+        service::may_manage()
+    }
+
     fn install_service(&self, spec: &ServiceSpec) -> Result<()> {
-        self.may_manage_service()?;
-        let unit = Path::new(UNIT_PATH);
-        let draft = Path::new("/etc/systemd/system/.borealis-agent.service.new");
-        std::fs::write(draft, self.service_definition(spec)).map_err(Error::file(draft))?;
-        std::fs::set_permissions(draft, Permissions::from_mode(0o644)).map_err(Error::file(draft))?;
-        std::fs::rename(draft, unit).map_err(Error::file(unit))?;
-        systemctl(&["daemon-reload"])?;
-        systemctl(&["enable", UNIT_NAME])?;
-        systemctl(&["restart", UNIT_NAME])
+        service::install(spec)
     }
 
     fn uninstall_service(&self) -> Result<()> {
-        let unit = Path::new(UNIT_PATH);
-        if !unit.exists() {
-            return Ok(());
-        }
-        self.may_manage_service()?;
-        systemctl(&["disable", "--now", UNIT_NAME])?;
-        std::fs::remove_file(unit).map_err(Error::file(unit))?;
-        systemctl(&["daemon-reload"])
+        service::uninstall()
     }
 
     fn service_state(&self) -> ServiceState {
-        let state = StdCommand::new("systemctl")
-            .args(["is-active", UNIT_NAME])
-            .output()
-            .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-            .unwrap_or_default();
-        let state = if state.is_empty() { "unknown".to_owned() } else { state };
-        ServiceState { installed: Path::new(UNIT_PATH).exists(), state }
+        service::state()
+    }
+}
+
+/// Says of a link that it is one.
+fn no_link(error: io::Error) -> io::Error {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ELOOP | Errno::ENOTDIR) => {
+            io::Error::new(io::ErrorKind::InvalidInput, "is a link, or not of the expected kind: links are not followed here")
+        }
+        _ => error,
     }
 }
 
@@ -174,39 +199,16 @@ fn group(leader: u32) -> io::Result<Pid> {
     }
 }
 
-/// A path as one word of a unit file: quoted, with the specifiers of systemd doubled.
-fn unit_quote(path: &Path) -> String {
-    let escaped = path.to_string_lossy().replace('\\', "\\\\").replace('"', "\\\"").replace('%', "%%").replace('$', "$$");
-    format!("\"{escaped}\"")
-}
-
-fn systemctl(arguments: &[&str]) -> Result<()> {
-    let output = StdCommand::new("systemctl")
-        .args(arguments)
-        .output()
-        .map_err(|error| Error::Service(format!("cannot run systemctl: {error}")))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(Error::Service(format!("systemctl {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim())))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn spec(program: &str) -> ServiceSpec {
-        ServiceSpec {
-            program: program.into(),
-            config_path: "/etc/borealis-agent/config.json".into(),
-            state_dir: "/var/lib/borealis-agent".into(),
-        }
-    }
 
     #[test]
     fn private_means_private_even_over_an_open_file() {
         let dir = tempfile::tempdir().unwrap();
         let inner = dir.path().join("a/b");
+        Linux.private_dir(&inner).unwrap();
+        std::fs::set_permissions(&inner, Permissions::from_mode(0o755)).unwrap();
         Linux.private_dir(&inner).unwrap();
         assert_eq!(std::fs::metadata(&inner).unwrap().permissions().mode() & 0o777, 0o700);
         let file = inner.join("f");
@@ -214,6 +216,43 @@ mod tests {
         std::fs::set_permissions(&file, Permissions::from_mode(0o644)).unwrap();
         drop(Linux.private_file(&file).unwrap());
         assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn links_are_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (real, link) = (dir.path().join("real"), dir.path().join("link"));
+        std::fs::create_dir(&real).unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        assert!(Linux.private_dir(&link).unwrap_err().to_string().contains("link"));
+        let (target, inside) = (dir.path().join("target"), real.join("inside"));
+        std::fs::write(&target, "precious").unwrap();
+        for create in [false, true] {
+            let _ = std::fs::remove_file(&inside);
+            std::os::unix::fs::symlink(&target, &inside).unwrap();
+            assert!(Linux.own_file(&inside, create).unwrap_err().to_string().contains("link"));
+        }
+        drop(Linux.private_file(&inside).unwrap());
+        assert!(std::fs::symlink_metadata(&inside).unwrap().is_file(), "the link has made room");
+        assert_eq!(std::fs::read_to_string(&target).unwrap(), "precious");
+    }
+
+    #[test]
+    fn what_belongs_to_another_account_is_not_used() {
+        if !Uid::effective().is_root() {
+            eprintln!("only the administrator can give a file away");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (foreign, file) = (dir.path().join("foreign"), dir.path().join("file"));
+        std::fs::create_dir(&foreign).unwrap();
+        std::fs::write(&file, "").unwrap();
+        for path in [&foreign, &file] {
+            std::os::unix::fs::chown(path, Some(12_345), None).unwrap();
+        }
+        for refusal in [Linux.private_dir(&foreign).unwrap_err(), Linux.own_file(&file, true).unwrap_err()] {
+            assert!(refusal.to_string().contains("another account (user 12345"), "{refusal}");
+        }
     }
 
     #[test]
@@ -225,22 +264,38 @@ mod tests {
     }
 
     #[test]
-    fn paths_are_one_word_in_the_unit() {
-        let unit = Linux.service_definition(&spec("/opt/my agent/50%\"$x"));
-        assert!(unit.contains(r#"ExecStart="/opt/my agent/50%%\"$$x" run --config"#), "{unit}");
+    fn a_place_that_others_may_write_to_is_found() {
+        if !Uid::effective().is_root() {
+            eprintln!("only the administrator can give a directory away");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (inner, program) = (dir.path().join("a"), dir.path().join("a/program"));
+        std::fs::create_dir(&inner).unwrap();
+        std::fs::write(&program, "").unwrap();
+        let mode = |path: &Path, mode| std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        mode(&program, 0o755);
+        mode(&inner, 0o755);
+        mode(dir.path(), 0o1777);
+        Linux.is_only_ours(&program).unwrap();
+        mode(&inner, 0o777);
+        assert!(Linux.is_only_ours(&program).unwrap_err().to_string().contains("others may write to"));
+        mode(&inner, 0o755);
+        mode(&program, 0o757);
+        assert!(Linux.is_only_ours(&program).unwrap_err().to_string().contains("others may write to"));
+        mode(&program, 0o755);
+        mode(dir.path(), 0o777);
+        assert!(Linux.is_only_ours(&program).unwrap_err().to_string().contains("others may write to"));
+        mode(dir.path(), 0o755);
+        std::os::unix::fs::chown(&inner, Some(12_345), None).unwrap();
+        assert!(Linux.is_only_ours(&program).unwrap_err().to_string().contains("user 12345"));
     }
 
     #[test]
-    fn the_unit_passes_systemds_own_check() {
-        let dir = tempfile::tempdir().unwrap();
-        let unit = dir.path().join(UNIT_NAME);
-        std::fs::write(&unit, Linux.service_definition(&spec("/bin/true"))).unwrap();
-        let Ok(output) = StdCommand::new("systemd-analyze").args(["verify", "--man=no"]).arg(&unit).output() else {
-            eprintln!("systemd-analyze is not installed here");
-            return;
-        };
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{said}");
-        assert!(!said.contains(UNIT_NAME), "{said}");
+    fn a_process_is_told_from_others_with_its_number() {
+        let own = Linux.process_mark(std::process::id()).unwrap();
+        assert_eq!(Linux.process_mark(std::process::id()).unwrap(), own);
+        assert_ne!(Linux.process_mark(1), Some(own));
+        assert_eq!(Linux.process_mark(u32::MAX), None);
     }
 }

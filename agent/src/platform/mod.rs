@@ -49,17 +49,24 @@ pub trait Platform: Send + Sync + std::fmt::Debug + 'static {
     /// Name of the machine, empty when it has none.
     fn hostname(&self) -> String;
 
-    /// Makes `path` and its parents; only the owner may enter `path`.
+    /// Makes `path` and its parents; only the owner may enter `path`, which must be a directory of this account and no link.
     ///
     /// # Errors
-    /// What the file system says.
+    /// What the file system says, or whose directory it is.
     fn private_dir(&self, path: &Path) -> io::Result<()>;
 
-    /// Creates or empties a file that only its owner can read.
+    /// Creates a file that only its owner can read, in the place of one that is there.
     ///
     /// # Errors
     /// What the file system says.
     fn private_file(&self, path: &Path) -> io::Result<File>;
+
+    /// Opens a file for reading, or creates it for its owner alone when `create`. It must be a file of this account or of the
+    /// administrator, and no link.
+    ///
+    /// # Errors
+    /// What the file system says, or whose file it is.
+    fn own_file(&self, path: &Path, create: bool) -> io::Result<File>;
 
     /// Makes a rename inside `dir` last through a power cut.
     ///
@@ -73,6 +80,9 @@ pub trait Platform: Send + Sync + std::fmt::Debug + 'static {
     /// The environment every script starts from. Never the agent's own, which may hold secrets.
     fn base_environment(&self) -> Vec<(OsString, OsString)>;
 
+    /// A program that reads its standard input to the end and does nothing with it.
+    fn drain(&self) -> PathBuf;
+
     /// Puts the process `command` will start, and all its children, in a group of its own.
     fn own_group(&self, command: &mut Command);
 
@@ -84,6 +94,16 @@ pub trait Platform: Send + Sync + std::fmt::Debug + 'static {
 
     /// Whether the group led by `leader` still has processes.
     fn group_alive(&self, leader: u32) -> bool;
+
+    /// What tells the process with this number from every other one that ever had it; none when there is no such process.
+    fn process_mark(&self, process: u32) -> Option<String>;
+
+    /// Whether nobody but the administrator (and who called for their rights, with `sudo`) can write to `path` and the directories it is
+    /// in.
+    ///
+    /// # Errors
+    /// Who else can, or what the file system says.
+    fn is_only_ours(&self, path: &Path) -> io::Result<()>;
 
     /// Text of the service definition, for checks and for people.
     fn service_definition(&self, spec: &ServiceSpec) -> String;

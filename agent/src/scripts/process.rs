@@ -12,8 +12,10 @@ use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use super::left_over::Note;
 use super::output::Captured;
 use crate::platform::{Interpreter, Platform};
 
@@ -21,7 +23,8 @@ use crate::platform::{Interpreter, Platform};
 pub(super) const GRACE: Duration = Duration::from_secs(5);
 /// How long a killed process may take to be gone; one that hangs in the kernel is left behind.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
-/// How long output is read on when the script has ended but something it started still holds its output open.
+/// How long output is read on when the script has ended but something it started still holds its output open. Then the run ends
+/// without it.
 const LINGER: Duration = Duration::from_secs(2);
 
 /// Why a script is to end early.
@@ -102,7 +105,10 @@ pub(super) async fn run(
         .kill_on_drop(true);
     platform.own_group(&mut command);
     let end = match command.spawn() {
-        Ok(child) => watch_over(platform, child, live, script.limit, &mut stop).await,
+        Ok(child) => {
+            let _note = child.id().map(|leader| Note::write(platform, &script.dir, script.job_id, leader));
+            watch_over(platform, child, live, script.limit, &mut stop).await
+        }
         Err(error) => End::NotStarted(format!("cannot start {}: {error}", script.interpreter.program.display())),
     };
     if let Err(error) = std::fs::remove_file(&file) {
@@ -119,10 +125,9 @@ async fn watch_over(
     stop: &mut watch::Receiver<Option<Stop>>,
 ) -> End {
     let leader = child.id();
-    let readers = [
-        child.stdout.take().map(|pipe| read(pipe, Arc::clone(live), Live::stdout)),
-        child.stderr.take().map(|pipe| read(pipe, Arc::clone(live), Live::stderr)),
-    ];
+    let over = CancellationToken::new();
+    let stdout = child.stdout.take().map(|pipe| read(pipe, Arc::clone(live), Live::stdout, over.clone()));
+    let stderr = child.stderr.take().map(|pipe| read(pipe, Arc::clone(live), Live::stderr, over.clone()));
     // A limit beyond what the clock can hold is no limit.
     let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
     let end = tokio::select! {
@@ -138,14 +143,37 @@ async fn watch_over(
     {
         end_group(platform, &mut child, leader).await;
     }
-    let linger = Instant::now() + LINGER;
-    for mut reader in readers.into_iter().flatten() {
-        tokio::select! {
-            _ = &mut reader => {}
-            () = sleep_until(linger) => reader.abort(),
-        }
-    }
+    let _lingering = tokio::spawn(async move {
+        sleep(LINGER).await;
+        over.cancel();
+    });
+    left_open(platform, stdout).await;
+    left_open(platform, stderr).await;
     end
+}
+
+/// Waits for a reader. What still holds the other end of its pipe may write on, although nobody looks at it any more.
+async fn left_open<R>(platform: &Arc<dyn Platform>, reader: Option<JoinHandle<Option<R>>>)
+where
+    R: TryInto<Stdio>,
+{
+    let Some(reader) = reader else { return };
+    if let Ok(Some(pipe)) = reader.await
+        && let Ok(pipe) = pipe.try_into()
+        && let Err(error) = keep_drained(platform, pipe)
+    {
+        warn!(%error, "what a script left running will fail when it writes to its output");
+    }
+}
+
+/// Reads `pipe` to its end in a process of its own, which goes on when the agent ends.
+fn keep_drained(platform: &Arc<dyn Platform>, pipe: Stdio) -> std::io::Result<()> {
+    let mut command = Command::new(platform.drain());
+    command.env_clear().current_dir("/").stdin(pipe).stdout(Stdio::null()).stderr(Stdio::null());
+    platform.own_group(&mut command);
+    let mut drain = command.spawn()?;
+    tokio::spawn(async move { drain.wait().await });
+    Ok(())
 }
 
 /// SIGTERM to the group, then SIGKILL to what is left of it after [`GRACE`].
@@ -171,17 +199,27 @@ async fn end_group(platform: &Arc<dyn Platform>, child: &mut Child, leader: u32)
     }
 }
 
-fn read<R>(mut pipe: R, live: Arc<Live>, stream: fn(&Live) -> MutexGuard<'_, Captured>) -> JoinHandle<()>
+/// Reads `pipe` to its end, or hands it back when it is `over`.
+fn read<R>(
+    mut pipe: R,
+    live: Arc<Live>,
+    stream: fn(&Live) -> MutexGuard<'_, Captured>,
+    over: CancellationToken,
+) -> JoinHandle<Option<R>>
 where
     R: AsyncRead + Unpin + Send + 'static,
 {
     tokio::spawn(async move {
         let mut buffer = vec![0u8; 16 * 1024];
         // Beyond the limit output is still read, or the script would stand still on a full pipe.
-        while let Ok(count) = pipe.read(&mut buffer).await {
-            match buffer.get(..count) {
-                Some(bytes) if count > 0 => stream(&live).push(bytes),
-                _ => break,
+        loop {
+            let count = tokio::select! {
+                count = pipe.read(&mut buffer) => count,
+                () = over.cancelled() => return Some(pipe),
+            };
+            match count.ok().and_then(|count| buffer.get(..count)) {
+                Some(bytes) if !bytes.is_empty() => stream(&live).push(bytes),
+                _ => return None,
             }
         }
     })
@@ -216,6 +254,8 @@ fn exit_code(status: ExitStatus) -> i32 {
 
 #[cfg(test)]
 mod tests {
+    use borealis_protocol::output::{CAP_BYTES, NOTES_BYTES};
+
     use super::*;
     use crate::platform;
 
@@ -300,22 +340,34 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn something_left_behind_does_not_hold_the_result_up() {
+    async fn what_a_script_leaves_running_lives_on_and_does_not_hold_the_result_up() {
         let (_keep, stop) = no_stop();
-        let ran = run_for("sleep 30 & echo $!", None, stop).await;
-        assert_eq!(ran.end, End::Exited(0));
+        let dir = tempfile::tempdir().unwrap();
+        let (go, done) = (dir.path().join("go"), dir.path().join("done"));
+        // It writes to both of its outputs after the run has ended, more than a pipe holds.
+        let text = format!(
+            "nohup bash -c 'until [ -e {go} ]; do sleep 0.1; done; head -c 300000 /dev/zero; echo >&2 x; echo y; touch {done}' &\necho started",
+            go = go.display(),
+            done = done.display()
+        );
+        let ran = run_for(&text, None, stop).await;
+        assert_eq!((ran.end, ran.stdout.as_str()), (End::Exited(0), "started\n"));
         assert!(ran.took < Duration::from_secs(10), "{:?}", ran.took);
-        let pid: i32 = ran.stdout.trim().parse().unwrap();
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+        std::fs::write(&go, "").unwrap();
+        let began = Instant::now();
+        while !done.exists() {
+            assert!(began.elapsed() < Duration::from_secs(10), "it died at its next write");
+            sleep(Duration::from_millis(20)).await;
+        }
     }
 
     #[tokio::test]
     async fn endless_output_fills_neither_memory_nor_the_pipe() {
         let (_keep, stop) = no_stop();
-        let ran = run_for("head -c 5000000 /dev/zero | tr '\\0' x; exit 4", None, stop).await;
+        let ran = run_for("seq 1 600000; echo the reason; exit 4", None, stop).await;
         assert_eq!(ran.end, End::Exited(4));
-        assert_eq!(ran.stdout.len(), borealis_protocol::events::OUTPUT_CAP_BYTES);
-        assert!(ran.stdout.ends_with("[output truncated]\n"));
+        assert!(ran.stdout.len() <= CAP_BYTES + NOTES_BYTES && ran.stdout.contains(" bytes of output left out here]\n"));
+        assert!(ran.stdout.starts_with("1\n2\n") && ran.stdout.ends_with("\n600000\nthe reason\n"));
     }
 
     #[tokio::test]

@@ -5,13 +5,14 @@ use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use borealis_protocol::envelope;
+use borealis_protocol::envelope::{self, Refusal};
 use borealis_protocol::events::{
-    Ack, PROGRESS_CAP_BYTES, QUICK_JOB_ACCEPTED, QUICK_JOB_CANCEL, QUICK_JOB_PROGRESS, QUICK_JOB_RESULT, QUICK_JOB_RUN,
-    QuickJobAccepted, QuickJobCancel, QuickJobProgress, QuickJobResult, QuickJobRun, REASON_AGENT_ERROR, REASON_AGENT_STOPPED,
-    REASON_CANCELLED, REASON_REFUSED, REASON_TIMED_OUT, STATUS_FAILED, STATUS_RUNNING, STATUS_SUCCESS, STATUS_TIMED_OUT,
+    Ack, DECLINED_DISK_ERROR, DECLINED_DISK_FULL, DECLINED_QUEUE_FULL, PROGRESS_CAP_BYTES, QUICK_JOB_ACCEPTED, QUICK_JOB_CANCEL,
+    QUICK_JOB_DECLINED, QUICK_JOB_PROGRESS, QUICK_JOB_RESULT, QUICK_JOB_RUN, QuickJobAccepted, QuickJobCancel, QuickJobDeclined,
+    QuickJobProgress, QuickJobResult, QuickJobRun, REASON_AGENT_ERROR, REASON_AGENT_STOPPED, REASON_CANCELLED, REASON_REFUSED,
+    REASON_TIMED_OUT, STATUS_FAILED, STATUS_RUNNING, STATUS_SUCCESS, STATUS_TIMED_OUT,
 };
 use serde_json::{Map, Value, json};
 use tokio::sync::{Notify, watch};
@@ -22,7 +23,7 @@ use super::process::{self, End, Live, Script, Stop};
 use super::store::{Known, Offer, Store, failure};
 use crate::account::Account;
 use crate::backoff::Backoff;
-use crate::clock::ServerClock;
+use crate::clock::{ServerClock, local_now};
 use crate::platform::Platform;
 use crate::socket::{Inbound, Session};
 
@@ -30,8 +31,13 @@ use crate::socket::{Inbound, Session};
 const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 /// How long the engine may take to acknowledge.
 const ACK_LIMIT: Duration = Duration::from_secs(30);
+/// How long the disk may not take that a script begins, before the job ends without having been run. The engine calls a device
+/// silent a minute after the script's limit.
+const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long a stopping agent tries to get rid of results; what is left goes out at the next start.
 const FAREWELL: Duration = Duration::from_secs(5);
+
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
 /// What the parts that handle scripts share.
 pub(crate) struct Shared {
@@ -116,44 +122,47 @@ impl Shared {
 
     async fn take(self: &Arc<Self>, run: QuickJobRun, session: &Session) -> Value {
         let job_id = run.job_id;
-        let now = self.clock.now();
-        let refusal = self.refusal(&run, now).map(|why| {
+        let refusal = self.refusal(&run, true).map(|why| {
             warn!(job_id, why, "refused a job");
             failure(job_id, Some(run.context.clone()), &why, REASON_REFUSED)
         });
-        let refused = refusal.is_some();
-        match self.on_disk(move |store| store.offer(&run, refusal, now)).await {
-            Ok(Offer::Taken) if refused => {
+        let declined = match self.on_disk(move |store| store.offer(&run, refusal, local_now())).await {
+            Ok(Offer::Ended) => {
                 self.results.notify_one();
-                json!({"status": "refused", "job_id": job_id})
+                return json!({"status": "refused", "job_id": job_id});
             }
             Ok(Offer::Taken) => {
                 info!(job_id, "took a job over");
                 self.work.notify_one();
                 session.emit_for_ack(QUICK_JOB_ACCEPTED, &QuickJobAccepted { job_id }).await;
-                json!({"status": "accepted", "job_id": job_id})
+                return json!({"status": "accepted", "job_id": job_id});
             }
             Ok(Offer::Known(Known::Underway)) => {
                 session.emit_for_ack(QUICK_JOB_ACCEPTED, &QuickJobAccepted { job_id }).await;
-                json!({"status": "accepted", "job_id": job_id})
+                return json!({"status": "accepted", "job_id": job_id});
             }
             Ok(Offer::Known(Known::Ended(result))) => {
                 session.emit_for_ack(QUICK_JOB_RESULT, &*result).await;
-                json!({"status": "finished", "job_id": job_id})
+                return json!({"status": "finished", "job_id": job_id});
             }
             Ok(Offer::Full) => {
                 warn!(job_id, "no room for another job");
-                json!({"error": "queue_full"})
+                DECLINED_QUEUE_FULL
             }
             Err(error) => {
                 error!(%error, job_id, "cannot store a job");
-                json!({"error": "store_failed"})
+                match error.kind() {
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => DECLINED_DISK_FULL,
+                    _ => DECLINED_DISK_ERROR,
+                }
             }
-        }
+        };
+        session.emit_for_ack(QUICK_JOB_DECLINED, &QuickJobDeclined { job_id, reason: declined.to_owned() }).await;
+        json!({"error": declined})
     }
 
-    /// Why this job must not be run, if so.
-    fn refusal(&self, run: &QuickJobRun, now: i64) -> Option<String> {
+    /// Why this job must not be run, if so; with `timely`, also because it comes too late.
+    fn refusal(&self, run: &QuickJobRun, timely: bool) -> Option<String> {
         if !run.target_hostname.trim().eq_ignore_ascii_case(&self.hostname) {
             return Some(format!("the job is for {}, this machine is {}", run.target_hostname.trim(), self.hostname));
         }
@@ -166,7 +175,10 @@ impl Shared {
         let Some(key) = self.account.engine_key(&run.signing_key, &run.signing_key_successions) else {
             return Some("the agent has no engine key to check the script's signature with".to_owned());
         };
-        envelope::verify(run, &key, &self.account.guid(), now).err().map(|why| why.to_string())
+        // Its time is judged below, by more than one clock.
+        let checked = envelope::verify(run, &key, &self.account.guid(), i64::MIN);
+        let late = timely && run.envelope.as_ref().is_some_and(|envelope| self.clock.is_past(envelope.not_after));
+        checked.err().or(late.then_some(Refusal::Expired)).map(|why| why.to_string())
     }
 
     async fn cancel(self: &Arc<Self>, cancel: QuickJobCancel) -> Value {
@@ -176,13 +188,13 @@ impl Shared {
             return json!({"status": "cancelling", "job_id": job_id});
         }
         let note = cancel_note(&cancel.reason);
-        let now = self.clock.now();
+        let now = local_now();
         let settled = self
             .on_disk(move |store| {
                 if store.knows(job_id) {
                     if store.is_waiting(job_id) {
                         let result = failure(job_id, store.context(job_id), &note, REASON_CANCELLED);
-                        store.finish(&result, now)?;
+                        store.finish(&result, now);
                     }
                 } else {
                     // The job itself may still be on its way; it must find itself ended.
@@ -240,13 +252,10 @@ impl Runner {
         let mut trouble = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
         while !stop.is_cancelled() {
             match shared.on_disk(Store::next_waiting).await {
-                Ok(Some(run)) => match run_one(&shared, run, &stop).await {
-                    Ok(()) => trouble.reset(),
-                    Err(error) => {
-                        error!(%error, "the disk does not take a job's state");
-                        pause(trouble.wait(None), &stop).await;
-                    }
-                },
+                Ok(Some(run)) => {
+                    trouble.reset();
+                    run_one(&shared, run, &stop).await;
+                }
                 Ok(None) => {
                     tokio::select! {
                         () = shared.work.notified() => {}
@@ -295,6 +304,9 @@ impl Runner {
 
     /// A last try before the agent ends.
     pub(crate) async fn farewell(shared: &Arc<Shared>) {
+        if let Err(error) = shared.on_disk(Store::save).await {
+            error!(%error, "the disk does not take the end of a job");
+        }
         if let Some(session) = shared.session() {
             let _ = tokio::time::timeout(FAREWELL, send_all(shared, &session)).await;
         }
@@ -309,6 +321,10 @@ enum Sent {
 
 async fn send_all(shared: &Arc<Shared>, session: &Session) -> Sent {
     let mut left = Sent::All;
+    if let Err(error) = shared.on_disk(Store::save).await {
+        warn!(%error, "the disk does not take the end of a job yet");
+        left = Sent::Later(None);
+    }
     for job_id in shared.store.unacknowledged() {
         let result = match shared.on_disk(move |store| store.result(job_id)).await {
             Ok(Some(result)) => result,
@@ -326,9 +342,8 @@ async fn send_all(shared: &Arc<Shared>, session: &Session) -> Sent {
             .and_then(|value| serde_json::from_value(value).ok());
         match ack {
             Some(ack) if ack.settles() => {
-                let now = shared.clock.now();
-                if let Err(error) = shared.on_disk(move |store| store.acknowledge(job_id, now)).await {
-                    error!(%error, job_id, "cannot store an acknowledgement");
+                if let Err(error) = shared.on_disk(move |store| store.acknowledge(job_id, local_now())).await {
+                    error!(%error, job_id, "cannot note an acknowledgement");
                     left = Sent::Later(None);
                 }
             }
@@ -343,37 +358,70 @@ async fn send_all(shared: &Arc<Shared>, session: &Session) -> Sent {
     left
 }
 
-async fn run_one(shared: &Arc<Shared>, run: QuickJobRun, stop: &CancellationToken) -> io::Result<()> {
+async fn run_one(shared: &Arc<Shared>, run: QuickJobRun, stop: &CancellationToken) {
     let job_id = run.job_id;
     let (send_stop, receive_stop) = watch::channel(None);
     *shared.current() = Some(Current { job_id, stop: send_stop.clone() });
-    let done = run_current(shared, run, stop, &send_stop, receive_stop).await;
+    let ended = run_current(shared, run, stop, &send_stop, receive_stop).await;
+    if let Some(result) = ended {
+        let kept = shared
+            .on_disk(move |store| {
+                store.finish(&result, local_now());
+                Ok(())
+            })
+            .await;
+        if let Err(error) = kept {
+            error!(%error, job_id, "cannot keep a result");
+        }
+    }
     *shared.current() = None;
     shared.results.notify_one();
-    done
 }
 
+/// Runs a waiting job: its result; none when it waits on or has ended otherwise.
 async fn run_current(
     shared: &Arc<Shared>,
     run: QuickJobRun,
     stop: &CancellationToken,
     send_stop: &watch::Sender<Option<Stop>>,
-    receive_stop: watch::Receiver<Option<Stop>>,
-) -> io::Result<()> {
+    mut receive_stop: watch::Receiver<Option<Stop>>,
+) -> Option<QuickJobResult> {
     let job_id = run.job_id;
     let context = run.context.clone();
-    let recovered = shared.recovered.lock().unwrap_or_else(PoisonError::into_inner).remove(&job_id).is_some();
+    let failed = |why: &str, reason| Some(failure(job_id, Some(context.clone()), why, reason));
     // A job that waited in this process came in time. One from before a restart may be long past it.
-    let now = if recovered { shared.clock.now() } else { i64::MIN };
-    let refusal = shared.refusal(&run, now).map(|why| failure(job_id, Some(context.clone()), &why, REASON_REFUSED));
-    let script = match (refusal, prepare(shared, &run)) {
-        (Some(result), _) => return finish(shared, result).await,
-        (None, Err(why)) => return finish(shared, failure(job_id, Some(context), &why, REASON_AGENT_ERROR)).await,
-        (None, Ok(script)) => script,
+    let recovered = shared.recovered.lock().unwrap_or_else(PoisonError::into_inner).remove(&job_id).is_some();
+    if let Some(why) = shared.refusal(&run, recovered) {
+        return failed(&why, REASON_REFUSED);
+    }
+    let script = match prepare(shared, &run) {
+        Ok(script) => script,
+        Err(why) => return failed(&why, REASON_AGENT_ERROR),
     };
-    let now = shared.clock.now();
-    if stop.is_cancelled() || !shared.on_disk(move |store| store.start(job_id, now)).await? {
-        return Ok(());
+    let mut trouble = Backoff::new(Duration::from_secs(1), Duration::from_secs(5));
+    let since = Instant::now();
+    loop {
+        if stop.is_cancelled() {
+            return None;
+        }
+        if let Some(Stop::Cancelled(why)) = &*receive_stop.borrow_and_update() {
+            return failed(&cancel_note(why), REASON_CANCELLED);
+        }
+        match shared.on_disk(move |store| store.start(job_id, local_now())).await {
+            Ok(true) => break,
+            Ok(false) => return None,
+            // The engine waits for it no longer than for a silent device.
+            Err(error) if since.elapsed() > START_LIMIT => {
+                return failed(&format!("the disk does not take that the script begins: {error}"), REASON_AGENT_ERROR);
+            }
+            Err(error) => {
+                error!(%error, job_id, "the disk does not take that a script begins");
+                tokio::select! {
+                    () = pause(trouble.wait(None), stop) => {}
+                    _ = receive_stop.changed() => {}
+                }
+            }
+        }
     }
     info!(job_id, name = %run.script_name, "script started");
     let live = Arc::new(Live::default());
@@ -384,28 +432,16 @@ async fn run_current(
         never = pass_on(stop, send_stop) => match never {},
     };
     info!(job_id, ?end, "script ended");
-    let result = to_result(job_id, context, run.timeout_seconds, &end, &live);
-    finish(shared, result).await
-}
-
-/// A result is worth many tries: without it on disk the engine would hear "outcome unknown" after a restart.
-async fn finish(shared: &Arc<Shared>, result: QuickJobResult) -> io::Result<()> {
-    let mut trouble = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
-    loop {
-        let (copy, now) = (result.clone(), shared.clock.now());
-        match shared.on_disk(move |store| store.finish(&copy, now)).await {
-            Ok(()) => return Ok(()),
-            Err(error) if trouble.failures() >= 8 => return Err(error),
-            Err(error) => {
-                error!(%error, job_id = result.job_id, "cannot store a result");
-                tokio::time::sleep(trouble.wait(None)).await;
-            }
-        }
-    }
+    Some(to_result(job_id, context, run.timeout_seconds, &end, &live))
 }
 
 fn prepare(shared: &Shared, run: &QuickJobRun) -> Result<Script, String> {
-    let content = borealis_protocol::keys::from_base64(&run.script_content).map_err(|error| format!("the script is {error}"))?;
+    let mut content =
+        borealis_protocol::keys::from_base64(&run.script_content).map_err(|error| format!("the script is {error}"))?;
+    // It is no part of a script: bash would take it for the beginning of the first command's name.
+    if content.starts_with(BYTE_ORDER_MARK) {
+        content.drain(..BYTE_ORDER_MARK.len());
+    }
     let interpreter = shared
         .platform
         .interpreter(&run.script_type)

@@ -1,77 +1,48 @@
-//! The jobs of one device on disk, one file each: received -> running -> finished -> acknowledged.
+//! The jobs of one device: received -> running -> finished -> acknowledged.
 //!
-//! Every step is on the disk before it has an effect, so that after a crash a job is run at most once and its end is
-//! reported at least once. Acknowledged jobs stay for a while, so that a job sent again is recognised.
+//! A job is on the disk before it is accepted, and marked running there before its script is started, so that after a crash it is run
+//! at most once and its end is reported at least once. An end that a full disk does not take is kept in memory, reported from there,
+//! and written when there is room. Acknowledged jobs stay for a while, so that a job sent again is recognised; what has been
+//! forgotten is refused by the time its signature ends, whatever any clock says.
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use borealis_protocol::events::{QuickJobResult, QuickJobRun, REASON_OUTCOME_UNKNOWN, STATUS_FAILED};
-use serde::{Deserialize, Serialize};
-use tracing::warn;
+use borealis_protocol::events::{QuickJobResult, QuickJobRun, REASON_OUTCOME_UNKNOWN, REASON_REFUSED};
+use tracing::{error, warn};
 
 use super::output;
+pub(crate) use super::record::failure;
+use super::record::{Entry, Folder, RESTARTED, Record, State, reach};
+use crate::Result;
 use crate::platform::Platform;
-use crate::{Error, Result, files};
 
 /// Jobs that are not yet acknowledged; beyond that the agent takes no more.
 pub const MAX_LIVE_JOBS: usize = 1000;
 /// Acknowledged jobs remembered.
 pub const MAX_REMEMBERED_JOBS: usize = 5000;
-/// How long acknowledged jobs are remembered, in seconds.
+/// How long acknowledged jobs are remembered by the machine's clock, after the last change and after their signature ended; in seconds.
 pub const REMEMBERED_SECONDS: i64 = 7 * 86_400;
 /// What is kept of each output stream of an acknowledged job.
 const REMEMBERED_OUTPUT_BYTES: usize = 4096;
 
-const UNREADABLE: &str = "the agent's record of this job became unreadable; outcome unknown";
-const RESTARTED: &str = "agent restarted while the script was running; outcome unknown";
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum State {
-    Received,
-    Running,
-    Finished,
-    Acked,
-}
-
-/// One file.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Record {
-    job_id: i64,
-    /// Order of arrival.
-    seq: u64,
-    state: State,
-    /// Epoch seconds of the last change.
-    changed_at: i64,
-    /// The job, until it has ended.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    run: Option<QuickJobRun>,
-    /// Its result, once it has ended.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    result: Option<QuickJobResult>,
-}
-
-/// What is known of a job without its file.
-#[derive(Debug, Clone, Copy)]
-struct Entry {
-    seq: u64,
-    state: State,
-    changed_at: i64,
-}
+const FORGOTTEN: &str = "the job is older than what this agent remembers: it may have been run before";
 
 struct Inner {
     entries: BTreeMap<i64, Entry>,
     next_seq: u64,
+    /// Ends of jobs that the disk did not take.
+    unsaved: BTreeMap<i64, Record>,
+    /// A job whose signature ends by then may have been here and be forgotten, in epoch seconds.
+    forgotten_until: i64,
 }
 
 /// The jobs of one device.
 #[derive(Clone)]
 pub struct Store {
-    platform: Arc<dyn Platform>,
-    dir: PathBuf,
+    folder: Folder,
     inner: Arc<Mutex<Inner>>,
 }
 
@@ -80,6 +51,8 @@ pub struct Store {
 pub enum Offer {
     /// It is new and on the disk now.
     Taken,
+    /// It is new and has ended without being run; the result is to be reported.
+    Ended,
     /// It was here before and must not be run again.
     Known(Known),
     /// There is no room.
@@ -97,102 +70,87 @@ pub enum Known {
 
 impl Store {
     /// Reads the jobs of `guid` below `state_dir` and settles what a crash left: a job found running gets a result that
-    /// says so. Jobs of other identities are removed, as nobody waits for them.
+    /// says so. `now` here and below is the machine's own time in epoch seconds.
     ///
     /// # Errors
-    /// A directory that cannot be used. Unreadable job files are moved aside, not fatal.
+    /// A directory that cannot be used. Unreadable job files are not fatal.
     pub fn open(platform: Arc<dyn Platform>, state_dir: &Path, guid: &str, now: i64) -> Result<Self> {
-        let jobs = state_dir.join("jobs");
-        // The GUID comes from the engine; only its letters, digits and dashes become a directory name.
-        let own: String = guid.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').collect();
-        let dir = jobs.join(if own.is_empty() { "none" } else { &own });
-        platform.private_dir(&jobs).map_err(Error::file(&jobs))?;
-        platform.private_dir(&dir).map_err(Error::file(&dir))?;
-        for other in std::fs::read_dir(&jobs).map_err(Error::file(&jobs))?.flatten() {
-            if other.path() != dir && other.file_type().is_ok_and(|kind| kind.is_dir()) {
-                let _ = std::fs::remove_dir_all(other.path());
-            }
+        let folder = Folder::open(platform, state_dir, guid)?;
+        let records = folder.load(now)?;
+        let mut inner = Inner {
+            entries: BTreeMap::new(),
+            next_seq: 1,
+            unsaved: BTreeMap::new(),
+            forgotten_until: folder.forgotten_until(now),
+        };
+        for record in &records {
+            inner.next_seq = inner.next_seq.max(record.seq.saturating_add(1));
+            inner.entries.insert(record.job_id, record.entry());
         }
-        let store = Self { platform, dir, inner: Arc::new(Mutex::new(Inner { entries: BTreeMap::new(), next_seq: 1 })) };
-        store.load(now)?;
-        Ok(store)
-    }
-
-    fn load(&self, now: i64) -> Result<()> {
-        let mut records = Vec::new();
-        for file in std::fs::read_dir(&self.dir).map_err(Error::file(&self.dir))?.flatten() {
-            let path = file.path();
-            match path.extension().and_then(|extension| extension.to_str()) {
-                Some("json") => {}
-                Some("new") => {
-                    // The draft of a write that never finished; what it was to replace is still there.
-                    let _ = std::fs::remove_file(&path);
-                    continue;
-                }
-                _ => continue,
-            }
-            let named = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
-            match (files::read_json::<Record>(&path), named) {
-                (Ok(Some(record)), Some(job_id)) if record.job_id == job_id => records.push(record),
-                (Ok(None), _) => {}
-                (_, Some(job_id)) => {
-                    // That the job was here is known all the same, and so it is not run again.
-                    warn!(job_id, "unreadable job file");
-                    let record = lost(job_id, Entry { seq: 0, state: State::Finished, changed_at: now });
-                    self.write(&record).map_err(Error::file(&path))?;
-                    records.push(record);
-                }
-                (_, None) => warn!(path = %path.display(), "not a job file"),
-            }
-        }
-        let mut inner = self.inner();
+        let store = Self { folder, inner: Arc::new(Mutex::new(inner)) };
+        let mut inner = store.inner();
         for mut record in records {
             if record.state == State::Running {
                 let context = record.run.take().map(|run| run.context);
                 record.result = Some(failure(record.job_id, context, RESTARTED, REASON_OUTCOME_UNKNOWN));
                 record.state = State::Finished;
                 record.changed_at = now;
-                self.write(&record).map_err(Error::file(&self.path(record.job_id)))?;
+                store.keep(&mut inner, record);
             }
-            inner.next_seq = inner.next_seq.max(record.seq.saturating_add(1));
-            inner.entries.insert(record.job_id, Entry { seq: record.seq, state: record.state, changed_at: record.changed_at });
         }
-        self.forget_old(&mut inner, now);
-        Ok(())
+        store.forget_old(&mut inner, now);
+        drop(inner);
+        Ok(store)
     }
 
     /// Takes a job over, unless it is known or there is no room. With `result` it has ended already (refused, cancelled
-    /// before it came) and is only to be reported.
+    /// before it came) and is only to be reported; so has one that is as old as what was forgotten.
     ///
     /// # Errors
     /// When the disk does not take it; then the job is not taken over.
     pub fn offer(&self, run: &QuickJobRun, result: Option<QuickJobResult>, now: i64) -> io::Result<Offer> {
         let mut inner = self.inner();
-        if let Some(entry) = inner.entries.get(&run.job_id) {
+        let inner = &mut *inner;
+        if let Some(entry) = inner.entries.get(&run.job_id).copied() {
             return Ok(Offer::Known(match entry.state {
                 State::Received | State::Running => Known::Underway,
                 State::Finished | State::Acked => {
-                    let record = self.read(&inner, run.job_id)?;
-                    record.result.map_or(Known::Underway, |result| Known::Ended(Box::new(result)))
+                    let result = self.read(inner, run.job_id)?.result.unwrap_or_default();
+                    Known::Ended(Box::new(QuickJobResult { job_id: run.job_id, ..result }))
                 }
             }));
         }
         if inner.entries.values().filter(|entry| entry.state != State::Acked).count() >= MAX_LIVE_JOBS {
             return Ok(Offer::Full);
         }
-        let state = if result.is_some() { State::Finished } else { State::Received };
-        let run = result.is_none().then(|| run.clone()).ok_or(run.job_id);
+        // Only of a job that is to be run the envelope has been checked.
+        let signed_until = run.envelope.as_ref().filter(|_| result.is_none()).map(|envelope| envelope.not_after);
+        let forgotten = signed_until.is_some_and(|until| until <= inner.forgotten_until);
+        let result =
+            result.or_else(|| forgotten.then(|| failure(run.job_id, Some(run.context.clone()), FORGOTTEN, REASON_REFUSED)));
+        let ended = result.is_some();
         let record = Record {
-            job_id: run.as_ref().map_or_else(|id| *id, |run| run.job_id),
+            job_id: run.job_id,
             seq: inner.next_seq,
-            state,
+            state: if ended { State::Finished } else { State::Received },
             changed_at: now,
-            run: run.ok(),
+            not_after: signed_until.unwrap_or_else(|| reach(now)),
+            run: (!ended).then(|| run.clone()),
             result,
         };
-        self.write(&record)?;
+        if ended {
+            inner.next_seq = inner.next_seq.saturating_add(1);
+            self.keep(inner, record);
+            return Ok(Offer::Ended);
+        }
+        self.flush(inner)?;
+        if let Err(error) = self.folder.write(&record) {
+            // Should it be there all the same, it must not be found at the next start: the engine hears that it was not taken.
+            let _ = self.folder.remove(record.job_id);
+            return Err(error);
+        }
         inner.next_seq = inner.next_seq.saturating_add(1);
-        inner.entries.insert(record.job_id, Entry { seq: record.seq, state, changed_at: now });
+        inner.entries.insert(record.job_id, record.entry());
         Ok(Offer::Taken)
     }
 
@@ -211,10 +169,7 @@ impl Store {
             }
             // There is nothing to run, and the engine hears so.
             record.state = State::Finished;
-            self.write(&record)?;
-            if let Some(entry) = inner.entries.get_mut(&job_id) {
-                entry.state = State::Finished;
-            }
+            self.keep(&mut inner, record);
         }
     }
 
@@ -228,37 +183,33 @@ impl Store {
         if !matches!(inner.entries.get(&job_id), Some(entry) if entry.state == State::Received) {
             return Ok(false);
         }
+        // Results in memory are few: no further script is started while there is no room for the last one's.
+        self.flush(&mut inner)?;
         let mut record = self.read(&inner, job_id)?;
         record.state = State::Running;
         record.changed_at = now;
-        self.write(&record)?;
-        if let Some(entry) = inner.entries.get_mut(&job_id) {
-            (entry.state, entry.changed_at) = (State::Running, now);
-        }
+        self.folder.write(&record)?;
+        inner.entries.insert(job_id, record.entry());
         Ok(true)
     }
 
-    /// Stores the result of a waiting or running job. A job that has ended keeps its first result.
-    ///
-    /// # Errors
-    /// When the disk does not take it; the job then stays as it was.
-    pub fn finish(&self, result: &QuickJobResult, now: i64) -> io::Result<()> {
+    /// Keeps the result of a waiting or running job. A job that has ended keeps its first result.
+    pub fn finish(&self, result: &QuickJobResult, now: i64) {
         let mut inner = self.inner();
-        let Some(entry) = inner.entries.get_mut(&result.job_id) else { return Ok(()) };
+        let Some(entry) = inner.entries.get(&result.job_id).copied() else { return };
         if matches!(entry.state, State::Finished | State::Acked) {
-            return Ok(());
+            return;
         }
         let record = Record {
             job_id: result.job_id,
             seq: entry.seq,
             state: State::Finished,
             changed_at: now,
+            not_after: entry.not_after,
             run: None,
             result: Some(result.clone()),
         };
-        self.write(&record)?;
-        (entry.state, entry.changed_at) = (State::Finished, now);
-        Ok(())
+        self.keep(&mut inner, record);
     }
 
     /// Ids of the jobs that wait to be run.
@@ -308,7 +259,7 @@ impl Store {
     /// The engine has the result: the job becomes a memory with a piece of its output, for as long as memories last.
     ///
     /// # Errors
-    /// When the disk does not take it; the result is then sent again later.
+    /// When its file cannot be read; the result is then sent again later.
     pub fn acknowledge(&self, job_id: i64, now: i64) -> io::Result<()> {
         let mut inner = self.inner();
         if !matches!(inner.entries.get(&job_id), Some(entry) if entry.state == State::Finished) {
@@ -325,12 +276,17 @@ impl Store {
                 }
             }
         }
-        self.write(&record)?;
-        if let Some(entry) = inner.entries.get_mut(&job_id) {
-            (entry.state, entry.changed_at) = (State::Acked, now);
-        }
+        self.keep(&mut inner, record);
         self.forget_old(&mut inner, now);
         Ok(())
+    }
+
+    /// Writes what the disk did not take before.
+    ///
+    /// # Errors
+    /// When it still does not.
+    pub fn save(&self) -> io::Result<()> {
+        self.flush(&mut self.inner())
     }
 
     /// Jobs waiting or running.
@@ -339,73 +295,85 @@ impl Store {
         self.inner().entries.values().filter(|entry| matches!(entry.state, State::Received | State::Running)).count()
     }
 
+    /// Keeps what a job has become, in memory where the disk does not take it. Its file then says less: that it runs, and the engine
+    /// hears after a restart that its outcome is unknown; that it waits, so the file is removed: it must not be run then.
+    fn keep(&self, inner: &mut Inner, record: Record) {
+        let waited = inner.entries.get(&record.job_id).is_some_and(|entry| entry.state == State::Received);
+        inner.entries.insert(record.job_id, record.entry());
+        let mut written = self.folder.write(&record);
+        if written.is_err() && waited {
+            written = self.folder.remove(record.job_id).and_then(|()| self.folder.write(&record));
+        }
+        match written {
+            Ok(()) => drop(inner.unsaved.remove(&record.job_id)),
+            Err(error) => {
+                error!(%error, job_id = record.job_id, "the disk does not take the end of a job: it is kept in memory");
+                inner.unsaved.insert(record.job_id, record);
+            }
+        }
+    }
+
+    fn flush(&self, inner: &mut Inner) -> io::Result<()> {
+        while let Some((job_id, record)) = inner.unsaved.first_key_value() {
+            let job_id = *job_id;
+            self.folder.write(record)?;
+            inner.unsaved.remove(&job_id);
+        }
+        Ok(())
+    }
+
     fn forget_old(&self, inner: &mut Inner, now: i64) {
         let mut acked: Vec<_> =
             inner.entries.iter().filter(|(_, e)| e.state == State::Acked).map(|(id, e)| (e.changed_at, e.seq, *id)).collect();
         acked.sort_unstable();
         let surplus = acked.len().saturating_sub(MAX_REMEMBERED_JOBS);
-        for (at, (changed_at, _, job_id)) in acked.into_iter().enumerate() {
-            if at >= surplus && now.saturating_sub(changed_at) <= REMEMBERED_SECONDS {
-                break;
+        let old = |entry: &Entry| now.saturating_sub(entry.changed_at.max(entry.not_after)) > REMEMBERED_SECONDS;
+        let forgotten: Vec<i64> = acked
+            .into_iter()
+            .enumerate()
+            .filter(|(at, (_, _, id))| *at < surplus || inner.entries.get(id).is_some_and(old))
+            .map(|(_, (_, _, id))| id)
+            .collect();
+        let until = forgotten.iter().filter_map(|id| inner.entries.get(id)).map(|entry| entry.not_after).max();
+        let Some(until) = until else { return };
+        if until > inner.forgotten_until {
+            // First this, so that none of them comes back as a new one.
+            if let Err(error) = self.folder.forget_until(until) {
+                warn!(%error, "cannot forget old jobs");
+                return;
             }
-            if std::fs::remove_file(self.path(job_id)).is_ok() {
+            inner.forgotten_until = until;
+        }
+        for job_id in forgotten {
+            if self.folder.remove(job_id).is_ok() {
                 inner.entries.remove(&job_id);
+                inner.unsaved.remove(&job_id);
             }
         }
     }
 
-    fn path(&self, job_id: i64) -> PathBuf {
-        self.dir.join(format!("{job_id}.json"))
-    }
-
-    /// The job's file. One that is gone or unreadable gives a record without a job and with a result that says so.
     fn read(&self, inner: &Inner, job_id: i64) -> io::Result<Record> {
-        let entry = inner.entries.get(&job_id).ok_or(io::ErrorKind::NotFound)?;
-        match std::fs::read(self.path(job_id)) {
-            Ok(bytes) => Ok(serde_json::from_slice(&bytes).unwrap_or_else(|_| lost(job_id, *entry))),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(lost(job_id, *entry)),
-            Err(error) => Err(error),
+        if let Some(record) = inner.unsaved.get(&job_id) {
+            return Ok(record.clone());
         }
-    }
-
-    fn write(&self, record: &Record) -> io::Result<()> {
-        files::replace_json(&*self.platform, &self.path(record.job_id), record)
+        let entry = inner.entries.get(&job_id).ok_or(io::ErrorKind::NotFound)?;
+        self.folder.read(job_id, *entry)
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        // Entries change only after their file did, one field at a time: a panic elsewhere leaves nothing half-done.
+        // Entries change one at a time, and with their file: a panic elsewhere leaves nothing half-done.
         self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-}
-
-fn lost(job_id: i64, entry: Entry) -> Record {
-    let result = Some(failure(job_id, None, UNREADABLE, REASON_OUTCOME_UNKNOWN));
-    Record { job_id, seq: entry.seq, state: entry.state, changed_at: entry.changed_at, run: None, result }
-}
-
-/// A result for a job that did not run to an end.
-pub(crate) fn failure(
-    job_id: i64,
-    context: Option<serde_json::Map<String, serde_json::Value>>,
-    stderr: &str,
-    reason: &str,
-) -> QuickJobResult {
-    QuickJobResult {
-        job_id,
-        status: STATUS_FAILED.to_owned(),
-        stderr: stderr.to_owned(),
-        context,
-        reason: Some(reason.to_owned()),
-        ..QuickJobResult::default()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use borealis_protocol::envelope::Envelope;
+    use borealis_protocol::events::{STATUS_SUCCESS, STATUS_TIMED_OUT};
+    use serde_json::json;
+
     use super::*;
     use crate::platform;
-    use borealis_protocol::events::STATUS_SUCCESS;
-    use serde_json::json;
 
     const GUID: &str = "0D2F7B1A-0000-4000-8000-00000000ABCD";
 
@@ -432,8 +400,8 @@ mod tests {
         assert!(store.start(7, 1000).unwrap());
         assert!(!store.start(7, 1000).unwrap(), "a second start is refused");
         assert_eq!(offer(&store), Offer::Known(Known::Underway));
-        store.finish(&success(7, "out"), 1000).unwrap();
-        store.finish(&success(7, "other"), 1000).unwrap();
+        store.finish(&success(7, "out"), 1000);
+        store.finish(&success(7, "other"), 1000);
         let ended = Offer::Known(Known::Ended(Box::new(success(7, "out"))));
         assert_eq!(offer(&store), ended, "the first result stays");
         store.acknowledge(7, 1000).unwrap();
@@ -461,9 +429,9 @@ mod tests {
         assert_eq!(store.next_waiting().unwrap().unwrap().job_id, 1, "a started job is never started again");
         assert_eq!(store.unacknowledged(), [3]);
         let result = store.result(3).unwrap().unwrap();
-        assert_eq!((result.status.as_str(), result.stderr.as_str()), (STATUS_FAILED, RESTARTED));
+        assert_eq!((result.status.as_str(), result.stderr.as_str()), (STATUS_TIMED_OUT, RESTARTED));
         assert_eq!(result.context, Some(job(3).context));
-        store.finish(&success(1, "x"), 1002).unwrap();
+        store.finish(&success(1, "x"), 1002);
         drop(store);
 
         let store = open(dir.path());
@@ -478,16 +446,79 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = open(dir.path());
         store.offer(&job(1), None, 1000).unwrap();
-        store.finish(&success(1, &"é".repeat(100_000)), 1000).unwrap();
+        store.finish(&success(1, &"é".repeat(100_000)), 1000);
         store.acknowledge(1, 1000).unwrap();
         let Offer::Known(Known::Ended(result)) = store.offer(&job(1), None, 1000).unwrap() else { panic!("not known") };
         assert!(result.stdout.len() <= REMEMBERED_OUTPUT_BYTES && result.truncated == Some(true));
         drop(store);
-        let store = Store::open(platform::current(), dir.path(), GUID, 1000 + REMEMBERED_SECONDS).unwrap();
+        let end = reach(1000) + REMEMBERED_SECONDS;
+        let store = Store::open(platform::current(), dir.path(), GUID, end).unwrap();
         assert!(store.knows(1));
         drop(store);
-        let store = Store::open(platform::current(), dir.path(), GUID, 1001 + REMEMBERED_SECONDS).unwrap();
+        let store = Store::open(platform::current(), dir.path(), GUID, end + 1).unwrap();
         assert!(!store.knows(1));
+    }
+
+    fn signed(job_id: i64, not_after: i64) -> QuickJobRun {
+        QuickJobRun { envelope: Some(Envelope { not_after, ..envelope() }), ..job(job_id) }
+    }
+
+    fn envelope() -> Envelope {
+        serde_json::from_value(json!({"v": 2, "job_id": 1, "device_guid": GUID, "script_sha256": "", "script_type": "bash",
+            "env_sha256": "", "timeout_seconds": 0, "run_mode": "system", "not_after": 0}))
+        .unwrap()
+    }
+
+    #[test]
+    fn what_was_forgotten_is_refused_whatever_the_clock_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path());
+        let run = |store: &Store, job_id, not_after, now| {
+            assert_eq!(store.offer(&signed(job_id, not_after), None, now).unwrap(), Offer::Taken, "{job_id}");
+            store.finish(&success(job_id, ""), now);
+            store.acknowledge(job_id, now).unwrap();
+        };
+        run(&store, 1, 90_000, 1000);
+        // Not before the signature has ended long ago.
+        run(&store, 2, 100_000, 90_000 + REMEMBERED_SECONDS);
+        assert!(store.knows(1));
+        // The machine's clock jumps ahead, and back.
+        run(&store, 3, 200_000, 95_000 + REMEMBERED_SECONDS);
+        assert!(!store.knows(1) && store.knows(2));
+        for store in [store, open(dir.path())] {
+            let again = store.offer(&signed(1, 90_000), None, 1000).unwrap();
+            assert!(matches!(again, Offer::Ended | Offer::Known(Known::Ended(_))), "{again:?}");
+            assert_eq!(store.result(1).unwrap().unwrap().reason.as_deref(), Some(REASON_REFUSED));
+            assert_eq!(store.next_waiting().unwrap(), None);
+        }
+        // What the engine signs from now on is newer.
+        run(&open(dir.path()), 4, 90_001, 1000);
+        // An end that nobody has signed counts for nothing.
+        let store = open(dir.path());
+        let refused = failure(5, None, "no", REASON_REFUSED);
+        store.offer(&signed(5, i64::MAX), Some(refused), 1000).unwrap();
+        store.acknowledge(5, 1000).unwrap();
+        run(&store, 6, 300_000, 1000 + 4 * REMEMBERED_SECONDS);
+        assert!(!store.knows(5));
+        run(&store, 7, 300_001, 1000);
+    }
+
+    #[test]
+    fn so_is_what_was_forgotten_for_want_of_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path());
+        {
+            let mut inner = store.inner();
+            for id in 0..i64::try_from(MAX_REMEMBERED_JOBS).unwrap() {
+                inner.entries.insert(id, Entry { seq: 1, state: State::Acked, changed_at: 1000 + id, not_after: 90_000 + id });
+            }
+        }
+        store.offer(&signed(-1, 99_000), None, 99_000).unwrap();
+        store.finish(&success(-1, ""), 99_000);
+        store.acknowledge(-1, 99_000).unwrap();
+        assert!(!store.knows(0) && store.knows(1));
+        assert_eq!(store.offer(&signed(0, 90_000), None, 1000).unwrap(), Offer::Ended);
+        assert_eq!(store.offer(&signed(-2, 90_001), None, 1000).unwrap(), Offer::Taken);
     }
 
     #[test]
@@ -497,7 +528,7 @@ mod tests {
         {
             let mut inner = store.inner();
             for id in 0..i64::try_from(MAX_LIVE_JOBS).unwrap() {
-                inner.entries.insert(id, Entry { seq: 1, state: State::Finished, changed_at: 0 });
+                inner.entries.insert(id, Entry { seq: 1, state: State::Finished, changed_at: 0, not_after: 0 });
             }
         }
         assert_eq!(store.offer(&job(-1), None, 1000).unwrap(), Offer::Full);
@@ -517,7 +548,7 @@ mod tests {
         assert_eq!(store.next_waiting().unwrap(), Some(job(1)));
         std::fs::write(own.join("1.json"), "{").unwrap();
         assert_eq!(store.next_waiting().unwrap(), None, "also when it breaks while the agent runs");
-        assert_eq!(store.result(1).unwrap().unwrap().stderr, UNREADABLE);
+        assert!(store.result(1).unwrap().unwrap().stderr.contains("unreadable"));
         store.acknowledge(1, 1000).unwrap();
         assert_eq!(store.unacknowledged(), [2, 9]);
         let other = Store::open(platform::current(), dir.path(), "../../OTHER", 1000).unwrap();
@@ -530,7 +561,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = open(dir.path());
         let refusal = failure(5, None, "no", "refused");
-        assert_eq!(store.offer(&job(5), Some(refusal.clone()), 1000).unwrap(), Offer::Taken);
+        assert_eq!(store.offer(&job(5), Some(refusal.clone()), 1000).unwrap(), Offer::Ended);
         assert_eq!(store.next_waiting().unwrap(), None);
         assert_eq!(store.unacknowledged(), [5]);
         assert_eq!(store.offer(&job(5), None, 1000).unwrap(), Offer::Known(Known::Ended(Box::new(refusal))));
