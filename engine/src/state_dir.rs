@@ -60,7 +60,9 @@ fn belongs_to_us(metadata: &fs::Metadata) -> std::io::Result<()> {
 /// Says of a link that it is one.
 fn no_link(error: std::io::Error) -> std::io::Error {
     match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::ELOOP | Errno::ENOTDIR) => std::io::Error::other("it is a link, and links are not followed here; name the place itself"),
+        Some(Errno::ELOOP | Errno::ENOTDIR) => {
+            std::io::Error::other("it is a link, and links are not followed here; name the place itself")
+        }
         _ => error,
     }
 }

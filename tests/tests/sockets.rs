@@ -328,7 +328,11 @@ async fn a_script_that_an_agent_could_not_take_is_offered_again() {
     let (engine, site) = engine().await;
     let pool = &engine.database.pool;
     let error = async |job: i64| -> Option<String> {
-        sqlx::query_scalar("SELECT error FROM activity_history WHERE id = $1").bind(job).fetch_one(pool).await.expect("the activity")
+        sqlx::query_scalar("SELECT error FROM activity_history WHERE id = $1")
+            .bind(job)
+            .fetch_one(pool)
+            .await
+            .expect("the activity")
     };
     let own = machine(&engine, site).await;
     let mut socket = own.connect(&engine, dedup()).await;
@@ -342,11 +346,12 @@ async fn a_script_that_an_agent_could_not_take_is_offered_again() {
     // Not at once, and within a minute.
     engine.app.hub.deliver(&[own.guid]).await;
     assert!(socket.silent("quick_job_run", Duration::from_secs(3)).await);
-    let wait: f64 = sqlx::query_scalar("SELECT extract(epoch FROM offer_after - now())::float8 FROM activity_history WHERE id = $1")
-        .bind(job)
-        .fetch_one(pool)
-        .await
-        .expect("a time");
+    let wait: f64 =
+        sqlx::query_scalar("SELECT extract(epoch FROM offer_after - now())::float8 FROM activity_history WHERE id = $1")
+            .bind(job)
+            .fetch_one(pool)
+            .await
+            .expect("a time");
     assert!(wait < 50.0, "{wait}");
     sqlx::query("UPDATE activity_history SET offer_after = now()").execute(pool).await.expect("an update");
     assert_eq!(socket.event("quick_job_run").await["job_id"], job);
