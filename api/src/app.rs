@@ -14,7 +14,7 @@ use borealis_engine::{Error, Kind};
 use serde_json::Value;
 use tower_http::catch_panic::CatchPanicLayer;
 use utoipa::openapi::{
-    InfoBuilder, OpenApi,
+    InfoBuilder, OpenApi, RefOr,
     security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme},
 };
 
@@ -26,8 +26,6 @@ use crate::{
     state::App,
 };
 
-/// The largest body of a route that does not say otherwise, in bytes.
-pub const BODY_LIMIT: usize = 1024 * 1024;
 /// The largest body of any route, in bytes: an agent's inventory. What claims to be larger is refused unread.
 pub const LARGEST_BODY: u64 = 32 * 1024 * 1024;
 /// The longest request target, in bytes.
@@ -46,7 +44,6 @@ pub fn build(app: &App) -> (Router, OpenApi, Vec<Entry>) {
         .merge(crate::sockets::routes())
         .fallback(|| async { ApiError(Error::new(Kind::NotFound, "not_found", "There is no such route.")) })
         .method_not_allowed_fallback(method_not_allowed)
-        .layer(axum::extract::DefaultBodyLimit::max(BODY_LIMIT))
         .layer(Extension(Document::new(&document)))
         .layer(middleware::from_fn(time_limit))
         .layer(CatchPanicLayer::custom(panicked))
@@ -87,7 +84,7 @@ fn describe(document: &mut OpenApi, table: &[Entry]) {
     components.add_security_scheme("session_token", bearer("The token that sign-in returned."));
     components.add_security_scheme("api_token", bearer("An API token of an operator, with the scope that is named with it."));
     components.add_security_scheme("device_token", bearer("The access token of an enrolled device."));
-    for Entry { method, path, class, token_scope } in table {
+    for Entry { method, path, class, token_scope, body_bytes } in table {
         let Some(item) = document.paths.paths.get_mut(path) else { continue };
         let operation = match method.as_str() {
             "GET" => item.get.as_mut(),
@@ -99,6 +96,10 @@ fn describe(document: &mut OpenApi, table: &[Entry]) {
         };
         let Some(operation) = operation else { continue };
         operation.operation_id = Some(operation_id(method, path));
+        if let Some(RefOr::T(body)) = &mut operation.request_body {
+            let said = body.description.take().map(|said| format!(" {said}")).unwrap_or_default();
+            body.description = Some(format!("At most {} KiB.{said}", body_bytes / 1024));
+        }
         // The first sentence of a handler's comment is the summary; what follows in the same paragraph explains.
         if let Some(text) = operation.summary.take().map(|text| text.replace('\n', " ")) {
             let (summary, rest) = text.split_once(". ").unwrap_or((&text, ""));

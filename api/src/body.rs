@@ -1,14 +1,25 @@
 //! What a request carries, with answers a person can act on: the field and the reason, never a panic or a silent default.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use axum::{
-    body::Bytes,
-    extract::{FromRequest, FromRequestParts, Query, Request, rejection::BytesRejection},
-    http::request::Parts,
+    body::{Bytes, HttpBody},
+    extract::{FromRequest, FromRequestParts, Query, Request},
+    http::{header, request::Parts},
 };
-use borealis_engine::{Error, Kind};
+use borealis_engine::{
+    Error, Kind,
+    json::{self, Limits},
+    work,
+};
+use bytes::BytesMut;
+use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 
-use crate::errors::ApiError;
+use crate::{
+    errors::ApiError,
+    room::{Held, NOT_COUNTED, Room, Rooms},
+};
 
 /// A JSON body. Unknown fields are refused where the type says `deny_unknown_fields`.
 ///
@@ -28,54 +39,93 @@ pub struct Params<T>(pub T);
 #[derive(Debug, Clone)]
 pub struct Path<T>(pub T);
 
-/// The bytes of a body, bounded by the route's limit.
+/// The most that the body of a route may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BodyLimit {
+    /// Bytes.
+    pub bytes: usize,
+    /// Values of its JSON, as [`json::Size::values`] counts them.
+    pub values: usize,
+}
+
+impl BodyLimit {
+    /// Of routes that do not say otherwise.
+    pub const USUAL: Self = Self { bytes: 1024 * 1024, values: 50_000 };
+    /// Of routes that anybody may call. The largest such body is the answer of an authenticator.
+    pub const ANONYMOUS: Self = Self { bytes: 64 * 1024, values: 1_000 };
+}
+
+/// Where the guard of a route has room taken for a body, and in whose name.
+#[derive(Debug, Clone)]
+pub struct Admission {
+    rooms: Rooms,
+    holder: String,
+    held: Arc<Mutex<Vec<Held>>>,
+}
+
+impl Admission {
+    /// For one request of `holder`. What is taken is held until the last copy of this is dropped.
+    #[must_use]
+    pub fn new(rooms: &Rooms, holder: String) -> Self {
+        Self { rooms: rooms.clone(), holder, held: Arc::default() }
+    }
+
+    async fn take(&self, room: &Arc<Room>, bytes: usize) -> Result<(), ApiError> {
+        if bytes > NOT_COUNTED {
+            let held = room.take(&self.holder, bytes).await?;
+            self.held.lock().unwrap_or_else(PoisonError::into_inner).push(held);
+        }
+        Ok(())
+    }
+}
+
+fn too_large() -> ApiError {
+    ApiError(Error::new(Kind::TooLarge, "body_too_large", "The request body is larger than this route accepts."))
+}
+
+/// The bytes of a JSON body: within the route's limit of bytes and of values, and with room taken for them and for the tree that
+/// will be built of them. Every body is read here.
 ///
 /// # Errors
-/// 413 `body_too_large` past the limit, 400 `invalid_body` when the connection broke.
-pub async fn bytes<S: Send + Sync>(request: Request, state: &S) -> Result<Bytes, ApiError> {
-    Bytes::from_request(request, state).await.map_err(|rejection| {
-        ApiError(match rejection {
-            BytesRejection::FailedToBufferBody(error) if error.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE => {
-                Error::new(Kind::TooLarge, "body_too_large", "The request body is larger than this route accepts.")
-            }
-            _ => Error::invalid("invalid_body", "The request body could not be read."),
-        })
-    })
-}
-
-/// How deep the arrays and objects of a body may be nested.
-pub const MAX_DEPTH: usize = 64;
-
-/// How deep arrays and objects are nested in what is JSON; anything in what is not.
-fn depth(bytes: &[u8]) -> usize {
-    let (mut now, mut most) = (0_usize, 0_usize);
-    let (mut in_text, mut escaped) = (false, false);
-    for byte in bytes {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' if in_text => escaped = true,
-            b'"' => in_text = !in_text,
-            _ if in_text => {}
-            b'[' | b'{' => {
-                now += 1;
-                most = most.max(now);
-            }
-            b']' | b'}' => now = now.saturating_sub(1),
-            _ => {}
-        }
+/// 413 `body_too_large` past the limit, 400 `invalid_body` when the connection broke, 400 `invalid_json` when it has too many values
+/// or levels, 503 `busy` when too much is being worked on.
+pub async fn bytes(request: Request) -> Result<Bytes, ApiError> {
+    let admission = request.extensions().get::<Admission>().cloned();
+    let limit = request.extensions().get::<BodyLimit>().copied().unwrap_or(BodyLimit::USUAL);
+    let length = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    if length.is_some_and(|length| length > limit.bytes) {
+        return Err(too_large());
     }
-    most
+    if let Some(admission) = &admission
+        && !request.body().is_end_stream()
+    {
+        admission.take(&admission.rooms.bodies, length.unwrap_or(limit.bytes)).await?;
+    }
+    let mut body = request.into_body();
+    // With a length that is known the memory is as large as the body, and is used as the body comes.
+    let mut bytes = BytesMut::with_capacity(length.unwrap_or(0));
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| ApiError(Error::invalid("invalid_body", "The request body could not be read.")))?;
+        let Some(data) = frame.data_ref() else { continue };
+        if bytes.len() + data.len() > limit.bytes {
+            return Err(too_large());
+        }
+        bytes.extend_from_slice(data);
+    }
+    let bytes = bytes.freeze();
+    let measured = bytes.clone();
+    let size = work::sized(bytes.len(), move || json::measure(&measured, Limits::values(limit.values))).await??;
+    if let Some(admission) = &admission {
+        admission.take(&admission.rooms.trees, size.tree_bytes()).await?;
+    }
+    Ok(bytes)
 }
 
-/// Reads JSON from `bytes`, naming the field and the place of the fault.
+/// Reads JSON from `bytes`, which [`bytes`](fn@bytes) has read, naming the field and the place of the fault.
 ///
 /// # Errors
 /// 400 `invalid_json`.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
-    if depth(bytes) > MAX_DEPTH {
-        let why = format!("The request body is nested more than {MAX_DEPTH} levels deep.");
-        return Err(ApiError(Error::invalid("invalid_json", why)));
-    }
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
@@ -83,6 +133,17 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     })?;
     json.end().map_err(|error| unreadable(None, &error))?;
     Ok(value)
+}
+
+/// Reads what a tree says, naming the field of a fault.
+///
+/// # Errors
+/// 400 `invalid_json`.
+pub fn from_value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, ApiError> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let path = error.path().to_string();
+        unreadable(Some(path).filter(|path| path != "." && path != "?"), error.inner())
+    })
 }
 
 /// Reads a JSON object. Deriving readers take an array for a struct too, its fields by position; no client should.
@@ -104,23 +165,24 @@ fn unreadable(field: Option<String>, error: &serde_json::Error) -> ApiError {
     ApiError(invalid)
 }
 
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
+impl<T: DeserializeOwned + Send + 'static, S: Send + Sync> FromRequest<S> for Json<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        object(&bytes(request, state).await?).map(Self)
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        let bytes = bytes(request).await?;
+        work::sized(bytes.len(), move || object(&bytes).map(Self)).await?
     }
 }
 
-impl<T: DeserializeOwned + Default, S: Send + Sync> FromRequest<S> for OptionalJson<T> {
+impl<T: DeserializeOwned + Default + Send + 'static, S: Send + Sync> FromRequest<S> for OptionalJson<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let bytes = bytes(request, state).await?;
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        let bytes = bytes(request).await?;
         if bytes.iter().all(u8::is_ascii_whitespace) {
             return Ok(Self(T::default()));
         }
-        object(&bytes).map(Self)
+        work::sized(bytes.len(), move || object(&bytes).map(Self)).await?
     }
 }
 
@@ -156,16 +218,43 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T>
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_body_is_nested_so_deep_and_no_deeper() {
-        let nested = |levels: usize| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
-        assert!(parse::<serde_json::Value>(nested(MAX_DEPTH).as_bytes()).is_ok());
-        let refused = parse::<serde_json::Value>(nested(MAX_DEPTH + 1).as_bytes()).unwrap_err();
-        assert_eq!(refused.0.code, "invalid_json");
-        // What looks like it inside a text is none.
-        let text = serde_json::json!({"a": "\\\"".to_owned() + &"[{".repeat(100), "b": [1]}).to_string();
-        assert_eq!(depth(text.as_bytes()), 2);
-        assert!(parse::<serde_json::Value>(text.as_bytes()).is_ok());
+    fn request(limit: BodyLimit, length: Option<usize>, text: &str) -> Request {
+        let mut request = Request::new(axum::body::Body::from(text.to_owned()));
+        if let Some(length) = length {
+            request.headers_mut().insert(header::CONTENT_LENGTH, length.into());
+        }
+        let rooms = Rooms { bodies: Room::new(1 << 20, 1 << 20), trees: Room::new(1 << 20, 1 << 20) };
+        request.extensions_mut().insert(limit);
+        request.extensions_mut().insert(Admission::new(&rooms, "x".to_owned()));
+        request
+    }
+
+    #[tokio::test]
+    async fn a_body_is_bounded_in_bytes_values_and_levels() {
+        let limit = BodyLimit { bytes: 1_000, values: 10 };
+        let read = async |length: Option<usize>, text: &str| match bytes(request(limit, length, text)).await {
+            Ok(_) => "read",
+            Err(ApiError(error)) => error.code,
+        };
+        let padded = |size: usize| format!("{:<size$}", "{}");
+        assert_eq!(read(None, &padded(1_000)).await, "read");
+        assert_eq!(read(None, &padded(1_001)).await, "body_too_large");
+        assert_eq!(read(Some(1_001), "").await, "body_too_large", "not read at all");
+        assert_eq!(read(None, "[0,0,0,0,0,0,0,0,0,0]").await, "read");
+        assert_eq!(read(None, "[0,0,0,0,0,0,0,0,0,0,0]").await, "invalid_json");
+        assert_eq!(read(None, &"[".repeat(json::DEPTH + 1)).await, "invalid_json");
+    }
+
+    #[tokio::test]
+    async fn room_is_taken_for_the_body_and_the_tree_until_the_request_ends() {
+        let request = request(BodyLimit { bytes: 1 << 20, values: 1 << 20 }, None, &format!("[{}]", vec!["0"; 400].join(",")));
+        let admission = request.extensions().get::<Admission>().cloned().unwrap();
+        let read = bytes(request).await.unwrap();
+        assert_eq!(read.len(), 801);
+        assert_eq!((admission.rooms.bodies.taken(), admission.rooms.trees.taken()), (1 << 20, 400 * json::BYTES_PER_VALUE));
+        let rooms = admission.rooms.clone();
+        drop(admission);
+        assert_eq!((rooms.bodies.taken(), rooms.trees.taken()), (0, 0));
     }
 
     #[derive(Debug, Default, serde::Deserialize)]

@@ -10,7 +10,7 @@ use borealis_engine::{
 use tokio_util::sync::CancellationToken;
 
 pub use crate::settings::Settings;
-use crate::sockets::Hub;
+use crate::{room::RoomOfAll, sockets::Hub};
 
 /// The application state: cheap to clone.
 #[derive(Debug, Clone)]
@@ -33,6 +33,8 @@ pub struct Inner {
     pub keys: Keys,
     /// Sockets.
     pub hub: Hub,
+    /// The memory that bodies of requests may hold at once.
+    pub rooms: RoomOfAll,
 }
 
 impl App {

@@ -10,7 +10,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use borealis_protocol::canonical;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value, json, value::RawValue};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -18,11 +18,14 @@ use crate::{
     audit::{self, Entry},
     error::{Error, Kind, Result},
     jobs::spec,
+    json::{self, Limits},
     scope::{Actor, Scope},
 };
 
 /// The largest body that carries an assembly, in bytes.
 pub const BODY_MAX: usize = 32 * 1024 * 1024;
+/// The most values a document may have, as [`json::Size::values`] counts them.
+pub const VALUES_MAX: usize = 100_000;
 /// The longest guid, name, subtype or source text, in characters.
 pub const TEXT_MAX: usize = 200;
 /// The longest summary, in characters.
@@ -111,8 +114,8 @@ pub struct Detail {
     pub item: Item,
     /// The exact stored text.
     pub payload: String,
-    /// The text parsed, or null when it is not JSON.
-    pub payload_json: Value,
+    /// The text as JSON, or null when it is none.
+    pub payload_json: Option<Box<RawValue>>,
 }
 
 /// Which assemblies a list shows.
@@ -230,7 +233,7 @@ pub async fn get(conn: &mut PgConnection, guid: &str) -> Result<Detail> {
     .fetch_optional(conn)
     .await?
     .ok_or_else(Error::not_found)?;
-    let payload_json = serde_json::from_str(&payload).unwrap_or_default();
+    let payload_json = serde_json::from_str(&payload).ok();
     Ok(Detail { item: row.into(), payload, payload_json })
 }
 
@@ -286,8 +289,9 @@ impl Checked {
     ) -> Result<Self> {
         let payload = match payload {
             Value::Object(document) => {
-                let mut document = document.clone();
-                document.insert("assembly_guid".into(), guid.clone().into());
+                let guid = Value::String(guid.clone());
+                let mut document: BTreeMap<&str, &Value> = document.iter().map(|(name, value)| (name.as_str(), value)).collect();
+                document.insert("assembly_guid", &guid);
                 serde_json::to_string_pretty(&document)?
             }
             Value::String(text) => text.clone(),
@@ -300,16 +304,18 @@ impl Checked {
         let script = Script::parse(&payload, subtype.as_deref().unwrap_or_default())?;
         let subtype = subtype.filter(|text| !text.is_empty()).unwrap_or_else(|| script.script_type.to_owned());
         let display_name = display_name.filter(|name| !name.is_empty()).unwrap_or_else(|| guid.clone());
-        let parsed: Value = serde_json::from_str(&payload).unwrap_or_else(|_| Value::String(payload.clone()));
-        let content_hash = canonical::sha256_hex(&canonical::to_bytes(&json!({
+        let description = script.description;
+        let mut content = json!({
             "assembly_guid": guid,
             "display_name": display_name,
             "summary": summary,
             "assembly_type": "script",
             "assembly_subtype": subtype,
-            "payload": parsed,
-        })));
-        Ok(Self { guid, display_name, summary, description: script.description, subtype, payload, content_hash })
+        });
+        content["payload"] =
+            json::from_str(&payload, Limits::values(VALUES_MAX)).unwrap_or_else(|_| Value::String(payload.clone()));
+        let content_hash = canonical::sha256_hex(&canonical::to_bytes(&content));
+        Ok(Self { guid, display_name, summary, description, subtype, payload, content_hash })
     }
 }
 
@@ -590,11 +596,21 @@ impl Script {
     /// 400 `unsupported_script_type`, `invalid_payload` naming the field.
     pub fn parse(payload: &str, subtype: &str) -> Result<Self> {
         let fault = |field: &str, message: &str| Error::field("invalid_payload", &format!("payload{field}"), message);
-        let document = match serde_json::from_str(payload) {
-            Ok(Value::Object(document)) => document,
+        // Text of any kind may be a script; a document that is too large to be read as one is none.
+        if payload.trim_start().starts_with('{') {
+            json::measure(payload.as_bytes(), Limits::values(VALUES_MAX)).map_err(|error| fault("", &error.message))?;
+        }
+        let read = payload.trim_start().starts_with('{').then(|| serde_json::from_str(payload));
+        let document = match read {
+            Some(Ok(Value::Object(document))) => document,
             _ => Map::from_iter([("content".to_owned(), Value::String(payload.to_owned()))]),
         };
-        let get = |keys: &[&str]| keys.iter().find_map(|key| document.get(*key).filter(|value| !value.is_null()).cloned());
+        let document = std::cell::RefCell::new(document);
+        // Taken, not copied: files may be large.
+        let get = |keys: &[&str]| {
+            let mut document = document.borrow_mut();
+            keys.iter().find_map(|key| document.remove(*key).filter(|value| !value.is_null()))
+        };
         let text = |keys: &[&str]| match get(keys) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
@@ -664,7 +680,7 @@ impl Script {
             Some(Value::Array(list)) if list.len() > FILES_MAX => {
                 return Err(fault(".files", &format!("must be at most {FILES_MAX}")));
             }
-            Some(Value::Array(list)) => list.iter().filter_map(file).collect(),
+            Some(Value::Array(list)) => list.into_iter().filter_map(file).collect(),
             Some(_) => return Err(fault(".files", "must be a list")),
         };
         let description = text(&["description", "summary"])?.unwrap_or_default().chars().take(SUMMARY_MAX).collect();
@@ -673,16 +689,17 @@ impl Script {
 }
 
 /// A file of a document; none when it has no name or no data.
-fn file(item: &Value) -> Option<Value> {
+fn file(mut item: Value) -> Option<Value> {
+    let data = item.get_mut("data").map(Value::take).filter(Value::is_string)?;
     let text = |keys: [&str; 2]| keys.iter().find_map(|key| item.get(*key)?.as_str()).map(str::trim);
     let name = text(["file_name", "name"]).filter(|name| !name.is_empty())?;
-    let data = item.get("data")?.as_str()?;
-    Some(json!({
+    let mut file = json!({
         "file_name": name,
         "size": item.get("size").and_then(Value::as_i64).unwrap_or(0),
         "mime_type": text(["mime_type", "mimeType"]).unwrap_or_default(),
-        "data": data,
-    }))
+    });
+    file["data"] = data;
+    Some(file)
 }
 
 /// The files as they are sent.

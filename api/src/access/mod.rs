@@ -11,11 +11,15 @@ use axum::{
 };
 use borealis_engine::{
     Error, Kind,
-    access::{api_tokens::TokenScope, bootstrap, passwords},
+    access::{api_tokens::TokenScope, bootstrap, limits, passwords, setup_token},
 };
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 
-use crate::{errors::ApiError, state::App};
+use crate::{
+    body::{Admission, BodyLimit},
+    errors::ApiError,
+    state::App,
+};
 
 /// Who may call a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -77,6 +81,8 @@ pub struct Entry {
     pub class: Class,
     /// The scope with which an operator's API token may call it; none where no token gets in.
     pub token_scope: Option<TokenScope>,
+    /// The most bytes its body may have, where it takes one.
+    pub body_bytes: usize,
 }
 
 /// A set of routes, each with its class.
@@ -85,19 +91,26 @@ pub struct Routes {
     table: Vec<Entry>,
     app: App,
     area: Area,
+    body: Option<BodyLimit>,
 }
 
 impl Routes {
     /// No routes yet.
     #[must_use]
     pub fn new(app: App) -> Self {
-        Self { router: OpenApiRouter::new(), table: Vec::new(), app, area: Area::default() }
+        Self { router: OpenApiRouter::new(), table: Vec::new(), app, area: Area::default(), body: None }
     }
 
     /// Says what the routes added from here on are about.
     #[must_use]
     pub fn area(self, area: Area) -> Self {
         Self { area, ..self }
+    }
+
+    /// Says how large the bodies of the routes added from here on may be, where that is not what is usual for their class.
+    #[must_use]
+    pub fn body(self, limit: BodyLimit) -> Self {
+        Self { body: Some(limit), ..self }
     }
 
     /// Adds routes anybody may call.
@@ -133,6 +146,8 @@ impl Routes {
     }
 
     fn add(mut self, class: Class, (schemas, paths, methods): UtoipaMethodRouter<App>) -> Self {
+        let usual = if class == Class::Anonymous { BodyLimit::ANONYMOUS } else { BodyLimit::USUAL };
+        let limit = self.body.unwrap_or(usual);
         for (path, item) in &paths.paths {
             let operations = [
                 (Method::GET, item.get.is_some()),
@@ -144,10 +159,11 @@ impl Routes {
             for (method, _) in operations.into_iter().filter(|(_, present)| *present) {
                 let is_operators = matches!(class, Class::Operator | Class::Admin);
                 let token_scope = self.area.token_scope(&method).filter(|_| is_operators);
-                self.table.push(Entry { method: method.to_string(), path: path.clone(), class, token_scope });
+                let entry = Entry { method: method.to_string(), path: path.clone(), class, token_scope, body_bytes: limit.bytes };
+                self.table.push(entry);
             }
         }
-        let guard = middleware::from_fn_with_state((self.app.clone(), class, self.area), check);
+        let guard = middleware::from_fn_with_state((self.app.clone(), class, self.area, limit), check);
         self.router = self.router.routes((schemas, paths, methods.layer(guard)));
         self
     }
@@ -159,28 +175,37 @@ impl Routes {
     }
 }
 
-async fn check(State((app, class, area)): State<(App, Class, Area)>, request: Request, next: Next) -> Response {
+type Guard = (App, Class, Area, BodyLimit);
+
+async fn check(State((app, class, area, limit)): State<Guard>, request: Request, next: Next) -> Response {
     let (mut parts, body) = request.into_parts();
     let needed = area.token_scope(&parts.method);
     let admitted = match class {
-        Class::Anonymous => Ok(()),
-        Class::Operator => operator::authenticate(&app, &parts, needed).await.map(|operator| {
-            parts.extensions.insert(operator);
-        }),
-        Class::Admin => operator::authenticate(&app, &parts, needed).await.and_then(|operator| {
-            if operator.is_admin() {
-                parts.extensions.insert(operator);
-                Ok(())
-            } else {
-                Err(Error::new(Kind::Forbidden, "forbidden", "This needs the Admin role.").into())
+        Class::Anonymous => Ok(limits::address(client::client_ip(&parts))),
+        Class::Operator | Class::Admin => operator::authenticate(&app, &parts, needed).await.and_then(|operator| {
+            if class == Class::Admin && !operator.is_admin() {
+                return Err(Error::new(Kind::Forbidden, "forbidden", "This needs the Admin role.").into());
             }
+            let holder = operator.user_id.to_string();
+            parts.extensions.insert(operator);
+            Ok(holder)
         }),
         Class::Device => device::authenticate(&app, &parts).await.map(|device| {
+            let holder = device.identity.guid.to_string();
             parts.extensions.insert(device);
+            holder
         }),
     };
     match admitted {
-        Ok(()) => next.run(Request::from_parts(parts, body)).await,
+        Ok(holder) => {
+            // Kept here, so that what the handler takes is given back when it has answered.
+            let admission = Admission::new(app.rooms.of(class), holder);
+            parts.extensions.insert(limit);
+            parts.extensions.insert(admission.clone());
+            let response = next.run(Request::from_parts(parts, body)).await;
+            drop(admission);
+            response
+        }
         Err(error) => error.into_response(),
     }
 }
@@ -194,10 +219,11 @@ pub async fn prepare(app: &App) -> borealis_engine::Result<()> {
     passwords::warm_up().await?;
     let state = bootstrap::state(&app.pool, &app.vault).await?;
     if state.phase == bootstrap::Phase::LoginRequired {
+        setup_token::remove(&app.pool, &app.settings.state_dir).await;
         return Ok(());
     }
     tracing::info!(phase = ?state.phase, "the set-up is not complete");
-    bootstrap::ensure_setup_token(&app.settings.state_dir)
+    setup_token::ensure(&app.pool, &app.settings.state_dir).await
 }
 
 pub mod client;

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use axum::{
     Extension, Json as JsonBody, Router,
     body::Body,
-    extract::{DefaultBodyLimit, Request, State},
+    extract::{Request, State},
     http::HeaderMap,
     middleware::{self, Next},
     response::{IntoResponse, Response},
@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::{
-    body::Json,
+    body::{BodyLimit, Json},
     errors::{ApiError, Result},
     metrics::Answering,
     sockets::by_hostname,
@@ -66,7 +66,6 @@ pub fn router(app: &App, registry: Registry) -> Router {
         .fallback(|| async { ApiError(Error::new(Kind::NotFound, "not_found", "There is no such route.")) })
         .method_not_allowed_fallback(method_not_allowed)
         .layer(Extension(registry))
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .layer(middleware::from_fn_with_state(app.clone(), verify))
         .layer(tower_http::catch_panic::CatchPanicLayer::new())
         .with_state(app.clone())
@@ -124,6 +123,7 @@ async fn admit(app: &App, request: Request) -> Result<Request> {
     internal::remember_nonce(&app.pool, &nonce).await?;
     let worker = Uuid::try_parse(&worker).map_err(|_| unsigned())?;
     parts.extensions.insert(Worker(worker));
+    parts.extensions.insert(BodyLimit { bytes: BODY_LIMIT, ..BodyLimit::USUAL });
     Ok(Request::from_parts(parts, Body::from(body)))
 }
 

@@ -2,12 +2,12 @@
 
 use axum::{
     Json,
-    extract::{DefaultBodyLimit, State},
+    extract::State,
     http::{HeaderMap, StatusCode, header},
 };
 use borealis_engine::{
     Error, Kind,
-    assemblies::{self, AssemblyBody, BODY_MAX, Detail, Filter, Item},
+    assemblies::{self, AssemblyBody, BODY_MAX, Detail, Filter, Item, VALUES_MAX},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -16,19 +16,17 @@ use utoipa_axum::routes;
 
 use crate::{
     access::{Area, Operator, Routes},
-    body::{self, Params, Path},
+    body::{self, BodyLimit, Params, Path},
     errors::{ApiError, Result},
     state::App,
 };
 
 pub(super) fn routes(app: &App) -> Routes {
-    let large = |(schemas, paths, methods): utoipa_axum::router::UtoipaMethodRouter<App>| {
-        (schemas, paths, methods.layer(DefaultBodyLimit::max(BODY_MAX)))
-    };
     Routes::new(app.clone())
         .area(Area::Assemblies)
-        .operator(large(routes!(list, create)))
-        .operator(large(routes!(get, update, delete)))
+        .body(BodyLimit { bytes: BODY_MAX, values: VALUES_MAX })
+        .operator(routes!(list, create))
+        .operator(routes!(get, update, delete))
 }
 
 /// An assembly. Times are text without an offset, in UTC.

@@ -53,8 +53,8 @@ impl FromRequestParts<App> for Peer {
 }
 
 /// The members of a JSON object; none when the body is anything else.
-async fn lenient(app: &App, request: Request) -> Result<Map<String, Value>> {
-    Ok(serde_json::from_slice(&body::bytes(request, app).await?).unwrap_or_default())
+async fn lenient(request: Request) -> Result<Map<String, Value>> {
+    Ok(serde_json::from_slice(&body::bytes(request).await?).unwrap_or_default())
 }
 
 async fn approvals_changed(app: &App, id: Uuid, site_id: Option<i64>, status: &str, hostname: &str) {
@@ -74,7 +74,7 @@ async fn approvals_changed(app: &App, id: Uuid, site_id: Option<i64>, status: &s
 ))]
 async fn request(State(app): State<App>, peer: Peer, request: Request) -> Result<Json<EnrollResponse>> {
     rates::hit(&app.pool, "enroll.address", &peer.subject, app.settings.enroll_per_minute).await?;
-    let request = requests::Request::parse(&lenient(&app, request).await?)?;
+    let request = requests::Request::parse(&lenient(request).await?)?;
     let wrong_codes = Limit { max: app.settings.enroll_wrong_codes.into(), ..limits::ENROLLMENT_CODE };
     let source = Source { ip: peer.ip, subject: peer.subject, wrong_codes };
     let accepted = requests::submit(&app.pool, &request, &source).await;
@@ -104,7 +104,7 @@ async fn request(State(app): State<App>, peer: Peer, request: Request) -> Result
     (status = 429, description = "`rate_limited`"),
 ))]
 async fn poll(State(app): State<App>, peer: Peer, request: Request) -> Result<Response> {
-    let proof = Proof::parse(&lenient(&app, request).await?)?;
+    let proof = Proof::parse(&lenient(request).await?)?;
     let said = |status: &str| PollResponse { status: status.to_owned(), ..PollResponse::default() };
     let answer = match tokens::poll(&app.pool, &app.keys, &proof, &peer.ip).await? {
         Poll::Unknown => return Ok((StatusCode::NOT_FOUND, Json(said("unknown"))).into_response()),
@@ -152,7 +152,7 @@ async fn approved(app: &App, issued: &Issued) -> PollResponse {
     (status = 502, description = "`token_refresh_unavailable`"),
 ))]
 async fn refresh(State(app): State<App>, peer: Peer, request: Request) -> Result<Response> {
-    let renewal = Renewal::parse(&lenient(&app, request).await?)?;
+    let renewal = Renewal::parse(&lenient(request).await?)?;
     let renewed = match tokens::refresh(&app.pool, &app.keys, &renewal, &peer.ip).await {
         Ok(renewed) => renewed,
         Err(mut error) if error.kind == Kind::Unavailable => {

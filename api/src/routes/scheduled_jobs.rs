@@ -303,7 +303,7 @@ async fn create(
         Claim::Replay(status, answer) => return replay(status, answer),
         Claim::Fresh(slot) => slot,
     };
-    let body: JobBody = body::parse(body.to_string().as_bytes())?;
+    let body: JobBody = body::from_value(body)?;
     let id = store::create(&mut tx, caller(&operator), &body).await?;
     let answer = json!({"job": view::job(&mut tx, &operator.scope, id).await?});
     slot.keep(&mut tx, 200, &answer).await?;

@@ -9,11 +9,11 @@ use borealis_engine::{
 };
 use chrono::Utc;
 use serde_json::{Value, json};
-use socketioxide::extract::{AckSender, SocketRef, TryData};
+use socketioxide::extract::{AckSender, SocketRef};
 use tokio::sync::{Mutex, mpsc};
 use uuid::Uuid;
 
-use super::{Adapter, Running, events::FromAgent, registry::Agent, upgrade::Peer};
+use super::{Adapter, Running, events::FromAgent, registry::Agent, said::Said, upgrade::Peer};
 
 /// Registrations that may wait; one device has few sockets, so more cannot be.
 const QUEUE: usize = 50_000;
@@ -57,15 +57,15 @@ pub fn entered(running: &Arc<Running>, socket: SocketRef<Adapter>) {
     for event in FromAgent::ALL {
         let (running, agent) = (running.clone(), agent.clone());
         // The body of the closure runs in the order of the messages; what it returned would not.
-        socket.on(event.name(), move |TryData::<Value>(said), ack: AckSender<Adapter>| {
+        socket.on(event.name(), move |Said(said), ack: AckSender<Adapter>| {
             match event {
                 FromAgent::Connect => connect(&running, &agent, said.unwrap_or_default(), ack),
-                FromAgent::Accepted => report(&running, &agent, Kind::Accepted, said.ok(), ack),
+                FromAgent::Accepted => report(&running, &agent, Kind::Accepted, said, ack),
                 // Another agent may have begun with what it was sent.
                 FromAgent::Declined if !agent.can("dedup") => {}
-                FromAgent::Declined => report(&running, &agent, Kind::Declined, said.ok(), ack),
-                FromAgent::Progress => report(&running, &agent, Kind::Progress, said.ok(), ack),
-                FromAgent::Result => report(&running, &agent, Kind::Result, said.ok(), ack),
+                FromAgent::Declined => report(&running, &agent, Kind::Declined, said, ack),
+                FromAgent::Progress => report(&running, &agent, Kind::Progress, said, ack),
+                FromAgent::Result => report(&running, &agent, Kind::Result, said, ack),
             }
             std::future::ready(())
         });

@@ -11,6 +11,7 @@ mod frames;
 mod people;
 mod registry;
 mod results_intake;
+mod said;
 mod upgrade;
 mod wire;
 

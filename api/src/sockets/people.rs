@@ -4,12 +4,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use chrono::Utc;
 use serde_json::{Value, json};
-use socketioxide::extract::{AckSender, SocketRef, TryData};
+use socketioxide::extract::{AckSender, SocketRef};
 
 use super::{
     Adapter, Running,
     events::{FromOperator, ToOperator},
     registry::{Person, View},
+    said::Said,
     upgrade::Peer,
 };
 
@@ -33,7 +34,7 @@ pub fn entered(running: &Arc<Running>, socket: SocketRef<Adapter>) {
     let page: Arc<Mutex<Option<String>>> = Arc::default();
     for event in FromOperator::ALL {
         let (running, page) = (running.clone(), page.clone());
-        socket.on(event.name(), move |TryData::<Value>(said), ack: AckSender<Adapter>| {
+        socket.on(event.name(), move |Said(said), ack: AckSender<Adapter>| {
             let now = match event {
                 FromOperator::PresenceSync => Some(current_page(&said.unwrap_or_default())),
                 FromOperator::PresenceClear => None,
