@@ -43,6 +43,9 @@ enum Verb {
     Openapi,
 }
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// The most connections to Postgres of one API process.
 const POOL: u32 = 32;
 /// Exit status when another engine runs on the state folder (EX_TEMPFAIL of sysexits.h).
@@ -118,6 +121,7 @@ async fn openapi() -> Result<()> {
         unseal: borealis_engine::access::aegis::Unseal::Manual,
         access: borealis_engine::access::Settings::default(),
         trusted_proxies: Default::default(),
+        connections_per_address: 1,
         audit_webhook: None,
         github_api_url: github::DEFAULT_URL.parse().map_err(Error::bug)?,
         exports: Exports::default(),

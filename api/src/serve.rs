@@ -1,48 +1,31 @@
-//! Starts the listeners and stops them.
-//!
-//! The connections are served by a loop of our own and not by `axum::serve`, because that one has no limit on connections
-//! and no time limit on request heads.
+//! Starts the listeners and everything else that an API process does, and stops them.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use axum::{Router, body::Body, extract::ConnectInfo};
 use borealis_engine::{
     Actor, Error, Kind,
     access::{
         aegis::{Handover, Vault},
-        bootstrap,
         directory::sync,
+        setup_token,
     },
     audit::chain,
     db::{self, Pool},
     keys::Keys,
 };
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{
-    net::{TcpListener, TcpStream},
-    task::JoinSet,
-    time::{sleep, timeout},
-};
+use tokio::{net::TcpListener, task::JoinSet, time::sleep};
 use tokio_util::sync::CancellationToken;
-use tower::ServiceExt;
 
 use crate::{
-    access::{self, client::ClientIp, proxies::TrustedProxies},
-    app, audit_webhook, internal, metrics, routes,
+    access, app, audit_webhook,
+    connections::{self, Door},
+    internal, metrics,
+    room::RoomOfAll,
+    routes,
     sockets::Hub,
     state::{App, Inner, Settings},
 };
 
-/// Plain HTTP connections one listener serves at a time; further ones wait in the kernel's queue. A connection that
-/// became a socket no longer counts.
-pub const MAX_CONNECTIONS: usize = 8192;
-/// How long the head of a request may take, in seconds. Also ends idle kept-alive connections.
-pub const HEAD_TIMEOUT_S: u64 = 30;
-/// The head of a request, in bytes. Its lines are at most 100, hyper's own limit.
-pub const MAX_HEAD_BYTES: usize = 64 * 1024;
-/// How long requests in flight may still take after a shutdown began, in seconds.
-pub const DRAIN_S: u64 = 10;
 /// How often it is looked for audit events to seal.
 const SEAL_EVERY: Duration = Duration::from_secs(1);
 /// How often it is looked whether the audit has to be checked.
@@ -112,6 +95,7 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
         settings,
         keys,
         hub: Hub::default(),
+        rooms: RoomOfAll::default(),
     });
     let (router, ..) = app::build(&app);
     let internal_router = internal::router(&app, borealis_workflows::registry());
@@ -129,8 +113,12 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
         tasks.spawn(audit_webhook::run(app.clone(), webhook, shutdown.clone()));
     }
     tasks.spawn(sync_directories(app.clone(), shutdown.clone()));
-    tasks.spawn(accept(public, router, Arc::new(app.settings.trusted_proxies.clone()), shutdown.clone()));
-    tasks.spawn(accept(internal, internal_router, Arc::default(), shutdown.clone()));
+    let door = Door {
+        proxies: Arc::new(app.settings.trusted_proxies.clone()),
+        per_address: Some(app.settings.connections_per_address),
+    };
+    tasks.spawn(connections::accept(public, router, door, shutdown.clone()));
+    tasks.spawn(connections::accept(internal, internal_router, Door::default(), shutdown.clone()));
     tasks.spawn(app.hub.clone().run(app.clone(), shutdown));
     tracing::info!(%addr, %internal_addr, "listening");
     Ok(Running { addr, internal_addr, app, tasks, _watched: watched })
@@ -192,7 +180,7 @@ async fn keep_open(app: App, shutdown: CancellationToken) {
             Ok(opened) => {
                 if opened {
                     tracing::info!("another process has opened the secret store here");
-                    bootstrap::remove_setup_token(&app.settings.state_dir);
+                    setup_token::remove(&app.pool, &app.settings.state_dir).await;
                 }
                 open |= opened;
             }
@@ -304,65 +292,4 @@ async fn bind(addr: SocketAddr) -> borealis_engine::Result<(TcpListener, SocketA
     let listener = TcpListener::bind(addr).await.map_err(failed)?;
     let bound = listener.local_addr().map_err(failed)?;
     Ok((listener, bound))
-}
-
-async fn accept(listener: TcpListener, router: Router, proxies: Arc<TrustedProxies>, shutdown: CancellationToken) {
-    let mut connections = JoinSet::new();
-    loop {
-        tokio::select! {
-            () = shutdown.cancelled() => break,
-            Some(_) = connections.join_next() => {}
-            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
-                Ok((stream, peer)) => {
-                    connections.spawn(connection(stream, peer, router.clone(), Arc::clone(&proxies), shutdown.clone()));
-                }
-                // Out of file descriptors, most likely: the loop must not spin on it.
-                Err(error) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
-                    sleep(Duration::from_millis(100)).await;
-                }
-            },
-        }
-    }
-    drop(listener);
-    let drained = timeout(Duration::from_secs(DRAIN_S), async { while connections.join_next().await.is_some() {} }).await;
-    if drained.is_err() {
-        tracing::warn!(connections = connections.len(), "connections cut at shutdown");
-    }
-}
-
-async fn connection(
-    stream: TcpStream,
-    peer: SocketAddr,
-    router: Router,
-    proxies: Arc<TrustedProxies>,
-    shutdown: CancellationToken,
-) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%peer, %error, "no TCP_NODELAY");
-    }
-    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
-        let forwarded = request.headers().get_all("x-forwarded-for").iter().map(|value| value.to_str().unwrap_or("?"));
-        let client = ClientIp(proxies.client(peer.ip(), forwarded));
-        request.extensions_mut().insert(client);
-        request.extensions_mut().insert(ConnectInfo(peer));
-        router.clone().oneshot(request.map(Body::new))
-    });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(Duration::from_secs(HEAD_TIMEOUT_S))
-        .max_header_size(MAX_HEAD_BYTES)
-        .serve_connection(TokioIo::new(stream), service)
-        .with_upgrades();
-    let mut connection = std::pin::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = shutdown.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = ended {
-        tracing::debug!(%peer, %error, "connection ended");
-    }
 }

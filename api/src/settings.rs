@@ -39,6 +39,8 @@ pub struct Settings {
     pub access: access::Settings,
     /// The proxies whose word on the client's address counts.
     pub trusted_proxies: TrustedProxies,
+    /// Open connections from one address that is no trusted proxy; those that became sockets do not count.
+    pub connections_per_address: u32,
     /// Where the audit is told, if anywhere.
     pub audit_webhook: Option<Webhook>,
     /// Where GitHub's interface is.
@@ -132,6 +134,10 @@ pub struct Environment {
     /// address see the proxy's.
     #[arg(long, env = "BOREALIS_TRUSTED_PROXIES", value_name = "LIST", default_value = "", hide_default_value = true)]
     pub trusted_proxies: TrustedProxies,
+    /// The most connections from one address; those of trusted proxies and those that became sockets of agents or browsers are not
+    /// counted.
+    #[arg(long, env = "BOREALIS_CONNECTIONS_PER_ADDRESS", value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub connections_per_address: u32,
     /// Where the events of the audit are posted as JSON lines, each at least once and in order.
     #[arg(long, env = "BOREALIS_AUDIT_WEBHOOK_URL", value_name = "URL", default_value = "", hide_default_value = true)]
     pub audit_webhook_url: Optional<Url>,
@@ -247,6 +253,7 @@ impl Environment {
                 egress: self.egress(),
             },
             trusted_proxies: self.trusted_proxies.clone(),
+            connections_per_address: self.connections_per_address,
             audit_webhook: match &self.audit_webhook_url.0 {
                 Some(url) => Some(Webhook::new(url.clone(), token_file(&self.audit_webhook_token_file)?.as_deref())?),
                 None => None,

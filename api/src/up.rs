@@ -35,7 +35,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::settings::Settings;
+use crate::{access::client::is_for_this_machine, settings::Settings};
 
 /// The first pause before something that ended is started again; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
@@ -44,7 +44,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// What ran this long before it ended begins with the first pause again.
 const STEADY: Duration = Duration::from_secs(60);
 /// How long a child may take to stop: two seconds more than the API waits for requests in flight.
-const STOP_LIMIT: Duration = Duration::from_secs(crate::serve::DRAIN_S + 2);
+const STOP_LIMIT: Duration = Duration::from_secs(crate::connections::DRAIN_S + 2);
 /// How long the ports may be taken at the start: children of a killed supervisor need a moment to end.
 const PORT_LIMIT: Duration = Duration::from_secs(15);
 /// How long the API may take until it is ready before that is reported.
@@ -217,6 +217,7 @@ fn roles(settings: &Settings, url: &str) -> Result<[Role; 2]> {
         ("BOREALIS_ENROLL_WRONG_CODES", settings.enroll_wrong_codes.to_string().into()),
         ("BOREALIS_ENROLLMENT_CODE_DAYS", settings.enrollment_code_days.to_string().into()),
         ("BOREALIS_TRUSTED_PROXIES", settings.trusted_proxies.to_string().into()),
+        ("BOREALIS_CONNECTIONS_PER_ADDRESS", settings.connections_per_address.to_string().into()),
         ("BOREALIS_SESSION_IDLE_SECONDS", settings.access.sessions.idle_s.to_string().into()),
         ("BOREALIS_TOKEN_TTL_SECONDS", settings.access.sessions.absolute_s.to_string().into()),
         ("BOREALIS_MFA_ISSUER", settings.access.mfa_issuer.as_str().into()),
@@ -412,9 +413,17 @@ async fn greet(settings: Settings) {
         "admin_recovery_required" => format!("give an administrator new credentials: POST {base}/api/bootstrap/admin/recover"),
         _ => format!("sign in: POST {base}/api/auth/login"),
     };
+    let token = match phase {
+        "login_required" | "unknown" => String::new(),
+        _ if is_for_this_machine(&settings) => String::new(),
+        _ => format!(
+            "\n            with the header X-Borealis-Setup-Token: the content of {}",
+            settings.state_dir.join("secrets/setup.token").display()
+        ),
+    };
     say(format_args!(
         "the engine is up; Ctrl-C stops it\n  API       {base}   (all calls: {base}/api/docs)\n  internal  http://{}\n  \
-         state     {}\n  phase     {phase}\n  next      {next}",
+         state     {}\n  phase     {phase}\n  next      {next}{token}",
         settings.internal_listen,
         settings.state_dir.display()
     ));
