@@ -8,10 +8,14 @@ use axum::{
 };
 use borealis_engine::{
     Error, Kind, Secret,
-    access::{Client, bootstrap},
+    access::{Client, bootstrap, setup_token},
 };
 
-use crate::{errors::ApiError, state::App};
+use super::proxies::TrustedProxies;
+use crate::{
+    errors::ApiError,
+    state::{App, Settings},
+};
 
 /// The cookie with the session's token.
 pub const SESSION_COOKIE: &str = "borealis_auth";
@@ -154,8 +158,21 @@ pub fn check_anonymous_request(app: &App, parts: &Parts) -> Result<(), ApiError>
 /// Whether the request was made on this machine: by its peer address, with no proxy between, and under a name of this
 /// machine (a page of a foreign site that lets its own name point here sends that name as `Host`). HTTP/1.0 is what proxies
 /// speak that add no header.
+///
+/// A proxy that adds no header and speaks HTTP/1.1 cannot be told from a program on this machine. So nothing is local when the public
+/// base URL is not a loopback address or trusted proxies are set.
 #[must_use]
-pub fn is_local(parts: &Parts) -> bool {
+pub fn is_local(settings: &Settings, parts: &Parts) -> bool {
+    is_for_this_machine(settings) && from_here(parts)
+}
+
+/// Whether the engine serves this machine only: its public base URL is a loopback address, and no trusted proxies are set.
+#[must_use]
+pub fn is_for_this_machine(settings: &Settings) -> bool {
+    settings.public_base_url.host_str().is_some_and(names_this_machine) && settings.trusted_proxies == TrustedProxies::default()
+}
+
+fn from_here(parts: &Parts) -> bool {
     peer_ip(parts).is_some_and(|ip| ip.is_loopback())
         && parts.version >= Version::HTTP_11
         && !FORWARDING.iter().any(|name| parts.headers.contains_key(*name))
@@ -204,12 +221,19 @@ pub fn signed_out_cookies(app: &App) -> HeaderMap {
         .collect()
 }
 
+/// Whether a browser page makes the request: one of our cookies was sent, or `Sec-Fetch-Site`. A page has the session in a cookie that
+/// its scripts cannot read, so the token is not in its answer.
+fn is_page(headers: &HeaderMap) -> bool {
+    let ours = [SESSION_COOKIE, DEVICE_COOKIE].into_iter().any(|name| cookie(headers, name).is_some());
+    ours || headers.contains_key("sec-fetch-site")
+}
+
 /// Who knocks, for routes without credentials. Refuses what a foreign page sent.
 #[derive(Debug, Clone)]
 pub struct Caller {
     /// What the engine is told.
     pub client: Client,
-    /// Whether the session's token is to be in the body of the answer: the caller asked for JSON and keeps no cookies.
+    /// Whether the session's token is in the body of the answer: not for browser pages.
     pub wants_token: bool,
 }
 
@@ -223,8 +247,7 @@ impl Caller {
             user_agent: text(headers, "user-agent").unwrap_or_default().to_owned(),
             device: cookie(headers, DEVICE_COOKIE).map(|value| Secret::new(value.to_owned())),
         };
-        let accepts_json = text(headers, "accept").is_some_and(|accept| accept.contains("application/json"));
-        Self { client, wants_token: accepts_json && !headers.contains_key(header::COOKIE) }
+        Self { client, wants_token: !is_page(headers) }
     }
 }
 
@@ -246,17 +269,17 @@ impl FromRequestParts<App> for Installer {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
         let caller = Caller::from_request_parts(parts, app).await?;
-        if !is_local(parts) {
+        if !is_local(&app.settings, parts) {
             if bootstrap::state(&app.pool, &app.vault).await?.phase != bootstrap::Phase::LoginRequired {
-                bootstrap::ensure_setup_token(&app.settings.state_dir)?;
+                setup_token::ensure(&app.pool, &app.settings.state_dir).await?;
             }
             let presented = parts.headers.get(SETUP_TOKEN_HEADER).map(HeaderValue::as_bytes).unwrap_or_default();
-            if !bootstrap::setup_token_fits(&app.settings.state_dir, presented) {
+            if !setup_token::fits(&app.pool, presented).await? {
                 return Err(ApiError(Error::new(
                     Kind::Forbidden,
                     "setup_token_required",
-                    "From another machine the set-up needs the X-Borealis-Setup-Token header, with the content of \
-                     secrets/setup.token in the engine's state folder.",
+                    "From another machine, and behind a proxy, the set-up needs the X-Borealis-Setup-Token header, with the \
+                     content of secrets/setup.token in the state folder of an API process.",
                 )));
             }
         }
@@ -297,15 +320,15 @@ mod tests {
 
     #[test]
     fn local_is_judged_by_the_peer_the_absence_of_proxies_and_the_name() {
-        assert!(is_local(&parts(Some("127.0.0.1:5"), &[("host", "127.0.0.1:8080")])));
-        assert!(is_local(&parts(Some("[::1]:5"), &[("host", "[::1]:8080")])));
-        assert!(is_local(&parts(Some("[::ffff:127.0.0.1]:5"), &[("host", "LOCALHOST")])));
-        assert!(!is_local(&parts(None, &[("host", "127.0.0.1")])));
-        assert!(!is_local(&parts(Some("192.0.2.1:5"), &[("host", "127.0.0.1")])));
-        assert!(!is_local(&parts(Some("127.0.0.1:5"), &[("host", "evil.example")])));
-        assert!(!is_local(&parts(Some("127.0.0.1:5"), &[("host", "127.0.0.1.evil.example")])));
+        assert!(from_here(&parts(Some("127.0.0.1:5"), &[("host", "127.0.0.1:8080")])));
+        assert!(from_here(&parts(Some("[::1]:5"), &[("host", "[::1]:8080")])));
+        assert!(from_here(&parts(Some("[::ffff:127.0.0.1]:5"), &[("host", "LOCALHOST")])));
+        assert!(!from_here(&parts(None, &[("host", "127.0.0.1")])));
+        assert!(!from_here(&parts(Some("192.0.2.1:5"), &[("host", "127.0.0.1")])));
+        assert!(!from_here(&parts(Some("127.0.0.1:5"), &[("host", "evil.example")])));
+        assert!(!from_here(&parts(Some("127.0.0.1:5"), &[("host", "127.0.0.1.evil.example")])));
         for name in FORWARDING {
-            assert!(!is_local(&parts(Some("127.0.0.1:5"), &[("host", "localhost"), (name, "127.0.0.1")])), "{name}");
+            assert!(!from_here(&parts(Some("127.0.0.1:5"), &[("host", "localhost"), (name, "127.0.0.1")])), "{name}");
         }
     }
 }

@@ -86,6 +86,15 @@ impl Operator {
         Ok(self.session()?.require_step_up()?)
     }
 
+    /// Whether what the request came with is enough for `scope`: a session is, and an API token that has it.
+    #[must_use]
+    pub fn may(&self, scope: TokenScope) -> bool {
+        match &self.proof {
+            Proof::Session(_) => true,
+            Proof::Token(token) => token.require(Some(scope)).is_ok(),
+        }
+    }
+
     fn password_change_required(&self) -> bool {
         match &self.proof {
             Proof::Session(session) => session.password_change_required,

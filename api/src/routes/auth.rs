@@ -131,7 +131,8 @@ pub(super) struct SignInAnswer {
     role: String,
     /// `local` or `directory`.
     auth_source: String,
-    /// The session's token, for `Authorization: Bearer`; only when the request had `Accept: application/json` and no cookie.
+    /// The session's token, for `Authorization: Bearer`. Not told to pages in a browser, which have it in a cookie: where the request had
+    /// a cookie of ours or `Sec-Fetch-Site`.
     #[serde(skip_serializing_if = "Option::is_none")]
     token: Option<String>,
 }

@@ -3,7 +3,7 @@
 use axum::{Json, extract::State, http::HeaderMap};
 use borealis_engine::{
     Secret,
-    access::{aegis, bootstrap, passwords::Sent},
+    access::{aegis, bootstrap, passwords::Sent, setup_token},
 };
 use utoipa::ToSchema;
 use utoipa_axum::routes;
@@ -103,7 +103,7 @@ async fn aegis_unlock(
 ) -> Result<Json<PublicState>> {
     let state = app.access().unlock_aegis(&caller.client, &body.cipher).await?;
     if state.phase == bootstrap::Phase::LoginRequired {
-        bootstrap::remove_setup_token(&app.settings.state_dir);
+        setup_token::remove(&app.pool, &app.settings.state_dir).await;
     }
     Ok(PublicState::new(Some("ok"), state))
 }
@@ -168,7 +168,7 @@ async fn admin_verify(
     body::Json(body): body::Json<MfaCode>,
 ) -> Result<(HeaderMap, Json<SignInAnswer>)> {
     let signed_in = app.access().verify_admin(&caller.client, &body.pending_token, &body.code).await?;
-    bootstrap::remove_setup_token(&app.settings.state_dir);
+    setup_token::remove(&app.pool, &app.settings.state_dir).await;
     Ok(SignInAnswer::new(&app, &caller, signed_in))
 }
 

@@ -1,12 +1,8 @@
 //! The first set-up: which phase the engine is in, and how its first administrator comes to be.
 
-use std::path::{Path, PathBuf};
-
-use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::Utc;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use subtle::ConstantTimeEq;
 use zeroize::ZeroizeOnDrop;
 
 use super::{
@@ -109,42 +105,6 @@ pub async fn state(pool: &db::Pool, vault: &Vault) -> Result<State> {
     .await?;
     let open = row.key_id.is_some_and(|key_id| vault.holds(key_id)) || vault.follow(pool).await?;
     Ok(State::of(row.key_id.is_some(), open, row.admins, row.ready))
-}
-
-fn setup_token_file(state_dir: &Path) -> PathBuf {
-    state_dir.join("secrets").join("setup.token")
-}
-
-/// Makes the setup token (`<state>/secrets/setup.token`, 0600) if it is not there: what somebody who does not sit at the
-/// machine must present during the set-up.
-///
-/// # Errors
-/// When the file cannot be written.
-pub fn ensure_setup_token(state_dir: &Path) -> Result<()> {
-    let path = setup_token_file(state_dir);
-    if path.exists() {
-        return Ok(());
-    }
-    aegis::write_private(&path, format!("{}\n", sessions::new_token().expose()).as_bytes())
-}
-
-/// Removes the setup token: the set-up is complete.
-pub fn remove_setup_token(state_dir: &Path) {
-    let path = setup_token_file(state_dir);
-    if let Err(error) = std::fs::remove_file(&path)
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
-        tracing::warn!(%error, path = %path.display(), "the setup token could not be removed");
-    }
-}
-
-/// Whether `presented` is the setup token; compared in constant time. Without a file, nothing is.
-#[must_use]
-pub fn setup_token_fits(state_dir: &Path, presented: &[u8]) -> bool {
-    let Ok(expected) = std::fs::read_to_string(setup_token_file(state_dir)).map(Secret::new) else { return false };
-    let expected = expected.expose().trim();
-    // A damaged file must not open with an empty header.
-    URL_SAFE_NO_PAD.decode(expected).is_ok_and(|bytes| bytes.len() == 32) && expected.as_bytes().ct_eq(presented).into()
 }
 
 #[derive(Serialize, Deserialize, ZeroizeOnDrop)]
@@ -427,20 +387,5 @@ mod tests {
         );
         let error = State::of(true, false, true, true).require_login_phase().unwrap_err();
         assert_eq!((error.code, error.extra["phase"].as_str()), ("bootstrap_required", Some("aegis_unlock_required")));
-    }
-
-    #[test]
-    fn the_setup_token_is_made_once_and_only_it_fits() {
-        let folder = tempfile::tempdir().unwrap();
-        assert!(!setup_token_fits(folder.path(), b""));
-        ensure_setup_token(folder.path()).unwrap();
-        let token = std::fs::read_to_string(setup_token_file(folder.path())).unwrap();
-        ensure_setup_token(folder.path()).unwrap();
-        assert!(setup_token_fits(folder.path(), token.trim().as_bytes()));
-        assert!(!setup_token_fits(folder.path(), b"") && !setup_token_fits(folder.path(), b"x"));
-        std::fs::write(setup_token_file(folder.path()), "").unwrap();
-        assert!(!setup_token_fits(folder.path(), b""));
-        remove_setup_token(folder.path());
-        assert!(!setup_token_fits(folder.path(), token.trim().as_bytes()));
     }
 }

@@ -21,6 +21,7 @@ pub mod passkeys;
 pub mod passwords;
 pub mod recovery_codes;
 pub mod sessions;
+pub mod setup_token;
 pub mod sign_in;
 pub mod users;
 
