@@ -159,7 +159,13 @@ impl From<sqlx::Error> for Error {
         // Text with a NUL, which Postgres cannot hold: whoever sent it is at fault.
         let unstorable =
             matches!(&error, sqlx::Error::Database(db) if db.code().is_some_and(|code| ["22021", "22P05"].contains(&&*code)));
-        let mut mapped = if unstorable {
+        // A number or a time that no column holds: it was sent, or follows from what was sent.
+        let outside =
+            matches!(&error, sqlx::Error::Database(db) if db.code().is_some_and(|code| ["22003", "22008"].contains(&&*code)));
+        let mut mapped = if outside {
+            tracing::warn!(%error, "a value was sent that the database cannot hold");
+            Error::invalid("out_of_range", "A number or a time is beyond what can be stored.")
+        } else if unstorable {
             Error::invalid("invalid_text", "Text must be Unicode without the NUL character.")
         } else if away {
             Error::new(Kind::Unavailable, "database_unavailable", "The database is not reachable now; try again.").retry_after(2)

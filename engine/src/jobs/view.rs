@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::targets;
 use crate::{
     error::{Error, Result},
+    instants,
     scope::Scope,
 };
 
@@ -294,7 +295,7 @@ impl std::str::FromStr for RunCursor {
 
     fn from_str(text: &str) -> Result<Self> {
         text.rsplit_once('-')
-            .and_then(|(at, id)| Some(Self(DateTime::from_timestamp_micros(at.parse().ok()?)?, id.parse().ok()?)))
+            .and_then(|(at, id)| Some(Self(instants::from_micros(at.parse().ok()?)?, id.parse().ok()?)))
             .ok_or_else(|| Error::field("invalid_cursor", "cursor", "is not the next_cursor of a page"))
     }
 }
@@ -387,20 +388,25 @@ pub struct DeviceResult {
 /// devices the job has now when it never ran.
 ///
 /// # Errors
-/// 404 when the caller may not see the job, or it has no such occurrence.
+/// 404 when the caller may not see the job, or it has no such occurrence; 400 `invalid_query` for an instant beyond the year 9999.
 pub async fn devices(
     conn: &mut PgConnection,
     scope: &Scope,
     job_id: i64,
     occurrence: Option<i64>,
 ) -> Result<(Option<i64>, Vec<DeviceResult>)> {
+    let instant = occurrence.map(|seconds| {
+        let outside = || Error::field("invalid_query", "occurrence", "must be an instant in seconds since 1970, up to the year 9999");
+        instants::from_seconds(seconds).ok_or_else(outside)
+    });
+    let instant = instant.transpose()?;
     let view = job(conn, scope, job_id).await?;
     let found = sqlx::query!(
         "SELECT id, scheduled_at FROM job_occurrences
-         WHERE job_id = $1 AND ($2::bigint IS NULL OR date_trunc('second', scheduled_at) = to_timestamp($2::bigint))
+         WHERE job_id = $1 AND ($2::timestamptz IS NULL OR date_trunc('second', scheduled_at) = $2)
          ORDER BY scheduled_at DESC LIMIT 1",
         job_id,
-        occurrence,
+        instant,
     )
     .fetch_optional(&mut *conn)
     .await?;
