@@ -2,25 +2,25 @@
 
 use axum::{
     Json,
-    extract::{DefaultBodyLimit, Request, State},
+    extract::{Request, State},
 };
-use borealis_engine::{Error, devices::ingest};
+use borealis_engine::{Error, devices::ingest, work};
 use borealis_protocol::rest::ScriptIdle;
 use serde_json::{Map, Value, json};
-use utoipa_axum::{router::UtoipaMethodRouter, routes};
+use utoipa_axum::routes;
 
 use crate::{
     access::{Device, Routes},
-    body,
+    body::{self, BodyLimit},
     errors::Result,
     sockets::events::ToOperator,
     state::App,
 };
 
-/// The largest heartbeat, in bytes.
-const HEARTBEAT_LIMIT: usize = 8 * 1024 * 1024;
-/// The largest details, in bytes.
-const DETAILS_LIMIT: usize = 24 * 1024 * 1024;
+/// The largest heartbeat.
+const HEARTBEAT: BodyLimit = BodyLimit { bytes: 8 * 1024 * 1024, values: 100_000 };
+/// The largest details.
+const DETAILS: BodyLimit = BodyLimit { bytes: 24 * 1024 * 1024, values: 250_000 };
 /// Milliseconds agents are asked to wait between heartbeats.
 const POLL_AFTER_MS: u64 = 15_000;
 /// The same after a report that said nothing new.
@@ -28,21 +28,19 @@ const COALESCED_AFTER_MS: u64 = 30_000;
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
-        .device(limited(routes!(heartbeat), HEARTBEAT_LIMIT))
         .device(routes!(status))
-        .device(limited(routes!(details), DETAILS_LIMIT))
         .device(routes!(script_request))
-}
-
-fn limited((schemas, paths, methods): UtoipaMethodRouter<App>, bytes: usize) -> UtoipaMethodRouter<App> {
-    (schemas, paths, methods.layer(DefaultBodyLimit::max(bytes)))
+        .body(HEARTBEAT)
+        .device(routes!(heartbeat))
+        .body(DETAILS)
+        .device(routes!(details))
 }
 
 /// The members of a JSON object.
-async fn object(app: &App, request: Request) -> Result<Map<String, Value>> {
-    let bytes = body::bytes(request, app).await?;
-    let invalid = || Error::invalid("invalid_request", "The body must be a JSON object.");
-    Ok(serde_json::from_slice(&bytes).map_err(|_| invalid())?)
+async fn object(request: Request) -> Result<Map<String, Value>> {
+    let bytes = body::bytes(request).await?;
+    let read = work::sized(bytes.len(), move || serde_json::from_slice(&bytes)).await?;
+    Ok(read.map_err(|_| Error::invalid("invalid_request", "The body must be a JSON object."))?)
 }
 
 /// Say that the machine is alive, with what changes often.
@@ -56,7 +54,7 @@ async fn object(app: &App, request: Request) -> Result<Map<String, Value>> {
     (status = 429, description = "`rate_limited`"),
 ))]
 async fn heartbeat(State(app): State<App>, device: Device, request: Request) -> Result<Json<Value>> {
-    let body = object(&app, request).await?;
+    let body = object(request).await?;
     let noted = ingest::heartbeat(&app.pool, &device.identity, &device.context, &body).await?;
     let mut answer = json!({
         "status": "ok", "poll_after_ms": POLL_AFTER_MS, "site_id": noted.site_id, "site_name": noted.site_name,
@@ -80,7 +78,7 @@ async fn heartbeat(State(app): State<App>, device: Device, request: Request) -> 
     (status = 429, description = "`rate_limited`"),
 ))]
 async fn status(State(app): State<App>, device: Device, request: Request) -> Result<Json<Value>> {
-    let body = object(&app, request).await?;
+    let body = object(request).await?;
     let outcome = ingest::status(&app.pool, &device.identity, &device.context, &body).await?;
     if let Some(event) = outcome.event {
         app.hub.to_site(outcome.noted.site_id, ToOperator::AgentStatus, event).await;
@@ -101,12 +99,12 @@ async fn status(State(app): State<App>, device: Device, request: Request) -> Res
     (status = 401, description = "As of the heartbeat"),
     (status = 403, description = "`guid_mismatch`, `fingerprint_mismatch`, and as of the heartbeat"),
     (status = 404, description = "`device_not_found`, `device_not_registered`"),
-    (status = 413, description = "`body_too_large`: more than 24 MiB"),
+    (status = 413, description = "`body_too_large`: more than 24 MiB; `part_too_large`: more than 4 MiB of one document"),
     (status = 429, description = "`rate_limited`"),
 ))]
 async fn details(State(app): State<App>, device: Device, request: Request) -> Result<Json<Value>> {
-    let bytes = body::bytes(request, &app).await?;
-    let noted = ingest::details(&app.pool, &device.identity, &device.context, &bytes).await?;
+    let bytes = body::bytes(request).await?;
+    let noted = ingest::details(&app.pool, &device.identity, &device.context, bytes.into()).await?;
     for (changed, event, change) in [
         (noted.services_changed, ToOperator::DeviceServices, "updated"),
         (noted.software_changed, ToOperator::DeviceInventory, "software_updated"),

@@ -10,12 +10,14 @@ use uuid::Uuid;
 use super::{
     clean, metadata,
     role_health::{self, Document, Role},
+    summary,
 };
 use crate::{
     db,
     enrollment::{requests, tokens::DeviceIdentity},
     error::{Error, Kind, Result},
     keys::guid_text,
+    work,
 };
 
 /// How long an identical status is only noted, in seconds.
@@ -503,21 +505,66 @@ struct Parts {
 }
 
 impl Parts {
-    fn read(details: &Map<String, Value>, summary: &Map<String, Value>) -> Self {
-        let list = |name: &str| details.get(name).filter(|value| value.is_array()).cloned().map(clean::json);
+    /// Takes them out of a report; nothing is copied, as they may be large.
+    fn take(details: &mut Map<String, Value>, summary: &mut Map<String, Value>) -> Self {
+        let list = |details: &mut Map<String, Value>, name: &str| details.remove(name).filter(Value::is_array).map(clean::json);
         // Sessions and processes come as a list, or as a document with the list and the time of the report in it.
-        let either = |name: &str| details.get(name).filter(|v| v.is_array() || v.is_object()).cloned().map(clean::json);
-        let cpu = [summary.get("cpu"), details.get("cpu")].into_iter().flatten().find(|value| value.is_object());
+        let either = |details: &mut Map<String, Value>, name: &str| {
+            details.remove(name).filter(|value| value.is_array() || value.is_object()).map(clean::json)
+        };
+        let cpu = [summary.remove("cpu"), details.remove("cpu")].into_iter().flatten().find(Value::is_object);
         Self {
-            memory: list("memory"),
-            network: list("network"),
-            software: list("software").map(software),
-            services: list("services"),
-            storage: list("storage"),
-            cpu: cpu.cloned().map(clean::json),
-            sessions: either("sessions"),
-            processes: either("processes"),
+            memory: list(details, "memory"),
+            network: list(details, "network"),
+            software: list(details, "software").map(software),
+            services: list(details, "services"),
+            storage: list(details, "storage"),
+            cpu: cpu.map(clean::json),
+            sessions: either(details, "sessions"),
+            processes: either(details, "processes"),
         }
+    }
+}
+
+/// The most that is kept of one document of a details report, in bytes of JSON.
+const PART_BYTES: usize = 4 * 1024 * 1024;
+
+/// Counts what is written to it, up to [`PART_BYTES`].
+struct Counted(usize);
+
+impl std::io::Write for Counted {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0 += bytes.len();
+        if self.0 > PART_BYTES { Err(std::io::ErrorKind::FileTooLarge.into()) } else { Ok(bytes.len()) }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Parts {
+    /// Refuses a document that is too large to be kept beside those of thousands of devices.
+    fn check(&self) -> Result<()> {
+        let parts = [
+            ("memory", &self.memory),
+            ("network", &self.network),
+            ("software", &self.software),
+            ("services", &self.services),
+            ("storage", &self.storage),
+            ("cpu", &self.cpu),
+            ("sessions", &self.sessions),
+            ("processes", &self.processes),
+        ];
+        for (name, part) in parts {
+            if part.as_ref().is_some_and(|part| serde_json::to_writer(Counted(0), part).is_err()) {
+                let mut refused =
+                    Error::field("part_too_large", &format!("details.{name}"), format!("must be at most {PART_BYTES} bytes"));
+                refused.kind = Kind::TooLarge;
+                return Err(refused);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -546,18 +593,45 @@ fn software(rows: Value) -> Value {
     sorted.into_values().collect()
 }
 
-/// `patch` over `stored`: objects merge, everything else replaces, null keeps.
-fn merge(stored: Value, patch: Value) -> Value {
-    match (stored, patch) {
-        (stored, Value::Null) => stored,
-        (Value::Object(mut stored), Value::Object(patch)) => {
-            for (name, value) in patch {
-                let before = stored.remove(&name).unwrap_or_default();
-                stored.insert(name, merge(before, value));
-            }
-            Value::Object(stored)
+/// A details report, read.
+struct DetailsReport {
+    scalars: Scalars,
+    summary: Map<String, Value>,
+    parts: Parts,
+    mode: &'static str,
+    hash: Vec<u8>,
+    health: Option<Value>,
+    update: Option<Value>,
+}
+
+impl DetailsReport {
+    fn read(raw: &[u8], device: &DeviceIdentity, context: &str) -> Result<Self> {
+        let invalid = || Error::invalid("invalid payload", "Details need an object `details` and a hostname.");
+        let Ok(Value::Object(mut body)) = serde_json::from_slice(raw) else { return Err(invalid()) };
+        let Some(Value::Object(mut details)) = body.remove("details") else { return Err(invalid()) };
+        let mut summary = match details.remove("summary") {
+            Some(Value::Object(summary)) => summary,
+            _ => Map::new(),
+        };
+        let scalars = Scalars::of_details(&body, &summary, device.guid);
+        if scalars.hostname.is_none() {
+            return Err(invalid());
         }
-        (_, patch) => patch,
+        let says_other = |names: &[&str], own: &str| first(&body, names).is_some_and(|said| !said.eq_ignore_ascii_case(own));
+        if says_other(&["guid", "agent_guid"], &guid_text(device.guid)) {
+            return Err(Error::new(Kind::Forbidden, "guid_mismatch", "The report speaks of another device."));
+        }
+        if says_other(&["ssl_key_fingerprint", "fingerprint"], &device.fingerprint) {
+            return Err(Error::new(Kind::Forbidden, "fingerprint_mismatch", "The report speaks of another key."));
+        }
+        let mode = stated_mode(&body, context);
+        let hash = Sha256::new().chain_update(mode).chain_update([0]).chain_update(raw).finalize().to_vec();
+        let parts = Parts::take(&mut details, &mut summary);
+        parts.check()?;
+        let update = agent_update(&body);
+        let health = body.remove("agent_role_health").or_else(|| body.remove("role_health"));
+        let health = health.filter(|report| report.is_object() || report.is_array());
+        Ok(Self { scalars, summary, parts, mode, hash, health, update })
     }
 }
 
@@ -577,29 +651,12 @@ pub struct DetailsNoted {
 /// A details report. It is not a sign of life.
 ///
 /// # Errors
-/// 400 `invalid payload`; 403 `guid_mismatch`, `fingerprint_mismatch` when the body speaks of another device; 404
+/// 400 `invalid payload`; 413 `part_too_large`; 403 `guid_mismatch`, `fingerprint_mismatch` when the body speaks of another device; 404
 /// `device_not_registered`.
-pub async fn details(pool: &db::Pool, device: &DeviceIdentity, context: &str, raw: &[u8]) -> Result<DetailsNoted> {
-    let invalid = || Error::invalid("invalid payload", "Details need an object `details` and a hostname.");
-    let Ok(Value::Object(body)) = serde_json::from_slice(raw) else { return Err(invalid()) };
-    let details = object(&body, "details").ok_or_else(invalid)?;
-    let empty = Map::new();
-    let summary = object(details, "summary").unwrap_or(&empty);
-    let scalars = Scalars::of_details(&body, summary, device.guid);
-    if scalars.hostname.is_none() {
-        return Err(invalid());
-    }
-    let says_other = |names: &[&str], own: &str| first(&body, names).is_some_and(|said| !said.eq_ignore_ascii_case(own));
-    if says_other(&["guid", "agent_guid"], &guid_text(device.guid)) {
-        return Err(Error::new(Kind::Forbidden, "guid_mismatch", "The report speaks of another device."));
-    }
-    if says_other(&["ssl_key_fingerprint", "fingerprint"], &device.fingerprint) {
-        return Err(Error::new(Kind::Forbidden, "fingerprint_mismatch", "The report speaks of another key."));
-    }
-    let mode = stated_mode(&body, context);
-    let hash = Sha256::new().chain_update(mode).chain_update([0]).chain_update(raw).finalize().to_vec();
-    let parts = Parts::read(details, summary);
-
+pub async fn details(pool: &db::Pool, device: &DeviceIdentity, context: &str, raw: Vec<u8>) -> Result<DetailsNoted> {
+    let (identity, context) = (device.clone(), context.to_owned());
+    let read = work::sized(raw.len(), move || DetailsReport::read(&raw, &identity, &context)).await??;
+    let DetailsReport { scalars, summary, parts, mode, hash, health, update } = read;
     let mut tx = pool.begin().await?;
     let noted = scalars.store(&mut tx, device.guid, summary.contains_key("last_seen")).await?;
     let before = sqlx::query!(
@@ -620,11 +677,12 @@ pub async fn details(pool: &db::Pool, device: &DeviceIdentity, context: &str, ra
         tx.commit().await?;
         return Ok(DetailsNoted { site_id, coalesced: true, services_changed: false, software_changed: false });
     }
-    let stored = before.as_ref().map_or_else(|| json!({}), |before| before.summary.clone());
-    let summary = merge(stored, clean::json(Value::Object(summary.clone())));
-    let role_health = match body.get("agent_role_health").or_else(|| body.get("role_health")) {
-        Some(report) if report.is_object() || report.is_array() => Some(merged_health(&mut tx, device.guid, report, mode).await?),
-        _ => None,
+    let empty = Map::new();
+    let stored = before.as_ref().and_then(|before| before.summary.as_object());
+    let summary = Value::Object(summary::replaced(stored.unwrap_or(&empty), &summary));
+    let role_health = match health {
+        Some(report) => Some(merged_health(&mut tx, device.guid, &report, mode).await?),
+        None => None,
     };
     sqlx::query!("INSERT INTO device_details (device_guid) VALUES ($1) ON CONFLICT DO NOTHING", device.guid)
         .execute(&mut *tx)
@@ -649,7 +707,7 @@ pub async fn details(pool: &db::Pool, device: &DeviceIdentity, context: &str, ra
         parts.cpu,
         parts.sessions,
         parts.processes,
-        agent_update(&body),
+        update,
         role_health,
         hash,
     )
@@ -767,12 +825,18 @@ mod tests {
 
     #[test]
     fn absent_keeps_and_empty_clears() {
-        let read = |details: Value| Parts::read(&map(details), &Map::new());
+        let read = |details: Value| Parts::take(&mut map(details), &mut Map::new());
         assert_eq!(read(json!({})), Parts::default());
         assert_eq!(read(json!({"software": [], "memory": null})), Parts { software: Some(json!([])), ..Parts::default() });
-        let stored = json!({"a": {"b": 1, "c": 2}, "d": "x", "e": 5});
-        let merged = merge(stored, json!({"a": {"b": 9}, "d": "", "e": null, "f": true}));
-        assert_eq!(merged, json!({"a": {"b": 9, "c": 2}, "d": "", "e": 5, "f": true}));
+    }
+
+    #[test]
+    fn a_document_that_is_too_large_is_refused_by_name() {
+        let part = |bytes: usize| Parts { processes: Some(json!(["x".repeat(bytes - 4)])), ..Parts::default() };
+        assert!(part(PART_BYTES).check().is_ok());
+        let refused = part(PART_BYTES + 1).check().unwrap_err();
+        assert_eq!((refused.kind, refused.code), (Kind::TooLarge, "part_too_large"));
+        assert!(refused.fields.contains_key("details.processes"));
     }
 
     #[test]

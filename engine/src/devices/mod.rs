@@ -6,3 +6,4 @@ pub mod list;
 pub mod metadata;
 pub mod role_health;
 pub mod sockets;
+pub mod summary;
