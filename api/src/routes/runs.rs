@@ -1,6 +1,11 @@
 //! Workflow runs: every run of every workflow can be listed, watched, cancelled and retried.
 
-use std::{convert::Infallible, time::Duration};
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use axum::{
     Json,
@@ -34,6 +39,10 @@ use crate::{
 const STREAM_EVERY: Duration = Duration::from_millis(400);
 /// Open event streams of one API process; each looks for news on its own.
 static STREAMS: Semaphore = Semaphore::const_new(512);
+/// How many of them one user has, with all sessions and API tokens.
+static STREAMS_OF: Mutex<BTreeMap<i64, u32>> = Mutex::new(BTreeMap::new());
+/// The most of them that one user may have.
+const STREAMS_OF_ONE: u32 = 32;
 /// How many runs a page holds when the caller does not say.
 const PAGE_DEFAULT: i64 = 50;
 
@@ -205,7 +214,7 @@ async fn events(
         .is_some_and(|accept| accept.contains("text/event-stream"));
     if streams {
         drop(conn);
-        let place = STREAMS.try_acquire().map_err(|_| {
+        let place = Place::take(operator.user_id).ok_or_else(|| {
             Error::new(Kind::Limited, "too_many_streams", "Too many event streams are open; try again.").retry_after(5)
         })?;
         let (token, carrier) = client::session_token(&headers).unwrap_or(("", Carrier::Bearer));
@@ -215,6 +224,37 @@ async fn events(
     }
     let events = runs::events(&mut conn, id, after).await?.into_iter().map(Event::from).collect();
     Ok(Json(Events { events }).into_response())
+}
+
+/// The place of one open stream, until it is dropped.
+struct Place {
+    user_id: i64,
+    _of_all: SemaphorePermit<'static>,
+}
+
+impl Place {
+    fn take(user_id: i64) -> Option<Self> {
+        let of_all = STREAMS.try_acquire().ok()?;
+        let mut streams = STREAMS_OF.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = streams.entry(user_id).or_default();
+        if *count >= STREAMS_OF_ONE {
+            return None;
+        }
+        *count += 1;
+        Some(Self { user_id, _of_all: of_all })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut streams = STREAMS_OF.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = streams.get_mut(&self.user_id) {
+            *count -= 1;
+            if *count == 0 {
+                streams.remove(&self.user_id);
+            }
+        }
+    }
 }
 
 /// Who watches a stream: what their request came with.
@@ -229,20 +269,14 @@ struct Cursor {
     app: App,
     watcher: Watcher,
     /// Given back when the stream ends.
-    _place: SemaphorePermit<'static>,
+    _place: Place,
     id: Uuid,
     after: i32,
     waiting: std::collections::VecDeque<Event>,
     ended: bool,
 }
 
-fn stream(
-    app: App,
-    watcher: Watcher,
-    place: SemaphorePermit<'static>,
-    id: Uuid,
-    after: i32,
-) -> impl Stream<Item = Result<sse::Event, Infallible>> {
+fn stream(app: App, watcher: Watcher, place: Place, id: Uuid, after: i32) -> impl Stream<Item = Result<sse::Event, Infallible>> {
     let cursor = Cursor { app, watcher, _place: place, id, after, waiting: std::collections::VecDeque::new(), ended: false };
     futures::stream::unfold(cursor, |mut cursor| async move {
         loop {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use axum::{Json, extract::State, http::StatusCode};
 use borealis_engine::{
     Error, Kind,
+    access::api_tokens::TokenScope,
     sites::{self, CODE_MAX_DAYS, CodeDays},
 };
 use chrono::{DateTime, Utc};
@@ -42,7 +43,7 @@ pub(super) struct Site {
     /// Epoch seconds.
     created_at: i64,
     device_count: i64,
-    /// What an agent presents to ask for enrollment.
+    /// What an agent presents to ask for enrollment; empty for those who may not rotate it.
     enrollment_code: String,
     /// Until when, in epoch seconds; 0 for ever.
     enrollment_code_expires_at: i64,
@@ -85,10 +86,14 @@ struct Sites {
 /// The sites the caller may see.
 #[utoipa::path(get, path = "/api/sites", tag = "Sites", responses((status = 200, body = Sites), (status = 401, description = "`unauthorized`")))]
 async fn list(State(app): State<App>, operator: Operator) -> Result<Json<Sites>> {
-    let sites = sites::list(&app.pool, &operator.scope).await?;
+    let mut sites: Vec<Site> = sites::list(&app.pool, &operator.scope).await?.into_iter().map(Site::from).collect();
+    // With a code machines are brought in: it is for those who could make one.
+    if !(operator.is_admin() && operator.may(TokenScope::SitesWrite)) {
+        sites.iter_mut().for_each(|site| site.enrollment_code.clear());
+    }
     let url = &app.settings.public_base_url;
     Ok(Json(Sites {
-        sites: sites.into_iter().map(Site::from).collect(),
+        sites,
         public_base_url: url.as_str().trim_end_matches('/').to_owned(),
         public_hostname: url.host_str().unwrap_or_default().to_owned(),
     }))
