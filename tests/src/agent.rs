@@ -80,6 +80,11 @@ impl Socket {
         let _ = self.stream.send(Message::text(framing::encode(frame))).await;
     }
 
+    /// Writes a text as it is.
+    pub async fn raw(&mut self, text: &str) {
+        let _ = self.stream.send(Message::text(text)).await;
+    }
+
     /// The next frame, pings answered and left out; none when the connection is closed.
     ///
     /// # Panics

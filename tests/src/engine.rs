@@ -3,7 +3,7 @@
 use std::{
     net::SocketAddr,
     os::unix::fs::PermissionsExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering},
 };
 
@@ -91,6 +91,7 @@ pub fn settings(state_dir: PathBuf) -> Settings {
         enrollment_code_days: 90,
         access: Default::default(),
         trusted_proxies: Default::default(),
+        connections_per_address: 100_000,
         audit_webhook: None,
         // Nothing answers there.
         github_api_url: Url::parse("http://127.0.0.1:9/").expect("a URL"),
@@ -159,7 +160,13 @@ impl TestEngine {
 
     /// One on the same database whose keys are others: nobody hands it the key of the secret store.
     pub async fn stranger(&self) -> Node {
-        let settings = Settings { state_dir: self.state_dir.path().join("stranger"), ..self.settings.clone() };
+        self.stranger_with("stranger", |_| {}).await
+    }
+
+    /// Such a one with changed settings, and a state folder of this name below the engine's.
+    pub async fn stranger_with(&self, name: &str, change: impl FnOnce(&mut Settings)) -> Node {
+        let mut settings = Settings { state_dir: self.state_dir.path().join(name), ..self.settings.clone() };
+        change(&mut settings);
         node(settings, &self.database.url, "stranger").await
     }
 
@@ -171,7 +178,7 @@ impl TestEngine {
 
     /// The first administrator, signed in. The first call sets the engine up over REST, as a person would.
     pub async fn admin(&self) -> Actor {
-        self.admin.get_or_init(|| bootstrap(&self.base)).await.clone()
+        self.admin.get_or_init(|| bootstrap(&self.base, self.state_dir.path())).await.clone()
     }
 
     /// A new site; its id and enrollment code.
@@ -266,13 +273,24 @@ pub fn id_text(id: &Value) -> String {
     }
 }
 
-/// Sets a fresh engine up over REST and returns its first administrator, signed in.
-pub async fn bootstrap(base: &Url) -> Actor {
+/// Sets a fresh engine up over REST and returns its first administrator, signed in. Where the engine does not take this machine's word,
+/// with the setup token of the state folder.
+pub async fn bootstrap(base: &Url, state_dir: &Path) -> Actor {
     let nobody = Actor::anonymous(base);
-    let _ = nobody.post("/api/bootstrap/aegis/setup", json!({"cipher": CIPHER})).await.ok();
-    let pending = nobody.post("/api/bootstrap/admin/setup", json!({"username": ADMIN, "password": PASSWORD})).await.ok();
+    let set_up = async |path: &str, body: Value| {
+        let token = || std::fs::read_to_string(state_dir.join("secrets/setup.token")).ok();
+        let send = async |token: Option<String>| {
+            let request = nobody.request(reqwest::Method::POST, path).json(&body);
+            nobody.send(token.iter().fold(request, |request, token| request.header("X-Borealis-Setup-Token", token.trim()))).await
+        };
+        let reply = send(token()).await;
+        // The file may have been made at the first request only.
+        if reply.body["error"] == "setup_token_required" { send(token()).await } else { reply }.ok()
+    };
+    let _ = set_up("/api/bootstrap/aegis/setup", json!({"cipher": CIPHER})).await;
+    let pending = set_up("/api/bootstrap/admin/setup", json!({"username": ADMIN, "password": PASSWORD})).await;
     let secret = pending["secret"].as_str().unwrap_or_else(|| panic!("no authenticator secret in {pending}")).to_owned();
     let body = json!({"pending_token": pending["pending_token"], "code": totp::code(&secret, 0)});
-    let done = nobody.post("/api/bootstrap/admin/mfa/verify", body).await.ok();
+    let done = set_up("/api/bootstrap/admin/mfa/verify", body).await;
     nobody.signed_in(ADMIN, PASSWORD, &secret, &done)
 }

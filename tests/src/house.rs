@@ -70,7 +70,7 @@ impl House {
         let state = tempfile::tempdir().expect("a folder");
         let mut processes = Processes::new();
         let engine = state.path().join("engine");
-        processes.set("BOREALIS_ENROLL_PER_MINUTE", "100000");
+        processes.set("BOREALIS_ENROLL_PER_MINUTE", "100000").set("BOREALIS_CONNECTIONS_PER_ADDRESS", "100000");
         let mut started = Vec::new();
         for (index, database) in apis.iter().enumerate() {
             let addr = SocketAddr::from(([127, 0, 0, 1], free_port()));
@@ -81,7 +81,7 @@ impl House {
             start(&mut processes, &mut api, &engine).await;
             started.push(api);
         }
-        let admin = bootstrap(&started.first().expect("an API process").base).await;
+        let admin = bootstrap(&started.first().expect("an API process").base, &engine).await;
         let site = admin.post("/api/sites", json!({"name": "Lab"})).await.ok();
         let internal: Vec<String> = started.iter().map(|api| format!("http://{}", api.internal)).collect();
         processes.set("BOREALIS_INTERNAL_URL", internal.join(","));

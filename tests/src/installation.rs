@@ -40,10 +40,11 @@ impl Installation {
             .set("BOREALIS_ENGINE_SECRET_FILE", folder.join("secrets/engine.secret").display().to_string())
             .set("BOREALIS_INTERNAL_LISTEN", format!("127.0.0.1:{internal}"))
             .set("BOREALIS_INTERNAL_URL", format!("http://127.0.0.1:{internal}"))
+            .set("BOREALIS_CONNECTIONS_PER_ADDRESS", "100000")
             .set("BOREALIS_ENROLL_PER_MINUTE", "100000");
         let port = free_port();
         let (api, base) = listen(processes, port).await;
-        let admin = bootstrap(&base).await;
+        let admin = bootstrap(&base, &folder).await;
         let site = admin.post("/api/sites", json!({"name": "Fleet"})).await.ok();
         let site = site["id"].as_i64().unwrap_or_else(|| panic!("no site id in {site}"));
         Self { api, base, admin, site, state }

@@ -13,6 +13,7 @@ pub mod engine;
 pub mod fleet;
 pub mod house;
 pub mod installation;
+pub mod memory;
 pub mod probe;
 pub mod processes;
 pub mod proxy;

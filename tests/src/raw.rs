@@ -36,6 +36,16 @@ pub async fn request(addr: SocketAddr, method: &str, target: &str, headers: &[(&
     send(addr, text.as_bytes()).await
 }
 
+/// The first answer in `bytes`, once all of it is there as its `Content-Length` says.
+#[must_use]
+pub fn whole(bytes: &[u8]) -> Option<Reply> {
+    let text = String::from_utf8_lossy(bytes);
+    let (_, body) = text.split_once("\r\n\r\n")?;
+    let reply = parse("", &text);
+    let length = reply.header("content-length")?.parse::<usize>().ok()?;
+    (body.len() >= length).then_some(reply)
+}
+
 fn parse(request: &str, answer: &str) -> Reply {
     let request = request.lines().next().unwrap_or_default().to_owned();
     let (head, text) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{request}: no answer, but {answer:?}"));

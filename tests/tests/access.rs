@@ -1,10 +1,15 @@
 //! Who gets in, and who does not: set-up, sign-in, sessions, users and sites, seen from outside.
 
+use std::{path::Path, time::Duration};
+
+use borealis_engine::access::{aegis::Unseal, sessions};
 use borealis_tests::{
-    Actor, TestEngine,
+    Actor, Processes, TestEngine,
     actor::Credential,
-    engine::{ADMIN, CIPHER, PASSWORD},
-    totp,
+    engine::{ADMIN, CIPHER, Node, PASSWORD},
+    eventually,
+    processes::free_port,
+    raw, totp,
 };
 use serde_json::{Value, json};
 
@@ -665,7 +670,8 @@ async fn cookies_and_tokens_are_handed_out_as_promised() {
     assert!(pending.header("set-cookie").is_none(), "a half-done sign-in hands out a cookie");
     // As a browser: no token in the body.
     let body = json!({"pending_token": pending.body["pending_token"], "code": totp::code(&secret, 1)});
-    let request = nobody.request(reqwest::Method::POST, "/api/auth/mfa/verify").header("Cookie", "x=y").json(&body);
+    let request =
+        nobody.request(reqwest::Method::POST, "/api/auth/mfa/verify").header("Sec-Fetch-Site", "same-origin").json(&body);
     let done = nobody.send(request).await.expect(200);
     assert!(done.body.get("token").is_none(), "{}", done.text);
     let cookie = done
@@ -687,15 +693,113 @@ async fn cookies_and_tokens_are_handed_out_as_promised() {
         settings.public_base_url = "https://rmm.example/".parse().expect("a URL");
     })
     .await;
+    let secret = secure.admin().await.totp_secret.expect("a secret");
     let nobody = secure.anonymous();
-    let _ = nobody.post("/api/bootstrap/aegis/setup", json!({"cipher": CIPHER})).await.ok();
-    let pending = nobody.post("/api/bootstrap/admin/setup", json!({"username": ADMIN, "password": PASSWORD})).await.ok();
-    let body =
-        json!({"pending_token": pending["pending_token"], "code": totp::code(pending["secret"].as_str().expect("a secret"), 0)});
-    let done = nobody.post("/api/bootstrap/admin/mfa/verify", body).await.expect(200);
+    let pending = nobody.post("/api/auth/login", json!({"username": ADMIN, "password": PASSWORD})).await.ok();
+    let body = json!({"pending_token": pending["pending_token"], "code": totp::code(&secret, 1)});
+    let done = nobody.post("/api/auth/mfa/verify", body).await.expect(200);
+    assert_eq!(done.headers.iter().filter(|(name, _)| name == "set-cookie").count(), 2);
     for (_, cookie) in done.headers.iter().filter(|(name, _)| name == "set-cookie") {
         assert!(cookie.ends_with("; Secure"), "{cookie}");
     }
+}
+
+#[tokio::test]
+async fn every_client_but_a_browser_page_gets_the_token() {
+    let engine = TestEngine::start().await;
+    let _ = engine.admin().await;
+    let username = engine.user("User", &[]).await;
+    sqlx::query("UPDATE users SET mfa_disabled = true WHERE username = $1")
+        .bind(&username)
+        .execute(&engine.database.pool)
+        .await
+        .unwrap();
+    let body = json!({"username": username, "password": PASSWORD}).to_string();
+    let sign_in = async |headers: &[(&str, &str)]| {
+        let mut text = format!("POST /api/auth/login HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n", engine.addr);
+        let length = body.len().to_string();
+        for (name, value) in headers.iter().chain(&[("Content-Type", "application/json"), ("Content-Length", length.as_str())]) {
+            text.push_str(&format!("{name}: {value}\r\n"));
+        }
+        raw::send(engine.addr, format!("{text}\r\n{body}").as_bytes()).await.expect(200).body["token"].is_string()
+    };
+    for program in [&[][..], &[("Accept", "*/*")], &[("Accept", "text/plain")], &[("Cookie", "theirs=1")]] {
+        assert!(sign_in(program).await, "{program:?}");
+    }
+    for page in [
+        &[("Accept", "application/json"), ("Sec-Fetch-Site", "same-origin")][..],
+        &[("Cookie", "borealis_auth=former")],
+        &[("Cookie", "a=b; borealis_device=x")],
+    ] {
+        assert!(!sign_in(page).await, "{page:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_set_up_behind_a_silent_proxy_needs_the_setup_token() {
+    let engine = TestEngine::with(|settings| settings.public_base_url = "https://rmm.example/".parse().expect("a URL")).await;
+    let port = free_port();
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = folder.path().join("haproxy.cfg");
+    let text = format!(
+        "defaults\n mode http\n timeout connect 5s\n timeout client 30s\n timeout server 30s\n\
+         frontend here\n bind 127.0.0.1:{port}\n default_backend engine\nbackend engine\n server engine {}\n",
+        engine.addr
+    );
+    std::fs::write(&config, text).expect("a configuration");
+    let mut processes = Processes::new();
+    let proxy = Path::new("/usr/sbin/haproxy");
+    let _proxy = processes.start_program(proxy, &["-db", "-f", config.to_str().expect("a path")]);
+    eventually("the proxy listens", Duration::from_secs(30), async || {
+        tokio::net::TcpStream::connect(("127.0.0.1", port)).await.ok()
+    })
+    .await;
+    // As it comes from anywhere, through the proxy, under a name of this machine; and past it.
+    let through = Actor::anonymous(&format!("http://localhost:{port}").parse().expect("a URL"));
+    let token = std::fs::read_to_string(engine.state_dir().join("secrets/setup.token"));
+    for nobody in [&through, &engine.anonymous()] {
+        let reply = nobody.post("/api/bootstrap/aegis/setup", json!({"cipher": CIPHER})).await;
+        let _ = reply.error(403, "setup_token_required");
+    }
+    let token = token.or_else(|_| std::fs::read_to_string(engine.state_dir().join("secrets/setup.token"))).expect("a token");
+    let request = through.request(reqwest::Method::POST, "/api/bootstrap/aegis/setup").json(&json!({"cipher": CIPHER}));
+    let _ = through.send(request.header("X-Borealis-Setup-Token", token.trim())).await.expect(200);
+}
+
+#[tokio::test]
+async fn nothing_is_local_with_trusted_proxies() {
+    let engine = TestEngine::with(|settings| settings.trusted_proxies = "192.0.2.0/24".parse().expect("a network")).await;
+    let reply = engine.anonymous().post("/api/bootstrap/aegis/setup", json!({"cipher": CIPHER})).await;
+    let _ = reply.error(403, "setup_token_required");
+}
+
+#[tokio::test]
+async fn the_setup_token_of_one_process_is_accepted_by_all() {
+    let engine = TestEngine::with(|settings| settings.unseal = Unseal::Manual).await;
+    let _ = engine.admin().await;
+    // Two processes with state folders of their own, behind a balancer, and both locked.
+    let (first, second) = (engine.stranger_with("first", |_| {}).await, engine.stranger_with("second", |_| {}).await);
+    let unlock = async |node: &Node, token: &str| {
+        let nobody = Actor::anonymous(&node.base);
+        let request = nobody.request(reqwest::Method::POST, "/api/bootstrap/aegis/unlock").json(&json!({"cipher": CIPHER}));
+        nobody.send(request.header("X-Forwarded-For", "192.0.2.1").header("X-Borealis-Setup-Token", token)).await
+    };
+    let token_of = async |name: &str| {
+        let file = engine.state_dir().join(name).join("secrets/setup.token");
+        eventually("there is a setup token", Duration::from_secs(30), async || std::fs::read_to_string(&file).ok()).await
+    };
+    let (of_first, of_second) = (token_of("first").await, token_of("second").await);
+    assert_ne!(of_first, of_second);
+    let _ = unlock(&first, &sessions::new_token().expose().clone()).await.error(403, "setup_token_required");
+    eventually("the token of one counts at the other", Duration::from_secs(30), async || {
+        (unlock(&first, of_second.trim()).await.status == 200).then_some(())
+    })
+    .await;
+    assert!(!engine.state_dir().join("first/secrets/setup.token").exists(), "it goes with the end of the set-up");
+    // The other is still locked, and takes its own.
+    let _ = unlock(&second, of_second.trim()).await.expect(200);
+    first.stop().await;
+    second.stop().await;
 }
 
 #[tokio::test]

@@ -68,7 +68,7 @@ impl House {
         eventually("the API listens", SOON, async || tokio::net::TcpStream::connect(("127.0.0.1", port)).await.ok()).await;
         let worker = Some(processes.start("borealis-worker", &["run"]));
 
-        let admin = bootstrap(&base).await;
+        let admin = bootstrap(&base, &state.path().join("engine")).await;
         let site = admin.post("/api/sites", json!({"name": "Lab"})).await.ok();
         processes.set("BOREALIS_AGENT_ENROLLMENT_CODE", site["enrollment_code"].as_str().expect("a code"));
         let agent = Some(processes.start("borealis-agent", &["run"]));

@@ -940,14 +940,15 @@ async fn reports_change_the_devices_own_row_and_nothing_else() {
     // Details: absent keeps, empty clears; they belong to the token's device, whatever the name says.
     let details = |details: Value| json!({"hostname": "db", "details": details});
     let report = details(
-        json!({"summary": {"domain": "corp", "x": {"a": 1}}, "software": [{"name": "bash", "source": "dpkg"}], "services": [{"name": "s"}]}),
+        json!({"summary": {"domain": "corp", "last_user": "ann", "x": {"a": 1}}, "software": [{"name": "bash", "source": "dpkg"}], "services": [{"name": "s"}]}),
     );
     assert_eq!(device.post("/api/agent/details", report.clone()).await.ok(), json!({"status": "ok"}));
     assert_eq!(device.post("/api/agent/details", report).await.ok(), json!({"status": "ok", "coalesced": true}));
-    let _ = device.post("/api/agent/details", details(json!({"summary": {"x": {"b": 2}}, "services": []}))).await.ok();
+    let _ = device.post("/api/agent/details", details(json!({"summary": {"last_user": "bob", "y": "more"}, "services": []}))).await.ok();
     let row = read().await;
     assert_eq!((&row["software"][0]["name"], &row["services"]), (&json!("bash"), &json!([])));
-    assert_eq!((&row["summary"]["x"], &row["domain"]), (&json!({"a": 1, "b": 2}), &json!("corp")));
+    assert_eq!((&row["summary"]["last_user"], &row["domain"]), (&json!("bob"), &json!("corp")), "replaced and kept");
+    assert_eq!((&row["summary"]["x"], &row["summary"]["y"]), (&Value::Null, &Value::Null), "what nobody knows is not kept");
     assert_eq!(row["hostname"], "db");
     assert_eq!(admin.get(&format!("/api/devices/{}", other.guid)).await.ok()["software"], json!([]));
     let _ = device.post("/api/agent/details", json!({"details": []})).await.error(400, "invalid payload");

@@ -301,7 +301,7 @@ async fn whatever_an_agent_reports_is_stored_or_refused() {
         let body = dice.changed(&details);
         let raw = if dice.one_in(3) { dice.garbled(&body.to_string()) } else { body.to_string() };
         let _ =
-            ingest::details(pool, &identity, "SYSTEM", raw.as_bytes()).await.inspect_err(|error| told("details", &body, error));
+            ingest::details(pool, &identity, "SYSTEM", raw.into_bytes()).await.inspect_err(|error| told("details", &body, error));
         let body = dice.changed(&progress);
         for kind in [results::Kind::Accepted, results::Kind::Progress, results::Kind::Result] {
             if let Some(report) = results::Report::parse(identity.guid, kind, &body) {

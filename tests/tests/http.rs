@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use borealis_api::serve::HEAD_TIMEOUT_S;
+use borealis_api::connections::HEAD_TIMEOUT_S;
 use borealis_tests::{Reply, TestCluster, TestDatabase, TestEngine, eventually, raw};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -114,7 +114,7 @@ async fn a_body_that_is_not_what_the_route_takes_is_400_and_names_the_field() {
 async fn an_oversized_body_is_413_and_its_rest_is_not_read() {
     let engine = TestEngine::start().await;
     let admin = engine.admin().await;
-    let body = format!(r#"{{"name": "{}"}}"#, "x".repeat(borealis_api::app::BODY_LIMIT));
+    let body = format!(r#"{{"name": "{}"}}"#, "x".repeat(borealis_api::body::BodyLimit::USUAL.bytes));
     let request = admin.request(reqwest::Method::POST, "/api/sites").header("Content-Type", "application/json").body(body);
     let _ = admin.send(request).await.error(413, "body_too_large");
     // A length that is only claimed is refused before anything is sent.
@@ -144,7 +144,7 @@ async fn an_overlong_target_and_too_many_headers_are_refused() {
     let _ = raw::request(engine.addr, "GET", &target, &[]).await.error(414, "uri_too_long");
     let many = vec![("X-Filler", "1"); 101];
     assert_eq!(raw::request(engine.addr, "GET", "/health", &many).await.status, 431);
-    let large = "z".repeat(borealis_api::serve::MAX_HEAD_BYTES);
+    let large = "z".repeat(borealis_api::connections::MAX_HEAD_BYTES);
     assert_eq!(raw::request(engine.addr, "GET", "/health", &[("X-Filler", &large)]).await.status, 431);
 }
 

@@ -191,6 +191,7 @@ async fn engine(line: &Line, settings: &Settings, client: &Client, started: &mut
         if settings.unseal == borealis_engine::access::aegis::Unseal::Manual { "manual" } else { "auto" },
     );
     command.env("BOREALIS_ENROLL_PER_MINUTE", settings.enroll_per_minute.to_string());
+    command.env("BOREALIS_CONNECTIONS_PER_ADDRESS", settings.connections_per_address.to_string());
     match line.environment.store.database_url() {
         Some(url) => command.env("DATABASE_URL", url),
         None => command.env_remove("DATABASE_URL"),
