@@ -113,10 +113,8 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
         tasks.spawn(audit_webhook::run(app.clone(), webhook, shutdown.clone()));
     }
     tasks.spawn(sync_directories(app.clone(), shutdown.clone()));
-    let door = Door {
-        proxies: Arc::new(app.settings.trusted_proxies.clone()),
-        per_address: Some(app.settings.connections_per_address),
-    };
+    let door =
+        Door { proxies: Arc::new(app.settings.trusted_proxies.clone()), per_address: Some(app.settings.connections_per_address) };
     tasks.spawn(connections::accept(public, router, door, shutdown.clone()));
     tasks.spawn(connections::accept(internal, internal_router, Door::default(), shutdown.clone()));
     tasks.spawn(app.hub.clone().run(app.clone(), shutdown));

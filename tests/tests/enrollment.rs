@@ -944,7 +944,10 @@ async fn reports_change_the_devices_own_row_and_nothing_else() {
     );
     assert_eq!(device.post("/api/agent/details", report.clone()).await.ok(), json!({"status": "ok"}));
     assert_eq!(device.post("/api/agent/details", report).await.ok(), json!({"status": "ok", "coalesced": true}));
-    let _ = device.post("/api/agent/details", details(json!({"summary": {"last_user": "bob", "y": "more"}, "services": []}))).await.ok();
+    let _ = device
+        .post("/api/agent/details", details(json!({"summary": {"last_user": "bob", "y": "more"}, "services": []})))
+        .await
+        .ok();
     let row = read().await;
     assert_eq!((&row["software"][0]["name"], &row["services"]), (&json!("bash"), &json!([])));
     assert_eq!((&row["summary"]["last_user"], &row["domain"]), (&json!("bob"), &json!("corp")), "replaced and kept");

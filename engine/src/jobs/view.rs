@@ -396,7 +396,8 @@ pub async fn devices(
     occurrence: Option<i64>,
 ) -> Result<(Option<i64>, Vec<DeviceResult>)> {
     let instant = occurrence.map(|seconds| {
-        let outside = || Error::field("invalid_query", "occurrence", "must be an instant in seconds since 1970, up to the year 9999");
+        let outside =
+            || Error::field("invalid_query", "occurrence", "must be an instant in seconds since 1970, up to the year 9999");
         instants::from_seconds(seconds).ok_or_else(outside)
     });
     let instant = instant.transpose()?;
