@@ -122,6 +122,7 @@ async fn openapi() -> Result<()> {
         access: borealis_engine::access::Settings::default(),
         trusted_proxies: Default::default(),
         connections_per_address: 1,
+        quotas: Default::default(),
         audit_webhook: None,
         github_api_url: github::DEFAULT_URL.parse().map_err(Error::bug)?,
         exports: Exports::default(),

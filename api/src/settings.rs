@@ -6,6 +6,7 @@ use borealis_engine::{
     Error, Result, Secret,
     access::{self, aegis, sessions::Lifetimes},
     egress,
+    quotas::Quotas,
     sites::CODE_MAX_DAYS,
 };
 use borealis_telemetry::{Exports, Optional};
@@ -41,6 +42,8 @@ pub struct Settings {
     pub trusted_proxies: TrustedProxies,
     /// Open connections from one address that is no trusted proxy; those that became sockets do not count.
     pub connections_per_address: u32,
+    /// How much a user may own.
+    pub quotas: Quotas,
     /// Where the audit is told, if anywhere.
     pub audit_webhook: Option<Webhook>,
     /// Where GitHub's interface is.
@@ -117,6 +120,18 @@ pub struct Environment {
     /// For how many days an enrollment code can be used, unless the request that makes it says; 0 for ever.
     #[arg(long, env = "BOREALIS_ENROLLMENT_CODE_DAYS", value_name = "N", default_value_t = 90, value_parser = clap::value_parser!(i32).range(0..=CODE_MAX_DAYS as i64))]
     pub enrollment_code_days: i32,
+    /// The most scheduled jobs one user may own.
+    #[arg(long, env = "BOREALIS_JOBS_PER_USER", value_name = "N", default_value_t = Quotas::default().jobs, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    pub jobs_per_user: u32,
+    /// How large they may be together, in MiB.
+    #[arg(long, env = "BOREALIS_JOB_MIB_PER_USER", value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
+    pub job_mib_per_user: u64,
+    /// The most assemblies one user may own.
+    #[arg(long, env = "BOREALIS_ASSEMBLIES_PER_USER", value_name = "N", default_value_t = Quotas::default().assemblies, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    pub assemblies_per_user: u32,
+    /// How large they may be together, in MiB.
+    #[arg(long, env = "BOREALIS_ASSEMBLY_MIB_PER_USER", value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
+    pub assembly_mib_per_user: u64,
     /// How long a session lives at most, in seconds.
     #[arg(long, env = "BOREALIS_TOKEN_TTL_SECONDS", value_name = "N", default_value_t = Lifetimes::default().absolute_s, value_parser = clap::value_parser!(u32).range(60..=31_536_000))]
     pub token_ttl_seconds: u32,
@@ -254,6 +269,12 @@ impl Environment {
             },
             trusted_proxies: self.trusted_proxies.clone(),
             connections_per_address: self.connections_per_address,
+            quotas: Quotas {
+                jobs: self.jobs_per_user,
+                job_bytes: self.job_mib_per_user << 20,
+                assemblies: self.assemblies_per_user,
+                assembly_bytes: self.assembly_mib_per_user << 20,
+            },
             audit_webhook: match &self.audit_webhook_url.0 {
                 Some(url) => Some(Webhook::new(url.clone(), token_file(&self.audit_webhook_token_file)?.as_deref())?),
                 None => None,

@@ -19,6 +19,7 @@ pub mod internal;
 pub mod jobs;
 pub mod json;
 pub mod keys;
+pub mod quotas;
 pub mod scope;
 pub mod secret;
 pub mod sites;
@@ -26,5 +27,5 @@ pub mod state_dir;
 pub mod work;
 
 pub use error::{Error, Kind, Result};
-pub use scope::{Actor, ActorKind, ActorToken, Scope};
+pub use scope::{Actor, ActorKind, ActorToken, Caller, Scope};
 pub use secret::Secret;

@@ -1,6 +1,8 @@
 //! Who asks, and which sites they may see. Every store function that reads or changes what belongs to a site takes a
 //! [`Scope`] and puts it inside its query, so that out of scope and absent are the same 404.
 
+use crate::quotas::Quotas;
+
 /// The sites a caller may see.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scope {
@@ -69,6 +71,27 @@ impl Actor {
     #[must_use]
     pub fn console(account: &str) -> Self {
         Self { id: account.to_owned(), name: "console".to_owned(), ..Self::system() }
+    }
+}
+
+/// A signed-in operator who makes or changes something.
+#[derive(Debug, Clone, Copy)]
+pub struct Caller<'a> {
+    /// The user, who becomes the owner of what is made.
+    pub user_id: i64,
+    /// The sites the user may see.
+    pub scope: &'a Scope,
+    /// For the audit.
+    pub actor: &'a Actor,
+    /// How much a user may own.
+    pub quotas: &'a Quotas,
+}
+
+impl Caller<'_> {
+    /// Whether the user sees everything: an administrator.
+    #[must_use]
+    pub fn is_admin(&self) -> bool {
+        *self.scope == Scope::All
     }
 }
 

@@ -59,6 +59,28 @@ impl TestDatabase {
 }
 
 impl TestDatabase {
+    /// Makes one with the migrations before `version` alone, to be migrated by the test.
+    ///
+    /// # Panics
+    /// When one of them cannot be applied.
+    pub async fn before(version: i64) -> Self {
+        let admin = server().await;
+        let mut connection = connect(&admin).await;
+        let name = format!("borealis_x_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        execute(&mut connection, format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).await;
+        execute(&mut connection, format!("CREATE DATABASE {name}")).await;
+        let _ = connection.close().await;
+        let url = at(&admin, &name);
+        let pool = db::connect(&db::Options { url: url.to_string(), max_connections: 8, application_name: "tests".into() })
+            .expect("a readable database URL");
+        let earlier = sqlx::migrate::Migrator {
+            migrations: MIGRATIONS.iter().filter(|migration| migration.version < version).cloned().collect(),
+            ..sqlx::migrate::Migrator::DEFAULT
+        };
+        earlier.run(&pool).await.unwrap_or_else(|error| panic!("the migrations before {version}: {error}"));
+        Self { url, pool, admin, name }
+    }
+
     /// What somebody with all rights over the database can do: a statement that no trigger stops.
     ///
     /// # Panics

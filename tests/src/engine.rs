@@ -92,6 +92,7 @@ pub fn settings(state_dir: PathBuf) -> Settings {
         access: Default::default(),
         trusted_proxies: Default::default(),
         connections_per_address: 100_000,
+        quotas: Default::default(),
         audit_webhook: None,
         // Nothing answers there.
         github_api_url: Url::parse("http://127.0.0.1:9/").expect("a URL"),

@@ -517,6 +517,12 @@ impl World {
                 let payload = json!({"name": "Hi", "type": "bash", "script": "echo hi"});
                 with(path, json!({"domain": "user", "display_name": "Hi", "payload": payload}), Rule::Anyone)
             }
+            ("POST", "/api/assemblies/import") => {
+                with(path, json!({"document": {"name": "Hi", "type": "bash", "script": "echo hi"}}), Rule::Anyone)
+            }
+            ("GET", "/api/assemblies/{guid}/export") => {
+                with(&format!("/api/assemblies/{}/export", self.assembly().await), Value::Null, Rule::Anyone)
+            }
             ("GET" | "PUT" | "DELETE", "/api/assemblies/{guid}") => {
                 let body = if method == "PUT" { json!({"display_name": "Hello again"}) } else { Value::Null };
                 with(&format!("/api/assemblies/{}", self.assembly().await), body, Rule::Anyone)

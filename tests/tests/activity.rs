@@ -57,7 +57,7 @@ async fn an_assembly_is_kept_as_it_was_written() {
         (json!({"domain": "user", "payload": {"type": "bash"}}), 400, "invalid_payload"),
         (json!({"domain": "user", "payload": {"type": "perl", "script": "x"}}), 400, "unsupported_script_type"),
         (json!({"domain": "user", "payload": document(), "assembly_type": "workflow"}), 400, "not_supported_yet"),
-        (json!({"domain": "user", "payload": document(), "assembly_guid": guid}), 400, "assembly_exists"),
+        (json!({"domain": "user", "payload": document(), "assembly_guid": guid}), 403, "assembly_guid_forbidden"),
         (json!({"domain": "user", "payload": document(), "owner": "me"}), 400, "invalid_json"),
     ] {
         let _ = operator.post("/api/assemblies", body).await.error(status, code);
@@ -98,11 +98,10 @@ async fn a_quick_run_is_queued_for_each_host_or_for_none() {
         "in their order"
     );
     assert_eq!(results[0]["status"], "Queued");
-    let request: Value = sqlx::query_scalar("SELECT request FROM activity_history WHERE id = $1")
-        .bind(results[0]["job_id"].as_i64())
-        .fetch_one(&engine.database.pool)
-        .await
-        .expect("the row");
+    let request = "SELECT s.request || a.request FROM activity_history a JOIN quick_run_scripts s ON s.id = a.quick_run_script_id
+                   WHERE a.id = $1";
+    let request: Value =
+        sqlx::query_scalar(request).bind(results[0]["job_id"].as_i64()).fetch_one(&engine.database.pool).await.expect("the row");
     assert_eq!((&request["target_hostname"], &request["run_mode"]), (&json!(two.hostname), &json!("system")));
     assert_eq!((&request["environment"]["GREETING"], &request["environment"]["COUNT"]), (&json!("hello; $(id)"), &json!("1")));
     assert_eq!((&request["timeout_seconds"], &request["admin_pass"]), (&json!(60), &json!("")));

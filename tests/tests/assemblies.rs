@@ -97,20 +97,45 @@ async fn every_fault_of_a_document_is_named_and_stores_nothing() {
 }
 
 #[tokio::test]
-async fn a_guid_is_taken_once() {
+async fn a_guid_is_chosen_by_administrators_and_taken_once() {
     let engine = TestEngine::start().await;
-    let operator = engine.operator(&[]).await;
+    let (operator, admin) = (engine.operator(&[]).await, engine.admin().await);
     let mut mine = body(bash());
     mine["assembly_guid"] = json!("  Mine.1 ");
-    let post = || operator.post("/api/assemblies", mine.clone());
+    let _ = operator.post("/api/assemblies", mine.clone()).await.error(403, "assembly_guid_forbidden");
+    let post = || admin.post("/api/assemblies", mine.clone());
     let (one, two) = tokio::join!(post(), post());
     let mut statuses = [one.status, two.status];
     statuses.sort_unstable();
-    assert_eq!(statuses, [201, 400], "{} {}", one.text, two.text);
-    let refused = if one.status == 400 { one } else { two };
-    let _ = refused.error(400, "assembly_exists");
+    assert_eq!(statuses, [201, 409], "{} {}", one.text, two.text);
+    let refused = if one.status == 409 { one } else { two };
+    let _ = refused.error(409, "assembly_exists");
     let kept = operator.get("/api/assemblies/mine.1").await.ok();
     assert_eq!((&kept["assembly_guid"], &kept["payload_json"]["assembly_guid"]), (&json!("mine.1"), &json!("mine.1")));
+}
+
+#[tokio::test]
+async fn a_script_without_a_word_about_base64_is_stored_as_the_text_it_is() {
+    let engine = TestEngine::start().await;
+    let operator = engine.operator(&[]).await;
+    // As the editor of the reference's web client sends it, and a plain script that it would garble.
+    for (sent, text) in [("ZWNobyBoaQo=", "echo hi\n"), ("hostname", "hostname"), ("\u{feff}set -e", "set -e")] {
+        let (guid, made) = make(&operator, body(json!({"type": "bash", "script": sent}))).await;
+        for answer in [made, operator.get(&format!("/api/assemblies/{guid}")).await.ok()] {
+            let document = &answer["payload_json"];
+            assert_eq!((&document["script"], &document["script_encoding"]), (&json!(text), &json!("plain")));
+        }
+        let change = json!({"payload": {"type": "bash", "script": sent}});
+        let changed = operator.put(&format!("/api/assemblies/{guid}"), change).await.ok();
+        assert_eq!(
+            (&changed["payload_json"]["script"], &changed["payload_json"]["script_encoding"]),
+            (&json!(text), &json!("plain"))
+        );
+    }
+    let said = json!({"type": "bash", "script": "ZWNobyAxMjM0NTY3ODkK", "script_encoding": "plain"});
+    let _ = operator.post("/api/assemblies", body(said)).await.error(400, "invalid_payload");
+    let (_, made) = make(&operator, body(json!({"type": "bash", "script": "ZWNobyBoaQo=", "script_encoding": "base64"}))).await;
+    assert_eq!(made["payload_json"]["script_encoding"], "base64", "who says so gets it back so");
 }
 
 #[tokio::test]
@@ -251,4 +276,49 @@ async fn changes_and_refusals_are_in_the_audit() {
         ("assembly.create", "failure", "dev_mode_required"),
     ];
     assert_eq!(rows, expected.map(|(action, outcome, error)| (action.to_owned(), outcome.to_owned(), error.to_owned())));
+}
+
+#[tokio::test]
+async fn the_editor_of_existing_clients_saves_by_import_and_reads_by_export() {
+    let engine = TestEngine::start().await;
+    let (operator, admin) = (engine.operator(&[]).await, engine.admin().await);
+    // As it sends them: base64, and nothing said about it.
+    let document = |guid: &str, script: &str| {
+        json!({"assembly_guid": guid, "name": "Say hi", "description": "Says hi.", "type": "bash", "script": script,
+               "timeout_seconds": 60, "variables": [{"name": "who", "type": "string", "default": "me", "required": false}], "files": []})
+    };
+    let import = |actor: &Actor, document: Value| {
+        let (actor, body) = (actor.clone(), json!({"document": document, "domain": "user"}));
+        async move { actor.post("/api/assemblies/import", body).await }
+    };
+    let made = import(&operator, document("", "ZWNobyBoaQ==")).await.expect(201).body;
+    assert_eq!((&made["name"], &made["description"], &made["queue"]), (&json!("Say hi"), &json!("Says hi."), &json!([])));
+    let guid = made["assembly_guid"].as_str().expect("a guid");
+    let exported = operator.get(&format!("/api/assemblies/{guid}/export")).await.ok();
+    assert_eq!(
+        exported,
+        json!({"assembly_guid": guid, "name": "Say hi", "description": "Says hi.", "type": "bash", "script": "echo hi", "script_encoding": "plain",
+               "timeout_seconds": 60, "variables": [{"name": "who", "type": "string", "default": "me", "required": false}], "files": []})
+    );
+    let again = import(&operator, document(guid, "ZWNobyBieWU=")).await.expect(201).body;
+    assert_eq!((&again["assembly_guid"], &again["payload_json"]["script"]), (&json!(guid), &json!("echo bye")));
+    let same = import(&operator, json!(operator.get(&format!("/api/assemblies/{guid}/export")).await.ok().to_string())).await;
+    assert_eq!(same.expect(201).body["content_hash"], again["content_hash"], "what was exported is imported unchanged");
+
+    // An id that is not there is an administrator's to choose.
+    let other = import(&operator, document("chosen", "aWQ=")).await.expect(201).body;
+    assert_ne!(other["assembly_guid"], "chosen");
+    assert_eq!(import(&admin, document("chosen", "aWQ=")).await.expect(201).body["assembly_guid"], "chosen");
+    for (document, code) in [
+        (Value::Null, "missing_document"),
+        (json!([]), "invalid_document"),
+        (json!("no json"), "invalid_document"),
+        (json!({"name": "x"}), "unknown_document_type"),
+        (json!({"nodes": [], "edges": []}), "not_supported_yet"),
+        (json!({"type": "ansible", "playbook": "x"}), "not_supported_yet"),
+        (json!({"type": "bash", "script": ""}), "invalid_payload"),
+    ] {
+        let _ = import(&operator, document).await.error(400, code);
+    }
+    let _ = operator.get("/api/assemblies/absent/export").await.error(404, "not found");
 }

@@ -154,6 +154,16 @@ pub async fn sweep(services: &Services, history_days: i32) -> Result<bool> {
     )
     .execute(pool)
     .await?;
+    // The scripts of quick runs go with the last of their activities.
+    sqlx::query!(
+        "DELETE FROM quick_run_scripts WHERE id = ANY (ARRAY(
+             SELECT q.id FROM quick_run_scripts q WHERE q.created_at < now() - interval '1 hour'
+               AND NOT EXISTS (SELECT FROM activity_history a WHERE a.quick_run_script_id = q.id)
+             ORDER BY q.id LIMIT $1 FOR UPDATE SKIP LOCKED))",
+        BATCH,
+    )
+    .execute(pool)
+    .await?;
     // The latest occurrence of a job stays: operators look at it, however old it is.
     let occurrences = sqlx::query!(
         "DELETE FROM job_occurrences WHERE id = ANY (ARRAY(

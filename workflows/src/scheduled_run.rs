@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use borealis_engine::{
-    Result,
+    Error, Kind, Result,
     jobs::{
         occurrence::{self, Summary},
         run,
@@ -34,6 +34,8 @@ const DISPATCH_ATTEMPTS: i32 = 5;
 const DISPATCH_BATCH: usize = 1_000;
 /// How often a cancel is passed on again to devices that have not answered.
 const CANCEL_AGAIN: Duration = Duration::from_secs(10);
+/// How often the scripts of an occurrence are read again because somebody changes them meanwhile.
+const READ_ATTEMPTS: usize = 5;
 
 /// What the workflow is started with.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -85,11 +87,19 @@ pub async fn start_occurrences(conn: &mut PgConnection, occurrence_ids: &[i64]) 
 /// Freezes the targets and writes what is to be sent to each, in the transaction that commits this step.
 async fn resolve(cx: &mut StepContext) -> StepResult {
     let Input { occurrence_id } = cx.input()?;
-    let tx = cx.tx().await?;
-    occurrence::freeze(tx, occurrence_id).await?;
-    occurrence::prepare(tx, occurrence_id).await?;
-    inside(cx);
-    Outcome::next(&())
+    for _ in 0..READ_ATTEMPTS {
+        // Reading a script is work, and no transaction waits for it.
+        let scripts = occurrence::scripts(&cx.services.pool, occurrence_id).await?;
+        let tx = cx.tx().await?;
+        occurrence::freeze(tx, occurrence_id).await?;
+        if occurrence::prepare(tx, occurrence_id, &scripts).await? {
+            inside(cx);
+            return Outcome::next(&());
+        }
+        // Somebody has changed the job or a script since; what was frozen meanwhile is undone with the transaction.
+        cx.end_tx();
+    }
+    Err(Error::new(Kind::Unavailable, "job_changing", "The job or its scripts keep changing.").into())
 }
 
 /// Asks the API to send. What is marked sent is not sent again, so this may be repeated at will; a device that is away gets

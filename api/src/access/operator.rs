@@ -2,7 +2,7 @@
 
 use axum::http::request::Parts;
 use borealis_engine::{
-    Actor, Error, Kind, Scope,
+    Actor, Caller, Error, Kind, Scope,
     access::{
         api_tokens::{self, ApiToken, TokenScope},
         sessions::{self, Session},
@@ -59,6 +59,12 @@ impl Operator {
             actor: token.actor(ip),
             proof: Proof::Token(token),
         }
+    }
+
+    /// For what the operator makes or changes.
+    #[must_use]
+    pub fn caller<'a>(&'a self, app: &'a App) -> Caller<'a> {
+        Caller { user_id: self.user_id, scope: &self.scope, actor: &self.actor, quotas: &app.settings.quotas }
     }
 
     /// Whether the role is Admin.

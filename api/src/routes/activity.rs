@@ -78,7 +78,7 @@ struct QuickRunResults {
         (status = 400, description = "`invalid_json`, `missing_hostnames`, `missing_script`, `unknown_target`, `unsupported_script_type`, `invalid_<field>`"),
         (status = 403, description = "`out_of_scope_hostnames` with `hostnames`; `step_up_required` for more than 50 devices"),
         (status = 404, description = "`script_not_found`"),
-        (status = 409, description = "`ambiguous_hostname` with `candidates`"),
+        (status = 409, description = "`ambiguous_hostname`, `ambiguous_assembly` with `candidates`"),
     ))]
 async fn quick_run(
     State(app): State<App>,
@@ -89,8 +89,9 @@ async fn quick_run(
     if run.hosts.len() > activity::STEP_UP_ABOVE {
         operator.require_step_up()?;
     }
+    let script = activity::script(&app.pool, &operator.scope, &run).await?;
     let mut tx = app.pool.begin().await?;
-    let started = activity::start(&mut tx, &operator.scope, &operator.actor, &run).await?;
+    let started = activity::start(&mut tx, &operator.scope, &operator.actor, &run, &script).await?;
     tx.commit().await?;
     for run in &started {
         let change = json!({

@@ -4,10 +4,12 @@ use axum::{
     Json,
     extract::State,
     http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
 };
 use borealis_engine::{
     Error, Kind,
-    assemblies::{self, AssemblyBody, BODY_MAX, Detail, Filter, Item, VALUES_MAX},
+    assemblies::{self, AssemblyBody, BODY_MAX, Detail, Filter, ImportBody, Item, VALUES_MAX},
+    work,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -26,6 +28,8 @@ pub(super) fn routes(app: &App) -> Routes {
         .area(Area::Assemblies)
         .body(BodyLimit { bytes: BODY_MAX, values: VALUES_MAX })
         .operator(routes!(list, create))
+        .operator(routes!(import))
+        .operator(routes!(export))
         .operator(routes!(get, update, delete))
 }
 
@@ -82,6 +86,7 @@ struct BodyDocument {
     domain: String,
     /// `{type, script | script_lines | content, script_encoding, timeout_seconds, variables[], ...}`, or text.
     payload: Value,
+    /// Chosen by administrators only, to import an assembly under the id it had.
     assembly_guid: Option<String>,
     display_name: Option<String>,
     summary: Option<String>,
@@ -147,36 +152,32 @@ async fn list(State(app): State<App>, _operator: Operator, Params(query): Params
 /// One assembly with its document.
 #[utoipa::path(get, path = "/api/assemblies/{guid}", tag = "Assemblies", params(("guid" = String, Path)),
     responses((status = 200, body = DetailDocument), (status = 404, description = "`not found`")))]
-async fn get(State(app): State<App>, _operator: Operator, Path(guid): Path<String>) -> Result<Json<Detail>> {
-    Ok(Json(assemblies::get(&mut *app.pool.acquire().await?, &guid).await?))
+async fn get(State(app): State<App>, _operator: Operator, Path(guid): Path<String>) -> Result<Response> {
+    let detail = assemblies::get(&app.pool, &guid).await?;
+    answer(StatusCode::OK, detail.payload.len(), detail).await
 }
 
 /// Make an assembly of the user domain. The body may have 32 MiB.
 #[utoipa::path(post, path = "/api/assemblies", tag = "Assemblies", request_body = BodyDocument,
     responses(
         (status = 201, body = DetailDocument),
-        (status = 400, description = "`invalid_json`, `invalid_domain`, `missing_payload`, `invalid_payload`, `script_too_large`, `unsupported_script_type`, `invalid_assembly_type`, `not_supported_yet`, `invalid_assembly_guid`, `assembly_exists`, `invalid_field`"),
-        (status = 403, description = "`forbidden`, `dev_mode_required`"),
+        (status = 400, description = "`invalid_json`, `invalid_domain`, `missing_payload`, `invalid_payload`, `script_too_large`, `unsupported_script_type`, `invalid_assembly_type`, `not_supported_yet`, `invalid_assembly_guid`, `invalid_field`"),
+        (status = 403, description = "`forbidden`, `dev_mode_required`; `assembly_guid_forbidden` for an operator who chooses the id"),
+        (status = 409, description = "`assembly_exists`, `assembly_path_taken`; `assembly_reserved` with `jobs`; `quota_exceeded` with `quota`, `used` and `limit`"),
         (status = 413, description = "`body_too_large`"),
     ))]
-async fn create(
-    State(app): State<App>,
-    operator: Operator,
-    body::Json(body): body::Json<AssemblyBody>,
-) -> Result<(StatusCode, Json<Detail>)> {
-    let mut tx = app.pool.begin().await?;
-    let created = assemblies::create(&mut tx, operator.user_id, operator.is_admin(), &operator.actor, &body).await;
-    let guid = match created {
-        Ok(guid) => guid,
-        Err(error) => {
-            drop(tx);
-            let guid = body.assembly_guid.unwrap_or_default();
-            return Err(refused(&app, &operator, "assembly.create", &guid, error).await);
-        }
-    };
-    let detail = assemblies::get(&mut tx, &guid).await?;
-    tx.commit().await?;
-    Ok((StatusCode::CREATED, Json(detail)))
+async fn create(State(app): State<App>, operator: Operator, body::Json(body): body::Json<AssemblyBody>) -> Result<Response> {
+    let guid = body.assembly_guid.clone().unwrap_or_default();
+    match assemblies::create(&app.pool, operator.caller(&app), body).await {
+        Ok(detail) => answer(StatusCode::CREATED, detail.payload.len(), detail).await,
+        Err(error) => Err(refused(&app, &operator, "assembly.create", &guid, error).await),
+    }
+}
+
+/// Answers with JSON; a large one is written on the pool for such work.
+async fn answer<T: Serialize + Send + 'static>(status: StatusCode, bytes: usize, value: T) -> Result<Response> {
+    let text = work::sized(bytes, move || serde_json::to_vec(&value)).await?.map_err(Error::from)?;
+    Ok((status, [(header::CONTENT_TYPE, "application/json")], text).into_response())
 }
 
 /// The content hash in `If-Match`, with or without quotes; none for `*`, which any assembly that exists fulfils.
@@ -211,7 +212,7 @@ async fn refused(app: &App, operator: &Operator, action: &str, guid: &str, error
         (status = 400, description = "As for making one"),
         (status = 403, description = "`forbidden`, `dev_mode_required`"),
         (status = 404, description = "`not found`"),
-        (status = 409, description = "`content_changed`"),
+        (status = 409, description = "`content_changed`, `assembly_path_taken`; `assembly_in_use` and `assembly_reserved` with `jobs`; `quota_exceeded` with `quota`, `used` and `limit`"),
         (status = 413, description = "`body_too_large`"),
     ))]
 async fn update(
@@ -220,18 +221,76 @@ async fn update(
     Path(guid): Path<String>,
     headers: HeaderMap,
     body::Json(body): body::Json<AssemblyBody>,
-) -> Result<Json<Detail>> {
+) -> Result<Response> {
     let expected = expected(&headers)?;
-    let mut tx = app.pool.begin().await?;
-    if let Err(error) =
-        assemblies::update(&mut tx, operator.is_admin(), &operator.scope, &operator.actor, &guid, &body, expected).await
-    {
-        drop(tx);
-        return Err(refused(&app, &operator, "assembly.update", &guid, error).await);
+    match assemblies::update(&app.pool, operator.caller(&app), &guid, body, expected).await {
+        Ok(detail) => answer(StatusCode::OK, detail.payload.len(), detail).await,
+        Err(error) => Err(refused(&app, &operator, "assembly.update", &guid, error).await),
     }
-    let detail = assemblies::get(&mut tx, &guid).await?;
-    tx.commit().await?;
-    Ok(Json(detail))
+}
+
+/// An assembly to be imported.
+#[derive(ToSchema)]
+#[schema(as = AssemblyImport)]
+#[expect(dead_code, reason = "the shape of a body, for the OpenAPI document")]
+struct ImportDocument {
+    /// `{assembly_guid, name, description, type, script, timeout_seconds, variables[], files[]}`, or its JSON as text. A `script` that
+    /// is base64 is decoded.
+    document: Value,
+    /// The same as `document`.
+    payload: Option<Value>,
+    /// `user`, which is the default.
+    domain: Option<String>,
+    /// The assembly to change; by default the document's. Of one that is not there, administrators keep the id.
+    assembly_guid: Option<String>,
+}
+
+/// An imported assembly.
+#[derive(Debug, Serialize)]
+struct Imported {
+    #[serde(flatten)]
+    detail: Detail,
+    queue: Vec<Value>,
+}
+
+/// An imported assembly with its document.
+#[derive(ToSchema)]
+#[schema(as = ImportedAssembly)]
+#[expect(dead_code, reason = "the shape of an answer, for the OpenAPI document")]
+struct ImportedDocument {
+    #[schema(inline)]
+    #[serde(flatten)]
+    detail: DetailDocument,
+    /// Always empty: writes are immediate.
+    queue: Vec<Value>,
+}
+
+/// Make an assembly of a document, or change the one with its id. The body may have 32 MiB.
+#[utoipa::path(post, path = "/api/assemblies/import", tag = "Assemblies", request_body = ImportDocument,
+    responses(
+        (status = 201, body = ImportedDocument),
+        (status = 400, description = "`invalid_json`, `missing_document`, `invalid_document`, `unknown_document_type`, and those of making one"),
+        (status = 403, description = "`forbidden`, `dev_mode_required`"),
+        (status = 409, description = "Those of making and of changing one"),
+        (status = 413, description = "`body_too_large`"),
+    ))]
+async fn import(State(app): State<App>, operator: Operator, body::Json(body): body::Json<ImportBody>) -> Result<Response> {
+    let guid = body.assembly_guid.clone().unwrap_or_default();
+    match assemblies::import(&app.pool, operator.caller(&app), body).await {
+        Ok(detail) => {
+            let bytes = detail.payload.len();
+            answer(StatusCode::CREATED, bytes, Imported { detail, queue: Vec::new() }).await
+        }
+        Err(error) => Err(refused(&app, &operator, "assembly.import", &guid, error).await),
+    }
+}
+
+/// An assembly as a document that can be imported.
+#[utoipa::path(get, path = "/api/assemblies/{guid}/export", tag = "Assemblies", params(("guid" = String, Path)),
+    responses((status = 200, body = Value), (status = 404, description = "`not found`")))]
+async fn export(State(app): State<App>, _operator: Operator, Path(guid): Path<String>) -> Result<Response> {
+    let (bytes, document) = assemblies::export(&app.pool, &guid).await?;
+    answer(StatusCode::OK, bytes, document).await
 }
 
 /// How to remove it.
@@ -265,8 +324,7 @@ async fn delete(
     Params(query): Params<DeleteQuery>,
 ) -> Result<(StatusCode, Json<Removed>)> {
     let mut tx = app.pool.begin().await?;
-    let caller = (operator.is_admin(), &operator.scope, &operator.actor);
-    if let Err(error) = assemblies::delete(&mut tx, caller.0, caller.1, caller.2, &guid, query.force).await {
+    if let Err(error) = assemblies::delete(&mut tx, operator.caller(&app), &guid, query.force).await {
         drop(tx);
         return Err(refused(&app, &operator, "assembly.delete", &guid, error).await);
     }

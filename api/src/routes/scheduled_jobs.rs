@@ -14,7 +14,7 @@ use borealis_engine::{
         run,
         schedule::{PREVIEW_MAX, Schedule, ScheduleInput},
         spec::JobBody,
-        store::{self, Caller},
+        store,
         view::{self, DeviceResult, JobFilter, JobView, RunView},
     },
 };
@@ -50,10 +50,6 @@ pub(super) fn routes(app: &App) -> Routes {
         .operator(routes!(runs, clear_runs))
         .operator(routes!(cancel_run))
         .operator(routes!(devices))
-}
-
-fn caller(operator: &Operator) -> Caller<'_> {
-    Caller { user_id: operator.user_id, scope: &operator.scope, actor: &operator.actor }
 }
 
 /// A schedule. `start` and `end` are epoch seconds or ISO 8601 text; text without an offset is wall time in `timezone`.
@@ -304,7 +300,7 @@ async fn create(
         Claim::Fresh(slot) => slot,
     };
     let body: JobBody = body::from_value(body)?;
-    let id = store::create(&mut tx, caller(&operator), &body).await?;
+    let id = store::create(&mut tx, operator.caller(&app), &body).await?;
     let answer = json!({"job": view::job(&mut tx, &operator.scope, id).await?});
     slot.keep(&mut tx, 200, &answer).await?;
     tx.commit().await?;
@@ -399,7 +395,7 @@ async fn update(
     body::Json(body): body::Json<JobBody>,
 ) -> Result<Json<OneJob>> {
     let mut tx = app.pool.begin().await?;
-    store::update(&mut tx, caller(&operator), id, &body).await?;
+    store::update(&mut tx, operator.caller(&app), id, &body).await?;
     let job = view::job(&mut tx, &operator.scope, id).await?;
     tx.commit().await?;
     Ok(Json(OneJob { job }))
@@ -423,7 +419,7 @@ async fn toggle(
     OptionalJson(body): OptionalJson<ToggleBody>,
 ) -> Result<Json<OneJob>> {
     let mut tx = app.pool.begin().await?;
-    store::toggle(&mut tx, caller(&operator), id, body.enabled.unwrap_or(true)).await?;
+    store::toggle(&mut tx, operator.caller(&app), id, body.enabled.unwrap_or(true)).await?;
     let job = view::job(&mut tx, &operator.scope, id).await?;
     tx.commit().await?;
     Ok(Json(OneJob { job }))
@@ -549,7 +545,7 @@ async fn delete(State(app): State<App>, operator: Operator, Path(id): Path<i64>)
     for workflow in workflows {
         borealis_workflows::request_cancel(&mut tx, workflow, run::CANCELLED_BY_OPERATOR).await?;
     }
-    store::delete(&mut tx, caller(&operator), id).await?;
+    store::delete(&mut tx, operator.caller(&app), id).await?;
     tx.commit().await?;
     app.hub.deliver(&devices).await;
     Ok(Json(Done { status: "ok" }))
@@ -619,7 +615,7 @@ struct Cleared {
     responses((status = 200, body = Cleared), (status = 404, description = "`not found`")))]
 async fn clear_runs(State(app): State<App>, operator: Operator, Path(id): Path<i64>) -> Result<Json<Cleared>> {
     let mut tx = app.pool.begin().await?;
-    let (cleared, kept) = store::clear_runs(&mut tx, caller(&operator), id).await?;
+    let (cleared, kept) = store::clear_runs(&mut tx, operator.caller(&app), id).await?;
     tx.commit().await?;
     Ok(Json(Cleared { status: "ok", cleared, kept_occurrence: kept.map(|at| at.timestamp()) }))
 }

@@ -10,6 +10,7 @@ use borealis_engine::{
     Error, Result,
     db::{self, Pool},
     jobs::delivery::{self, Cancel, Delivery, Doubt, Taken},
+    work,
 };
 use borealis_protocol::events::{QUICK_JOB_CANCEL, QUICK_JOB_RUN, QuickJobCancel};
 use socketioxide::{SendError, SocketError};
@@ -167,8 +168,15 @@ async fn write(running: &Running, batch: Batch) -> bool {
             // Signing is work; others may want this thread.
             tokio::task::yield_now().await;
         }
-        let payload = match delivery::payload(&running.keys, delivery) {
+        let (keys, bytes, own) = (running.keys.clone(), delivery.bytes(), delivery.clone());
+        let payload = work::sized(bytes, move || delivery::payload(&keys, &own)).await.flatten();
+        let payload = match payload {
             Ok(payload) => payload,
+            // Nobody had the time to sign it: it is still to be sent.
+            Err(error) if error.is_transient() => {
+                unsent.push(delivery.activity_id);
+                continue;
+            }
             Err(error) => {
                 tracing::error!(%error, source = ?error.source, activity = delivery.activity_id, "a dispatch cannot be written");
                 continue;

@@ -11,8 +11,9 @@ use super::{
     targets::{self, ResolvedTarget},
 };
 use crate::{
-    assemblies::{self, ComponentRef, RunMode},
+    assemblies::{self, Reference, RunMode, ScriptRequest},
     audit::{self, Entry},
+    db::Pool,
     error::{Error, Kind, Result},
     scope::{Actor, Scope},
 };
@@ -62,7 +63,7 @@ pub struct QuickRun {
     /// The hosts as written.
     pub hosts: Vec<TargetInput>,
     /// The script.
-    pub script: ComponentRef,
+    pub script: Reference,
     /// Where it runs.
     pub mode: RunMode,
     /// Values of its variables.
@@ -98,8 +99,8 @@ impl QuickRun {
             })
             .collect::<Result<Vec<_>>>()?;
         let given = |text: Option<String>| text.map(|text| text.trim().to_owned()).filter(|text| !text.is_empty());
-        let script = ComponentRef { assembly_guid: given(body.assembly_guid), path: given(body.script_path) };
-        if script == ComponentRef::default() {
+        let script = Reference { assembly_guid: given(body.assembly_guid), path: given(body.script_path) };
+        if script == Reference::default() {
             return Err(Error::invalid("missing_script", "Missing script_path or assembly_guid: say which script."));
         }
         if script.path.as_deref().is_some_and(|path| path.split(['/', '\\']).any(|part| part == "..")) {
@@ -149,14 +150,33 @@ pub struct Started {
     pub error: Option<String>,
 }
 
-/// Writes what is to be sent to each device, all or nothing. The caller delivers after commit; a device that does not
+/// The script of a quick run, found and prepared before the transaction that writes it. The hosts are checked before, so that nobody
+/// learns of scripts by asking for foreign devices.
+///
+/// # Errors
+/// 403, 400 and 409 as [`targets::to_run_now`]; 404 `script_not_found`; 409 `ambiguous_assembly`; 400 as [`assemblies::Source::ready`].
+pub async fn script(pool: &Pool, scope: &Scope, run: &QuickRun) -> Result<ScriptRequest> {
+    let mut conn = pool.acquire().await?;
+    targets::to_run_now(&mut conn, scope, &run.hosts).await?;
+    let guid = assemblies::resolve(&mut conn, &run.script).await?;
+    let source = assemblies::source(&mut conn, &guid).await?;
+    drop(conn);
+    source.ready(run.values.clone(), run.mode).await
+}
+
+/// Writes what is to be sent to each device, all or nothing, and the script once for all of them. The caller delivers after commit; a device that does not
 /// appear within [`QUICK_RUN_WAIT_MINUTES`] does not run it.
 ///
 /// # Errors
-/// 403, 400 and 409 as [`targets::to_run_now`]; 404 `script_not_found`; 400 as [`assemblies::script_for_run`].
-pub async fn start(conn: &mut PgConnection, scope: &Scope, actor: &Actor, run: &QuickRun) -> Result<Vec<Started>> {
+/// 403, 400 and 409 as [`targets::to_run_now`].
+pub async fn start(
+    conn: &mut PgConnection,
+    scope: &Scope,
+    actor: &Actor,
+    run: &QuickRun,
+    script: &ScriptRequest,
+) -> Result<Vec<Started>> {
     let targets = targets::to_run_now(conn, scope, &run.hosts).await?;
-    let script = assemblies::script_for_run(conn, &run.script, &run.values).await?;
     let guids: Vec<Uuid> = targets.iter().map(|target| target.device_guid).collect();
     let hostnames: Vec<String> = targets.iter().map(|target| target.hostname.clone()).collect();
     let sites: Vec<Option<i64>> = targets.iter().map(|target| target.site_id).collect();
@@ -166,18 +186,25 @@ pub async fn start(conn: &mut PgConnection, scope: &Scope, actor: &Actor, run: &
         "queue_lane": QUICK_RUN_LANE,
         "activity_kind": QUICK_RUN_KIND,
     });
+    let shared = sqlx::query_scalar!(
+        "INSERT INTO quick_run_scripts (request, bytes) VALUES ($1, $2) RETURNING id",
+        script.request,
+        script.bytes,
+    )
+    .fetch_one(&mut *conn)
+    .await?;
     let ids = sqlx::query!(
         r#"INSERT INTO activity_history
                (device_guid, hostname, site_id, script_name, script_path, script_type, activity_kind, queue_lane, request, content_hash,
-                timeout_seconds, metadata, requested_by, deliver_until, status, delivery, error, stderr, finished_at)
+                timeout_seconds, metadata, requested_by, deliver_until, status, delivery, error, stderr, finished_at, quick_run_script_id)
            SELECT t.guid, t.hostname, t.site_id, $4, $5, $6, $7, $8,
-                  $9::jsonb || jsonb_build_object('target_hostname', t.hostname, 'context', $10::jsonb), $11, $12, $10::jsonb, $13,
+                  jsonb_build_object('target_hostname', t.hostname, 'run_mode', $9::text, 'context', $10::jsonb), $11, $12, $10::jsonb, $13,
                   now() + make_interval(mins => $14),
                   CASE WHEN d.status = 'active' THEN 'Queued' ELSE 'Failed' END,
                   CASE WHEN d.status = 'active' THEN 'ready' ELSE 'done' END,
                   CASE WHEN d.status <> 'active' THEN $15 END,
                   CASE WHEN d.status <> 'active' THEN 'The device is ' || d.status || '; nothing was sent to it.' ELSE '' END,
-                  CASE WHEN d.status <> 'active' THEN now() END
+                  CASE WHEN d.status <> 'active' THEN now() END, $16
            FROM unnest($1::uuid[], $2::text[], $3::bigint[]) AS t (guid, hostname, site_id)
            JOIN devices d ON d.guid = t.guid
            RETURNING id, device_guid, status, error"#,
@@ -189,13 +216,14 @@ pub async fn start(conn: &mut PgConnection, scope: &Scope, actor: &Actor, run: &
         script.script_type,
         QUICK_RUN_KIND,
         QUICK_RUN_LANE,
-        script.request(run.mode),
+        script.run_mode,
         context,
         script.content_hash,
         i32::try_from(script.timeout_seconds).unwrap_or(i32::MAX),
         actor.name,
         QUICK_RUN_WAIT_MINUTES,
         NOT_ACTIVE,
+        shared,
     )
     .fetch_all(&mut *conn)
     .await?;

@@ -53,7 +53,7 @@ pub struct Delivery {
     pub limit: Duration,
     /// The row's request: without id and signatures, and without what it shares.
     pub request: Value,
-    /// What it shares with the other devices of its occurrence.
+    /// What it shares with the other devices of its occurrence or quick run.
     pub shared: Option<Arc<Shared>>,
     /// What operators see of the row now.
     pub change: Change,
@@ -63,6 +63,8 @@ pub struct Delivery {
 #[derive(Debug, Default)]
 pub struct Shared {
     request: Map<String, Value>,
+    /// The length of the request as text.
+    bytes: usize,
     signed: OnceLock<Signed>,
 }
 
@@ -77,6 +79,29 @@ struct Signed {
     env_sha256: String,
     timeout_seconds: u64,
     run_mode: String,
+}
+
+impl Delivery {
+    /// About how many bytes [`payload`] works on.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.shared.as_ref().map_or(0, |shared| shared.bytes)
+    }
+}
+
+/// Where the part is kept that several dispatches share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Part {
+    /// In `quick_run_scripts`.
+    QuickRun(i64),
+    /// In `occurrence_scripts`, by occurrence and component.
+    Occurrence(i64, i32),
+}
+
+impl Part {
+    fn of(quick_run: Option<i64>, occurrence: Option<i64>, component: i32) -> Option<Self> {
+        quick_run.map(Self::QuickRun).or_else(|| occurrence.map(|occurrence| Self::Occurrence(occurrence, component)))
+    }
 }
 
 /// Dispatches taken together.
@@ -152,7 +177,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
     let rows = sqlx::query!(
         r#"WITH picked AS (
                SELECT a.id, s.socket_id, s.dedup, s.cancels, a.delivery <> 'ready' AS again, r.occurrence_id, c.occurrence_id IS NOT NULL AS shares,
-                      pg_column_size(a.request) + coalesce(c.bytes, 0) AS bytes
+                      pg_column_size(a.request) + coalesce(c.bytes, q.bytes, 0) AS bytes
                FROM activity_history a
                JOIN devices d ON d.guid = a.device_guid AND d.status = 'active'
                     -- A device that has moved takes nothing along that was meant for it where it was.
@@ -168,6 +193,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
                    FOR KEY SHARE) s
                LEFT JOIN scheduled_job_runs r ON r.id = a.run_id
                LEFT JOIN occurrence_scripts c ON c.occurrence_id = r.occurrence_id AND c.component_index = a.component_index
+               LEFT JOIN quick_run_scripts q ON q.id = a.quick_run_script_id
                WHERE a.device_guid = ANY($2) AND a.delivery IN ('ready', 'sent', 'accepted') AND s.api_process = $1
                  AND a.cancel_requested_at IS NULL
                  AND ((a.delivery = 'ready' AND (a.deliver_until IS NULL OR a.deliver_until > now())
@@ -182,7 +208,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
                   delivery_count = a.delivery_count + 1, sent_at = now(), agent_cancels = kept.cancels, updated_at = now()
            FROM kept WHERE a.id = kept.id AND kept.bytes_before < $5
            RETURNING a.id, a.device_guid, a.hostname, a.site_id, a.run_id, a.component_index, a.status, a.queue_lane, a.activity_kind,
-                     a.request, kept.occurrence_id AS "occurrence_id?", kept.shares AS "shares!", kept.bytes AS "bytes!", kept.socket_id,
+                     a.request, a.quick_run_script_id, kept.occurrence_id AS "occurrence_id?", kept.shares AS "shares!", kept.bytes AS "bytes!", kept.socket_id,
                      kept.dedup AS "dedup!", kept.again AS "again!", a.sent_at AS "sent_at!", a.timeout_seconds"#,
         process,
         devices,
@@ -196,8 +222,10 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
     // An agent that never says it has accepted a script has begun with it as far as anybody can know.
     let begun: BTreeSet<i64> = rows.iter().filter(|row| !row.dedup).filter_map(|row| row.run_id).collect();
     results::begin_runs(tx, &begun.into_iter().collect::<Vec<_>>()).await?;
-    let scripts: BTreeSet<(i64, i32)> =
-        rows.iter().filter(|row| row.shares).filter_map(|row| Some((row.occurrence_id?, row.component_index))).collect();
+    let scripts: BTreeSet<Part> = rows
+        .iter()
+        .filter_map(|row| Part::of(row.quick_run_script_id, row.occurrence_id.filter(|_| row.shares), row.component_index))
+        .collect();
     let scripts = shared(tx, &scripts).await?;
     let bytes: i64 = rows.iter().map(|row| i64::from(row.bytes)).sum();
     let more = bytes >= DELIVERY_BYTES || i64::try_from(rows.len()).is_ok_and(|taken| taken >= DELIVERIES);
@@ -210,7 +238,8 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
             again: row.again,
             limit: Duration::from_secs(u64::try_from(row.timeout_seconds).unwrap_or(0)),
             request: row.request,
-            shared: row.occurrence_id.and_then(|occurrence| scripts.get(&(occurrence, row.component_index)).cloned()),
+            shared: Part::of(row.quick_run_script_id, row.occurrence_id, row.component_index)
+                .and_then(|part| scripts.get(&part).cloned()),
             change: Change {
                 activity_id: row.id,
                 device: row.device_guid,
@@ -227,25 +256,46 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
     Ok(Taken { deliveries, at, more })
 }
 
-/// What the devices of these occurrences share, by occurrence and component.
-async fn shared(tx: &mut Tx<'_>, scripts: &BTreeSet<(i64, i32)>) -> Result<HashMap<(i64, i32), Arc<Shared>>> {
-    if scripts.is_empty() {
-        return Ok(HashMap::new());
+/// The parts that dispatches share.
+async fn shared(tx: &mut Tx<'_>, parts: &BTreeSet<Part>) -> Result<HashMap<Part, Arc<Shared>>> {
+    let (mut quick_runs, mut occurrences, mut components) = (Vec::new(), Vec::new(), Vec::new());
+    for part in parts {
+        match *part {
+            Part::QuickRun(id) => quick_runs.push(id),
+            Part::Occurrence(occurrence, component) => {
+                occurrences.push(occurrence);
+                components.push(component);
+            }
+        }
     }
-    let (occurrences, components): (Vec<i64>, Vec<i32>) = scripts.iter().copied().unzip();
-    let rows = sqlx::query!(
-        "SELECT s.occurrence_id, s.component_index, s.request FROM unnest($1::bigint[], $2::int[]) AS n (occurrence_id, component_index)
-         JOIN occurrence_scripts s ON s.occurrence_id = n.occurrence_id AND s.component_index = n.component_index",
-        &occurrences,
-        &components
-    )
-    .fetch_all(&mut **tx)
-    .await?;
-    let shared = |request| match request {
-        Value::Object(request) => Arc::new(Shared { request, signed: OnceLock::new() }),
+    let shared = |request, bytes| match request {
+        Value::Object(request) => {
+            Arc::new(Shared { request, bytes: usize::try_from(bytes).unwrap_or(0), signed: OnceLock::new() })
+        }
         _ => Arc::default(),
     };
-    Ok(rows.into_iter().map(|row| ((row.occurrence_id, row.component_index), shared(row.request))).collect())
+    let mut found = HashMap::with_capacity(parts.len());
+    if !occurrences.is_empty() {
+        let rows = sqlx::query!(
+            "SELECT s.occurrence_id, s.component_index, s.request, s.bytes FROM unnest($1::bigint[], $2::int[]) AS n (occurrence_id, component_index)
+             JOIN occurrence_scripts s ON s.occurrence_id = n.occurrence_id AND s.component_index = n.component_index",
+            &occurrences,
+            &components
+        )
+        .fetch_all(&mut **tx)
+        .await?;
+        found.extend(
+            rows.into_iter()
+                .map(|row| (Part::Occurrence(row.occurrence_id, row.component_index), shared(row.request, row.bytes))),
+        );
+    }
+    if !quick_runs.is_empty() {
+        let rows = sqlx::query!("SELECT id, request, bytes FROM quick_run_scripts WHERE id = ANY($1)", &quick_runs)
+            .fetch_all(&mut **tx)
+            .await?;
+        found.extend(rows.into_iter().map(|row| (Part::QuickRun(row.id), shared(row.request, row.bytes))));
+    }
+    Ok(found)
 }
 
 /// Gives back what could not be written to its socket, and so was certainly not sent.

@@ -7,17 +7,19 @@
 use std::collections::{BTreeSet, HashMap};
 
 use chrono::{DateTime, Duration, Utc};
-use serde_json::json;
+use serde_json::{Value, json};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::{
     schedule::{Expiration, MisfirePolicy, OverlapPolicy},
-    spec, targets,
+    spec::{self, Component},
+    targets,
 };
 use crate::{
     Error, Result,
-    assemblies::{self, RunMode},
+    assemblies::{self, RunMode, ScriptRequest, Source},
+    db::Pool,
 };
 
 /// The lane agents and operators see for scripts of scheduled jobs (jobs 4.3).
@@ -524,8 +526,8 @@ pub async fn freeze(conn: &mut PgConnection, occurrence_id: i64) -> Result<()> {
     if occurrence.frozen_at.is_some() {
         return Ok(());
     }
-    let owner = targets::owner_scope(&mut *conn, occurrence.job_id).await?;
-    let scope = targets::narrow(&owner, occurrence.scope_site_ids.as_deref());
+    let reach = targets::reach(&mut *conn, occurrence.job_id).await?;
+    let scope = targets::narrow(&reach, occurrence.scope_site_ids.as_deref());
     let mut devices = targets::resolve(&mut *conn, &occurrence.targets, &scope).await?;
     if let Some(only) = &occurrence.only_devices {
         devices.retain(|device| only.contains(&device.device_guid));
@@ -536,7 +538,8 @@ pub async fn freeze(conn: &mut PgConnection, occurrence_id: i64) -> Result<()> {
     let stop_after_s =
         spec::stop_limit(occurrence.duration_stop_enabled, occurrence.stop_after.as_deref(), &occurrence.expiration)
             .and_then(|limit| i32::try_from(limit.num_seconds()).ok());
-    let name = spec::components(&occurrence.components)?.first().map(|component| component.name.clone()).unwrap_or_default();
+    let components: Vec<Component> = serde_json::from_value(occurrence.components)?;
+    let name = components.into_iter().next().map(|component| component.name).unwrap_or_default();
     let guids: Vec<Uuid> = devices.iter().map(|device| device.device_guid).collect();
     let hostnames: Vec<String> = devices.iter().map(|device| device.hostname.clone()).collect();
     let sites: Vec<Option<i64>> = devices.iter().map(|device| device.site_id).collect();
@@ -566,14 +569,75 @@ pub async fn freeze(conn: &mut PgConnection, occurrence_id: i64) -> Result<()> {
     Ok(())
 }
 
-/// Writes what is to be sent to each device of a frozen occurrence: one activity per open run and component, with the
-/// script as it is now. Doing it again writes nothing new.
+/// What the components of a job run, read and prepared before the transaction that writes it.
+#[derive(Debug)]
+pub struct Scripts {
+    components: Value,
+    execution_context: String,
+    /// One for each component, up to the first that cannot be had.
+    ready: Vec<ScriptRequest>,
+    /// Why that one cannot be had.
+    error: Option<String>,
+}
+
+/// Reads and prepares the scripts of an occurrence's job, as they are now.
+///
+/// # Errors
+/// 404 when the occurrence or its job is gone; when the database is away; 503 `busy`.
+pub async fn scripts(pool: &Pool, occurrence_id: i64) -> Result<Scripts> {
+    let mut conn = pool.acquire().await?;
+    let job = sqlx::query!(
+        "SELECT j.components, j.execution_context FROM job_occurrences o JOIN scheduled_jobs j ON j.id = o.job_id WHERE o.id = $1",
+        occurrence_id
+    )
+    .fetch_optional(&mut *conn)
+    .await?
+    .ok_or_else(Error::not_found)?;
+    let mode = if job.execution_context == "current_user" { RunMode::CurrentUser } else { RunMode::System };
+    let components: Vec<Component> = serde_json::from_value(job.components.clone())?;
+    let mut scripts =
+        Scripts { components: job.components, execution_context: job.execution_context, ready: Vec::new(), error: None };
+    let mut sources = Vec::with_capacity(components.len());
+    for component in components {
+        sources.push((source(&mut conn, &component).await, component.variable_values));
+    }
+    // No connection waits for the work.
+    drop(conn);
+    for (source, values) in sources {
+        let script = match source {
+            Ok(source) => source.ready(values, mode).await,
+            Err(error) => Err(error),
+        };
+        match script {
+            Ok(script) => scripts.ready.push(script),
+            Err(error) if error.is_transient() || error.kind == crate::Kind::Bug => return Err(error),
+            Err(error) => {
+                scripts.error = Some(format!("{}: {}", error.code, error.message));
+                break;
+            }
+        }
+    }
+    Ok(scripts)
+}
+
+async fn source(conn: &mut PgConnection, component: &Component) -> Result<Source> {
+    let Some(guid) = &component.assembly_guid else {
+        let path = component.path.as_deref().unwrap_or_default();
+        let why = format!("The job names the path {path}, which fits no assembly or several; name an assembly by its id.");
+        return Err(Error::conflict("assembly_unresolved", why));
+    };
+    assemblies::source(conn, guid).await
+}
+
+/// Writes what is to be sent to each device of a frozen occurrence: one activity per open run and component. Doing it again writes
+/// nothing new. Answers false, and has written nothing, when the job or one of the assemblies is not what `scripts` was read from;
+/// then they are to be read again.
 ///
 /// A component whose script cannot be had fails the runs that would need it, with the reason.
 ///
 /// # Errors
 /// 404 when the occurrence or its job is gone.
-pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64) -> Result<()> {
+pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64, scripts: &Scripts) -> Result<bool> {
     // A cancel either came before, and its runs are not Pending, or waits and finds the activities written here.
     let pending = sqlx::query_scalar!(
         "SELECT id FROM scheduled_job_runs WHERE occurrence_id = $1 AND status = 'Pending' ORDER BY id FOR UPDATE",
@@ -582,44 +646,41 @@ pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64) -> Result<()> 
     .fetch_all(&mut *conn)
     .await?;
     if pending.is_empty() {
-        return Ok(());
+        return Ok(true);
     }
+    let guids: Vec<String> = scripts.ready.iter().map(|script| script.assembly_guid.clone()).collect();
+    let hashes: Vec<String> = scripts.ready.iter().map(|script| script.content_hash.clone()).collect();
     let job = sqlx::query!(
-        "SELECT j.id, j.components, j.execution_context, o.scheduled_at, o.requested_by FROM job_occurrences o
-         JOIN scheduled_jobs j ON j.id = o.job_id WHERE o.id = $1",
-        occurrence_id
+        r#"SELECT j.id, o.scheduled_at, o.requested_by,
+                  j.components = $2 AND j.execution_context = $3 AND NOT EXISTS (
+                      SELECT FROM unnest($4::text[], $5::text[]) AS s (guid, hash)
+                      WHERE NOT EXISTS (SELECT FROM assemblies a WHERE a.guid = s.guid AND a.content_hash = s.hash)) AS "current!"
+           FROM job_occurrences o JOIN scheduled_jobs j ON j.id = o.job_id WHERE o.id = $1"#,
+        occurrence_id,
+        scripts.components,
+        scripts.execution_context,
+        &guids,
+        &hashes,
     )
     .fetch_optional(&mut *conn)
     .await?
     .ok_or_else(Error::not_found)?;
-    let run_mode = if job.execution_context == "current_user" { RunMode::CurrentUser } else { RunMode::System };
-    for (index, component) in spec::components(&job.components)?.iter().enumerate() {
-        let reference = assemblies::ComponentRef { assembly_guid: component.assembly_guid.clone(), path: component.path.clone() };
-        let script = match assemblies::script_for_run(&mut *conn, &reference, &component.variable_values).await {
-            Ok(script) => script,
-            Err(error) if error.is_transient() || error.kind == crate::Kind::Bug => return Err(error),
-            Err(error) => {
-                fail_unsent(&mut *conn, occurrence_id, &format!("{}: {}", error.code, error.message)).await?;
-                break;
-            }
-        };
+    if !job.current {
+        return Ok(false);
+    }
+    for (index, script) in scripts.ready.iter().enumerate() {
         let context = json!({
             "assembly_source": script.assembly_source, "assembly_guid": script.assembly_guid, "scheduled_job_id": job.id,
             "scheduled_ts": job.scheduled_at.timestamp(), "queue_lane": QUEUE_LANE, "activity_kind": ACTIVITY_KIND,
         });
         let index = i32::try_from(index).unwrap_or(i32::MAX);
-        let mut request = script.request(run_mode);
-        if let Some(request) = request.as_object_mut() {
-            request.remove("target_hostname");
-            request.remove("context");
-        }
         sqlx::query!(
             "INSERT INTO occurrence_scripts (occurrence_id, component_index, request, bytes) VALUES ($1, $2, $3, $4)
              ON CONFLICT (occurrence_id, component_index) DO NOTHING",
             occurrence_id,
             index,
-            request,
-            i32::try_from(request.to_string().len()).unwrap_or(i32::MAX),
+            script.request,
+            script.bytes,
         )
         .execute(&mut *conn)
         .await?;
@@ -642,7 +703,7 @@ pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64) -> Result<()> 
             script.script_type,
             ACTIVITY_KIND,
             QUEUE_LANE,
-            request.get("run_mode").and_then(serde_json::Value::as_str),
+            script.run_mode,
             context,
             script.content_hash,
             i32::try_from(script.timeout_seconds).unwrap_or(i32::MAX),
@@ -650,6 +711,9 @@ pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64) -> Result<()> 
         )
         .execute(&mut *conn)
         .await?;
+    }
+    if let Some(error) = &scripts.error {
+        fail_unsent(&mut *conn, occurrence_id, error).await?;
     }
     // A device that went away between freezing and now has no activity, and so nothing that could end its run.
     sqlx::query!(
@@ -659,7 +723,7 @@ pub async fn prepare(conn: &mut PgConnection, occurrence_id: i64) -> Result<()> 
     )
     .execute(&mut *conn)
     .await?;
-    Ok(())
+    Ok(true)
 }
 
 /// The devices of an occurrence that have not said that they have begun.

@@ -108,21 +108,35 @@ impl ExecutionContext {
     }
 }
 
+/// The longest name of a variable, in bytes.
+pub const VARIABLE_NAME_MAX: usize = 200;
+/// The longest description of a component, in characters.
+pub const DESCRIPTION_MAX: usize = 4_000;
+
 /// One thing a job runs: a script assembly with the values of its variables. The saved form is
-/// `{kind: "script", assembly_guid, path, name, variable_values}`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// `{kind: "script", assembly_guid, name, description, domain, domainLabel, variable_values}`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Component {
     /// `script`; `ansible`, `workflow` and `device_onboarding` have their place here.
     pub kind: String,
-    /// The assembly; resolved when the occurrence is carried out, by guid and else by path.
+    /// The assembly. A job from before paths were resolved when it was saved may have none; it fails until one is named.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub assembly_guid: Option<String>,
-    /// The assembly's virtual path.
+    /// In a request without a guid: the assembly's path. In a saved job: what could not be resolved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
     /// What the operator calls it.
     #[serde(default)]
     pub name: String,
+    /// What a client says of it; kept for the client.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// The domain of the assembly, as a client saw it; kept for the client.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    /// What the client calls the domain; kept for the client.
+    #[serde(default, rename = "domainLabel", skip_serializing_if = "Option::is_none")]
+    pub domain_label: Option<String>,
     /// Values of the script's variables; they win over the document's defaults.
     #[serde(default)]
     pub variable_values: Map<String, Value>,
@@ -458,11 +472,15 @@ pub fn components(value: &Value) -> Result<Vec<Component>> {
     items.iter().enumerate().map(|(index, item)| component(&format!("components[{index}]"), item)).collect()
 }
 
+/// Text that is kept for a client and nothing else: at most `max` characters of it, without control characters.
+fn note(text: &str, max: usize) -> String {
+    text.chars().filter(|c| !c.is_control() || *c == '\n').take(max).collect()
+}
+
 fn component(place: &str, item: &Value) -> Result<Component> {
     let fault = |field: &str, message: &str| Error::field("invalid_components", &format!("{place}{field}"), message);
     let item = item.as_object().ok_or_else(|| fault("", "must be an object"))?;
-    let mut component =
-        Component { kind: "script".into(), assembly_guid: None, path: None, name: String::new(), variable_values: Map::new() };
+    let mut component = Component { kind: "script".into(), ..Component::default() };
     let mut names: [Option<&str>; 5] = [None; 5];
     let mut domain = "script";
     for (key, value) in item {
@@ -483,6 +501,9 @@ fn component(place: &str, item: &Value) -> Result<Component> {
             }
             "assembly_guid" | "assemblyGuid" => component.assembly_guid = Some(text()?.to_lowercase()).filter(|s| !s.is_empty()),
             "path" | "script_path" => component.path = Some(text()?.to_owned()).filter(|s| !s.is_empty()),
+            "description" => component.description = Some(note(text()?, DESCRIPTION_MAX)),
+            "domain" => component.domain = Some(note(text()?, NAME_MAX)),
+            "domainLabel" | "domain_label" => component.domain_label = Some(note(text()?, NAME_MAX)),
             "workflow_guid" => domain = "workflow",
             "playbook_path" => domain = "ansible",
             "name" => names[0] = Some(text()?),
@@ -521,6 +542,12 @@ fn component(place: &str, item: &Value) -> Result<Component> {
     Ok(component)
 }
 
+/// The beginning of a text, for a message.
+#[must_use]
+pub fn shortened(text: &str) -> String {
+    short(text)
+}
+
 /// Checks the values an operator gives to a script's variables: at most [`VARIABLES_MAX`], named, and no lists or objects.
 ///
 /// # Errors
@@ -530,7 +557,7 @@ pub fn check_variables(values: &Map<String, Value>) -> Result<(), String> {
         return Err(format!("must be at most {VARIABLES_MAX}"));
     }
     for (name, value) in values {
-        if name.trim().is_empty() || name.len() > 200 || name.chars().any(char::is_control) {
+        if name.trim().is_empty() || name.len() > VARIABLE_NAME_MAX || name.chars().any(char::is_control) {
             return Err("names must be 1 to 200 characters without control characters".into());
         }
         if value.is_array() || value.is_object() {

@@ -14,24 +14,15 @@ use super::{
     targets,
 };
 use crate::{
+    assemblies,
     audit::{self, Entry},
-    error::{Error, Result},
-    scope::{Actor, Scope},
+    error::{Error, Kind, Result},
+    quotas,
+    scope::{Actor, Caller, Scope},
 };
 
 /// The channel on which the scheduler is told that a due instant has changed.
 pub const SCHEDULE_CHANGED: &str = "borealis_schedule";
-
-/// Who saves a job.
-#[derive(Debug, Clone, Copy)]
-pub struct Caller<'a> {
-    /// The user, who becomes the owner of a new job.
-    pub user_id: i64,
-    /// The sites the user may see.
-    pub scope: &'a Scope,
-    /// For the audit.
-    pub actor: &'a Actor,
-}
 
 /// A stored job, locked.
 #[derive(Debug)]
@@ -61,7 +52,8 @@ pub async fn now(conn: &mut PgConnection) -> Result<DateTime<Utc>> {
 /// Makes a job and answers its id.
 ///
 /// # Errors
-/// 403, 400 and 409 as [`targets::to_save`] and [`JobSpec::parse`]; 400 `unknown_assembly`.
+/// 403, 400 and 409 as [`targets::to_save`] and [`JobSpec::parse`]; 400 `unknown_assembly`; 409 `ambiguous_assembly`,
+/// `quota_exceeded`.
 pub async fn create(conn: &mut PgConnection, caller: Caller<'_>, body: &JobBody) -> Result<i64> {
     let now = now(conn).await?;
     let targets = match &body.targets {
@@ -70,8 +62,8 @@ pub async fn create(conn: &mut PgConnection, caller: Caller<'_>, body: &JobBody)
         }
         _ => Vec::new(),
     };
-    let spec = JobSpec::parse(body, now)?;
-    check_assemblies(conn, &spec.components).await?;
+    let mut spec = JobSpec::parse(body, now)?;
+    resolve(conn, &mut spec.components).await?;
     let scope_site_ids = caller.scope.site_ids().map(|sites| {
         let mut sites = sites.to_vec();
         sites.sort_unstable();
@@ -81,8 +73,8 @@ pub async fn create(conn: &mut PgConnection, caller: Caller<'_>, body: &JobBody)
     let id = sqlx::query_scalar!(
         "INSERT INTO scheduled_jobs (name, job_kind, components, targets, schedule_type, start_at, start_wall, timezone, cron, end_at,
              max_occurrences, misfire_policy, overlap_policy, duration_stop_enabled, expiration, stop_after, execution_context,
-             enabled, owner_user_id, scope_site_ids, next_due_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21) RETURNING id",
+             enabled, owner_user_id, editor_user_id, scope_site_ids, next_due_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $19, $20, $21) RETURNING id",
         spec.name,
         spec.job_kind,
         serde_json::to_value(&spec.components)?,
@@ -107,8 +99,9 @@ pub async fn create(conn: &mut PgConnection, caller: Caller<'_>, body: &JobBody)
     )
     .fetch_one(&mut *conn)
     .await?;
-    record(conn, caller.actor, "scheduled_job.create", id, json!({"name": spec.name, "schedule": schedule.kind().as_str()}))
-        .await?;
+    quotas::jobs(conn, caller.user_id, caller.quotas).await?;
+    let detail = json!({"name": spec.name, "schedule": schedule.kind().as_str(), "assemblies": named(&spec.components)});
+    record(conn, caller.actor, "scheduled_job.create", id, detail).await?;
     tell_scheduler(conn).await?;
     Ok(id)
 }
@@ -132,20 +125,23 @@ pub async fn update(conn: &mut PgConnection, caller: Caller<'_>, id: i64, body: 
     spec.update(body, now)?;
     spec.schedule = spec.schedule.anchored(job.created_at);
     if body.components.is_some() {
-        check_assemblies(conn, &spec.components).await?;
+        resolve(conn, &mut spec.components).await?;
     }
+    let edited = edits(caller, body, &job.spec, &spec);
+    let grows = saved != job.targets || spec.components != job.spec.components;
     let schedule = &spec.schedule;
     let moved = !schedule.same_as(&job.spec.schedule) || (spec.enabled && !job.spec.enabled);
     let next_due_at = next_due(&spec, job.occurrences_used, now);
-    sqlx::query!(
+    let owner = sqlx::query_scalar!(
         "UPDATE scheduled_jobs SET name = $2, components = $3, targets = $4, schedule_type = $5, start_at = $6, start_wall = $7,
              timezone = $8, cron = $9, end_at = $10, max_occurrences = $11, misfire_policy = $12, overlap_policy = $13,
              duration_stop_enabled = $14, expiration = $15, stop_after = $16, execution_context = $17, enabled = $18,
              next_due_at = CASE WHEN $19 THEN $20 ELSE next_due_at END,
              schedule_revision = schedule_revision + CASE WHEN $19 THEN 1 ELSE 0 END, updated_at = now(),
-             -- Whoever saves a job whose owner is gone takes it over.
-             owner_user_id = coalesce(owner_user_id, $21)
-         WHERE id = $1",
+             -- Who saves a job whose owner or last editor is gone takes it over.
+             owner_user_id = coalesce(owner_user_id, $21),
+             editor_user_id = CASE WHEN $22 THEN $21 ELSE coalesce(editor_user_id, $21) END
+         WHERE id = $1 RETURNING owner_user_id AS \"owner!\"",
         id,
         spec.name,
         serde_json::to_value(&spec.components)?,
@@ -167,10 +163,15 @@ pub async fn update(conn: &mut PgConnection, caller: Caller<'_>, id: i64, body: 
         moved,
         next_due_at,
         caller.user_id,
+        edited,
     )
-    .execute(&mut *conn)
+    .fetch_one(&mut *conn)
     .await?;
-    record(conn, caller.actor, "scheduled_job.update", id, json!({"name": spec.name, "before": job.spec.name})).await?;
+    if grows {
+        quotas::jobs(conn, owner, caller.quotas).await?;
+    }
+    let detail = json!({"name": spec.name, "before": job.spec.name, "edited": edited, "assemblies": named(&spec.components)});
+    record(conn, caller.actor, "scheduled_job.update", id, detail).await?;
     tell_scheduler(conn).await
 }
 
@@ -385,18 +386,31 @@ fn next_due(spec: &JobSpec, used: i64, now: DateTime<Utc>) -> Option<DateTime<Ut
     schedule.first(now)
 }
 
-async fn check_assemblies(conn: &mut PgConnection, components: &[Component]) -> Result<()> {
-    for (index, component) in components.iter().enumerate() {
-        let Some(guid) = &component.assembly_guid else { continue };
-        let field = format!("components[{index}].assembly_guid");
-        let found = sqlx::query!("SELECT assembly_type FROM assemblies WHERE guid = $1", guid).fetch_optional(&mut *conn).await?;
-        match found {
-            Some(assembly) if assembly.assembly_type == "script" => {}
-            Some(_) => return Err(Error::field("invalid_components", &field, "is not a script")),
-            // A path is the second way to it.
-            None if component.path.is_some() => {}
-            None => return Err(Error::field("unknown_assembly", &field, "names no assembly")),
-        }
+/// Whether a change makes the caller the job's last editor: it changes what is run, or an administrator says again what is run.
+fn edits(caller: Caller<'_>, body: &JobBody, before: &JobSpec, after: &JobSpec) -> bool {
+    let said = body.components.is_some() || body.execution_context.is_some();
+    let changed = before.components != after.components || before.execution_context != after.execution_context;
+    said && (changed || caller.is_admin())
+}
+
+/// The guids that components name.
+fn named(components: &[Component]) -> Vec<&str> {
+    components.iter().filter_map(|component| component.assembly_guid.as_deref()).collect()
+}
+
+/// Puts the guid of its assembly into each component, by the path it was named with where there is no guid. The paths are dropped.
+async fn resolve(conn: &mut PgConnection, components: &mut [Component]) -> Result<()> {
+    for (index, component) in components.iter_mut().enumerate() {
+        let by = if component.assembly_guid.is_some() { "assembly_guid" } else { "path" };
+        let field = format!("components[{index}].{by}");
+        let reference = assemblies::Reference { assembly_guid: component.assembly_guid.take(), path: component.path.take() };
+        let guid = assemblies::resolve(&mut *conn, &reference).await.map_err(|error| match error.kind {
+            Kind::NotFound => Error::field("unknown_assembly", &field, "names no assembly"),
+            Kind::Invalid => Error::field("invalid_components", &field, "is not a script"),
+            _ if error.code == "ambiguous_assembly" => error.with("component", index),
+            _ => error,
+        })?;
+        component.assembly_guid = Some(guid);
     }
     Ok(())
 }

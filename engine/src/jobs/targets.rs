@@ -268,28 +268,34 @@ impl Saved {
     }
 }
 
-/// The sites a job may reach now: those its owner may see now, inside those it was saved with. The engine's word, asked
-/// again for every occurrence, so that a removed assignment stops the next one. A job whose owner is gone reaches
-/// nothing, until somebody saves it and so takes it over.
+/// The sites a job may reach now: those that both its owner and who last changed what it runs may see now, inside those it was saved
+/// with. Asked again for every occurrence, so that a removed assignment stops the next one. A job whose owner or last editor is
+/// gone reaches nothing, until somebody saves it and so takes it over.
 ///
 /// # Errors
 /// 404 when there is no such job.
-pub async fn owner_scope(conn: &mut PgConnection, job_id: i64) -> Result<Scope> {
+pub async fn reach(conn: &mut PgConnection, job_id: i64) -> Result<Scope> {
     let row = sqlx::query!(
-        r#"SELECT j.scope_site_ids, u.role AS "role?",
-                  ARRAY(SELECT a.site_id FROM user_site_assignments a WHERE a.user_id = j.owner_user_id ORDER BY 1) AS "assigned!"
-           FROM scheduled_jobs j LEFT JOIN users u ON u.id = j.owner_user_id AND NOT u.directory_disabled WHERE j.id = $1"#,
+        r#"SELECT j.scope_site_ids, o.role AS "owner?", e.role AS "editor?",
+                  ARRAY(SELECT a.site_id FROM user_site_assignments a WHERE a.user_id = j.owner_user_id ORDER BY 1) AS "owner_sites!",
+                  ARRAY(SELECT a.site_id FROM user_site_assignments a WHERE a.user_id = j.editor_user_id ORDER BY 1) AS "editor_sites!"
+           FROM scheduled_jobs j
+           LEFT JOIN users o ON o.id = j.owner_user_id AND NOT o.directory_disabled
+           LEFT JOIN users e ON e.id = j.editor_user_id AND NOT e.directory_disabled
+           WHERE j.id = $1"#,
         job_id
     )
     .fetch_optional(conn)
     .await?
     .ok_or_else(Error::not_found)?;
-    let owner = match row.role.as_deref() {
+    let scope = |role: Option<&str>, sites: Vec<i64>| match role {
         Some("Admin") => Scope::All,
-        Some(_) => Scope::Sites(row.assigned),
+        Some(_) => Scope::Sites(sites),
         None => Scope::Sites(Vec::new()),
     };
-    Ok(narrow(&owner, row.scope_site_ids.as_deref()))
+    let owner = scope(row.owner.as_deref(), row.owner_sites);
+    let editor = scope(row.editor.as_deref(), row.editor_sites);
+    Ok(narrow(&narrow(&owner, editor.site_ids()), row.scope_site_ids.as_deref()))
 }
 
 /// `scope` inside `sites`; `None`: no further bound.

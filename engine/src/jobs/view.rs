@@ -24,6 +24,12 @@ pub const DEVICES_MAX: i64 = 10_000;
 /// A device seen within this many seconds is online.
 pub const ONLINE_S: i64 = 300;
 
+/// The warning of a job one of whose components is a path of which nobody can say what it means.
+const UNRESOLVED: &str =
+    "A component names a path that fits no assembly or several; it fails until an assembly is named by its id.";
+/// The warning of a job one of whose assemblies was removed.
+const MISSING: &str = "An assembly of this job was removed; the job fails until another is named.";
+
 /// A job.
 #[derive(Debug, Clone, Serialize)]
 #[expect(missing_docs, reason = "the fields are those of contract jobs 6")]
@@ -135,6 +141,9 @@ pub async fn jobs(conn: &mut PgConnection, scope: &Scope, filter: JobFilter, lim
                   j.max_occurrences, j.occurrences_used, j.misfire_policy, j.overlap_policy, j.duration_stop_enabled, j.expiration,
                   j.stop_after, j.execution_context, j.credential_id, j.use_service_account, j.enabled, j.created_at, j.updated_at,
                   j.next_due_at, o.scheduled_at AS "latest?",
+                  j.components @? '$[*] ? (!exists(@.assembly_guid))' AS "unresolved!",
+                  EXISTS (SELECT FROM jsonb_array_elements(j.components) e
+                          WHERE NOT EXISTS (SELECT FROM assemblies a WHERE a.guid = e ->> 'assembly_guid')) AS "missing!",
                   c.pending AS "pending!", c.running AS "running!", c.success AS "success!", c.warning AS "warning!",
                   c.failed AS "failed!", c.expired AS "expired!", c.timed_out AS "timed_out!", c.skipped AS "skipped!",
                   c.hosts AS "hosts!", c.without_devices AS "without_devices!"
@@ -198,6 +207,11 @@ pub async fn jobs(conn: &mut PgConnection, scope: &Scope, filter: JobFilter, lim
             if latest.is_none() {
                 counts.total_targets = row.saved_targets.map_or(0, i64::from);
             }
+            let (warning_code, warning_message) = match (row.unresolved, row.missing) {
+                (true, _) => ("assembly_unresolved", UNRESOLVED),
+                (false, true) => ("assembly_missing", MISSING),
+                (false, false) => ("", ""),
+            };
             let (start_ts, end_ts) = (row.start_at.map(|at| at.timestamp()), row.end_at.map(|at| at.timestamp()));
             JobView {
                 schedule: ScheduleView {
@@ -236,8 +250,8 @@ pub async fn jobs(conn: &mut PgConnection, scope: &Scope, filter: JobFilter, lim
                 last_status: last_status.to_owned(),
                 next_run_ts: row.next_due_at.filter(|_| row.enabled).map(|at| at.timestamp()),
                 result_counts: counts,
-                warning_code: String::new(),
-                warning_message: String::new(),
+                warning_code: warning_code.to_owned(),
+                warning_message: warning_message.to_owned(),
             }
         })
         .collect())
@@ -489,7 +503,7 @@ pub async fn devices(
 
 /// What the job would run on now.
 async fn planned(conn: &mut PgConnection, scope: &Scope, job_id: i64, saved: &Value) -> Result<Vec<DeviceResult>> {
-    let reach = targets::owner_scope(conn, job_id).await?;
+    let reach = targets::reach(conn, job_id).await?;
     let reach = targets::narrow(&reach, scope.site_ids());
     let resolved = targets::resolve(conn, saved, &reach).await?;
     let guids: Vec<Uuid> = resolved.iter().map(|target| target.device_guid).collect();
