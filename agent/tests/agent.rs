@@ -80,7 +80,7 @@ async fn tampered_and_foreign_jobs_fail_and_do_not_run() {
     let mut own_key = job(3, &script);
     envelope::sign(&mut own_key, &SigningKey::from_bytes(&[6; 32]), GUID, i64::MAX).unwrap();
     let mut elsewhere = job(4, &script);
-    elsewhere.target_hostname = "OTHER".into();
+    envelope::sign(&mut elsewhere, &engine_key(), "6F9619FF-8B86-D011-B42D-00C04FC964FF", i64::MAX).unwrap();
     let mut late = job(5, &script);
     envelope::sign(&mut late, &engine_key(), GUID, 1_000_000).unwrap();
     let mut windows = job(6, &script);
@@ -92,7 +92,10 @@ async fn tampered_and_foreign_jobs_fail_and_do_not_run() {
         assert!(!result.stderr.is_empty());
         peer.ack(id, json!({"status": "ok"})).await;
     }
-    peer.emit("quick_job_run", &job(7, "echo fine")).await;
+    // Its machine is named by its GUID; what it was called when the job was made does not matter.
+    let mut renamed = job(7, "echo fine");
+    renamed.target_hostname = "OTHER".into();
+    peer.emit("quick_job_run", &renamed).await;
     let (_, result, _) = peer.result().await;
     assert_eq!(result.status, "Success");
     assert!(!trace.exists());

@@ -193,7 +193,8 @@ impl Ack {
 pub struct QuickJobRun {
     /// Id of the activity row.
     pub job_id: i64,
-    /// The machine meant, compared without case.
+    /// The hostname that the agent reported, for agents that compare it with their own. The machine meant is the one whose GUID the
+    /// envelope has.
     #[serde(default)]
     pub target_hostname: String,
     /// `bash`, `powershell` or `batch`.

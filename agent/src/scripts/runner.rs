@@ -161,11 +161,9 @@ impl Shared {
         json!({"error": declined})
     }
 
-    /// Why this job must not be run, if so; with `timely`, also because it comes too late.
+    /// Why this job must not be run, if so; with `timely`, also because it comes too late. The signed GUID says which machine is meant;
+    /// a hostname is a label, and may have changed since the job was made.
     fn refusal(&self, run: &QuickJobRun, timely: bool) -> Option<String> {
-        if !run.target_hostname.trim().eq_ignore_ascii_case(&self.hostname) {
-            return Some(format!("the job is for {}, this machine is {}", run.target_hostname.trim(), self.hostname));
-        }
         if !matches!(run.run_mode.trim().to_ascii_lowercase().as_str(), "" | "system") {
             return Some(format!("run mode {} is not supported on this system", run.run_mode.trim()));
         }
