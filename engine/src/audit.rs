@@ -5,7 +5,7 @@ pub mod chain;
 
 use chrono::{DateTime, Utc};
 
-use crate::{db, error::Result, scope::Actor};
+use crate::{db, error::Result, names, scope::Actor};
 
 /// What is recorded. `detail` never holds secrets, codes or nonces.
 #[derive(Debug, Clone, Default)]
@@ -40,13 +40,14 @@ pub async fn record(db: &mut sqlx::PgConnection, actor: &Actor, entry: Entry<'_>
     }
     sqlx::query!(
         "WITH event AS (
-             INSERT INTO audit_events (actor_kind, actor_id, actor_name, ip, action, object_kind, object_id, site_id, outcome, detail)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) RETURNING id
+             INSERT INTO audit_events (actor_kind, actor_id, actor_name, actor_name_key, ip, action, object_kind, object_id, site_id, outcome, detail)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) RETURNING id
          )
          INSERT INTO audit_unsealed SELECT id FROM event",
         actor.kind.as_str(),
         actor.id,
         actor.name,
+        names::key(&actor.name),
         actor.ip,
         entry.action,
         entry.object_kind,
@@ -121,7 +122,7 @@ pub async fn page(pool: &db::Pool, filter: &Filter, before: Option<i64>, limit: 
         Event,
         "SELECT id, at, actor_kind, actor_id, actor_name, ip, action, object_kind, object_id, site_id, outcome, detail FROM audit_events
          WHERE ($1::timestamptz IS NULL OR at >= $1) AND ($2::timestamptz IS NULL OR at < $2)
-           AND ($3::text IS NULL OR lower(actor_name) = lower($3)) AND ($4::text IS NULL OR action LIKE $4)
+           AND ($3::text IS NULL OR actor_name_key = $11 OR (actor_name_key = '' AND lower(actor_name) = lower($3))) AND ($4::text IS NULL OR action LIKE $4)
            AND ($5::text IS NULL OR object_kind = $5) AND ($6::text IS NULL OR object_id = $6)
            AND ($7::bigint IS NULL OR site_id = $7) AND ($8::text IS NULL OR outcome = $8) AND ($9::bigint IS NULL OR id < $9)
          ORDER BY id DESC LIMIT $10",
@@ -135,6 +136,7 @@ pub async fn page(pool: &db::Pool, filter: &Filter, before: Option<i64>, limit: 
         filter.outcome.as_deref(),
         before,
         limit,
+        filter.actor.as_deref().map(names::key),
     )
     .fetch_all(&mut *db::begin_wide(pool).await?)
     .await?)

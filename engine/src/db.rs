@@ -14,7 +14,10 @@ use sqlx::{
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    names,
+};
 
 /// The pool every store function takes.
 pub type Pool = sqlx::PgPool;
@@ -181,7 +184,9 @@ pub async fn migrate(pool: &Pool) -> Result<()> {
     MIGRATOR.run(pool).await.map_err(|error| match error {
         sqlx::migrate::MigrateError::Execute(error) => error.into(),
         other => Error::bug(other),
-    })
+    })?;
+    names::backfill::run(pool).await?;
+    Ok(())
 }
 
 /// Whether Postgres answers, has every migration of this version and takes writes. What `/ready` reports.

@@ -19,6 +19,7 @@ pub mod internal;
 pub mod jobs;
 pub mod json;
 pub mod keys;
+pub mod names;
 pub mod quotas;
 pub mod scope;
 pub mod secret;

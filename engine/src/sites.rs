@@ -10,6 +10,7 @@ use crate::{
     audit::{self, Entry},
     db,
     error::{Error, Kind, Result},
+    names::{self, Name, Rule},
     scope::{Actor, Scope},
 };
 
@@ -81,20 +82,12 @@ pub fn normal_enrollment_code(text: &str) -> String {
     text.chars().filter(|c| *c != '-' && !c.is_whitespace()).map(|c| c.to_ascii_uppercase()).collect()
 }
 
-fn name(text: &str, field: &str) -> Result<String> {
-    let name = text.trim();
-    if name.is_empty() {
+fn name(text: &str, field: &'static str) -> Result<Name> {
+    if text.trim().is_empty() {
         let code = if field == "name" { "name is required" } else { "new_name is required" };
         return Err(Error::field(code, field, "is required."));
     }
-    if name.chars().count() > NAME_MAX_CHARS || name.chars().any(char::is_control) {
-        return Err(Error::field(
-            "invalid_name",
-            field,
-            format!("must have at most {NAME_MAX_CHARS} characters, and no control characters."),
-        ));
-    }
-    Ok(name.to_owned())
+    Name::parse(text, &Rule { field, code: "invalid_name", max_chars: NAME_MAX_CHARS, in_paths: false })
 }
 
 /// Checks until when auto-approval is to be on; none switches it off.
@@ -128,7 +121,7 @@ pub async fn list(pool: &db::Pool, scope: &Scope) -> Result<Vec<Site>> {
         r#"SELECT s.id, s.name, s.description, s.created_at, s.enrollment_code, s.enrollment_code_expires_at, s.auto_approve_until,
                   (SELECT count(*) FROM devices d WHERE d.site_id = s.id) AS "device_count!"
            FROM sites s WHERE $1::bigint[] IS NULL OR s.id = ANY($1)
-           ORDER BY lower(s.name)"#,
+           ORDER BY s.name_key"#,
         scope.site_ids(),
     )
     .fetch_all(pool)
@@ -172,10 +165,11 @@ pub async fn create(pool: &db::Pool, actor: &Actor, new_name: &str, description:
     let mut tx = pool.begin().await?;
     for _ in 0..CODE_TRIES {
         let id = sqlx::query_scalar!(
-            "INSERT INTO sites (name, description, enrollment_code, enrollment_code_expires_at)
-             VALUES ($1, $2, $3, now() + make_interval(days => $4))
+            "INSERT INTO sites (name, name_key, description, enrollment_code, enrollment_code_expires_at)
+             VALUES ($1, $2, $3, $4, now() + make_interval(days => $5))
              ON CONFLICT (enrollment_code) DO NOTHING RETURNING id",
-            name,
+            name.as_str(),
+            name.key(),
             description,
             new_enrollment_code(),
             code_days.0,
@@ -184,7 +178,7 @@ pub async fn create(pool: &db::Pool, actor: &Actor, new_name: &str, description:
         .await
         .map_err(name_taken)?;
         if let Some(id) = id {
-            record(&mut tx, actor, "site.create", id, json!({ "name": name })).await?;
+            record(&mut tx, actor, "site.create", id, json!({ "name": name.as_str() })).await?;
             let site = get(&mut tx, id).await?;
             tx.commit().await?;
             return Ok(site);
@@ -204,8 +198,11 @@ pub async fn rename(pool: &db::Pool, actor: &Actor, id: i64, new_name: &str) -> 
         .fetch_optional(&mut *tx)
         .await?
         .ok_or_else(not_found)?;
-    sqlx::query!("UPDATE sites SET name = $2 WHERE id = $1", id, name).execute(&mut *tx).await.map_err(name_taken)?;
-    record(&mut tx, actor, "site.rename", id, json!({ "before": before, "after": name })).await?;
+    sqlx::query!("UPDATE sites SET name = $2, name_key = $3 WHERE id = $1", id, name.as_str(), name.key())
+        .execute(&mut *tx)
+        .await
+        .map_err(name_taken)?;
+    record(&mut tx, actor, "site.rename", id, json!({ "before": before, "after": name.as_str() })).await?;
     let site = get(&mut tx, id).await?;
     tx.commit().await?;
     Ok(site)
@@ -319,13 +316,13 @@ pub struct Place {
 /// # Errors
 /// When the database is away.
 pub async fn device_map(pool: &db::Pool, scope: &Scope, hostnames: Option<&[String]>) -> Result<Vec<Place>> {
-    let hostnames: Option<Vec<String>> = hostnames.map(|names| names.iter().map(|name| name.to_lowercase()).collect());
+    let hostnames: Option<Vec<String>> = hostnames.map(|names| names.iter().map(|name| names::key(name)).collect());
     Ok(sqlx::query_as!(
         Place,
-        r#"SELECT DISTINCT ON (lower(d.hostname)) d.hostname, s.id AS site_id, s.name AS site_name
+        r#"SELECT DISTINCT ON (d.hostname_key) d.hostname, s.id AS site_id, s.name AS site_name
            FROM devices d JOIN sites s ON s.id = d.site_id
-           WHERE ($1::bigint[] IS NULL OR d.site_id = ANY($1)) AND ($2::text[] IS NULL OR lower(d.hostname) = ANY($2))
-           ORDER BY lower(d.hostname), d.last_seen DESC NULLS LAST, d.guid"#,
+           WHERE ($1::bigint[] IS NULL OR d.site_id = ANY($1)) AND ($2::text[] IS NULL OR d.hostname_key = ANY($2))
+           ORDER BY d.hostname_key, d.last_seen DESC NULLS LAST, d.guid"#,
         scope.site_ids(),
         hostnames.as_deref(),
     )
@@ -343,21 +340,21 @@ pub async fn assign(pool: &db::Pool, actor: &Actor, site_id: i64, names: &[Strin
         return Err(Error::field("too_many_hostnames", "hostnames", format!("must name at most {BATCH_MAX} devices.")));
     }
     let names: BTreeMap<String, &String> =
-        names.iter().filter(|name| !name.trim().is_empty()).map(|name| (name.trim().to_lowercase(), name)).collect();
+        names.iter().filter(|name| !name.trim().is_empty()).map(|name| (names::key(name.trim()), name)).collect();
     let guids: Vec<Uuid> = names.keys().filter_map(|name| Uuid::try_parse(name).ok()).collect();
-    let lower: Vec<String> = names.keys().cloned().collect();
+    let keys: Vec<String> = names.keys().cloned().collect();
     let mut tx = pool.begin().await?;
     let site = sqlx::query_scalar!("SELECT name FROM sites WHERE id = $1 FOR SHARE", site_id)
         .fetch_optional(&mut *tx)
         .await?
         .ok_or_else(not_found)?;
     let devices = sqlx::query!(
-        r#"SELECT d.guid, d.hostname, d.site_id, s.name AS "site_name?"
+        r#"SELECT d.guid, d.hostname, d.hostname_key, d.site_id, s.name AS "site_name?"
            FROM devices d LEFT JOIN sites s ON s.id = d.site_id
-           WHERE d.guid = ANY($1) OR lower(d.hostname) = ANY($2)
+           WHERE d.guid = ANY($1) OR d.hostname_key = ANY($2)
            ORDER BY d.guid FOR UPDATE OF d"#,
         &guids,
-        &lower,
+        &keys,
     )
     .fetch_all(&mut *tx)
     .await?;
@@ -366,11 +363,8 @@ pub async fn assign(pool: &db::Pool, actor: &Actor, site_id: i64, names: &[Strin
     for (name, typed) in &names {
         let guid = Uuid::try_parse(name).ok();
         let by_guid: Vec<_> = devices.iter().filter(|device| Some(device.guid) == guid).collect();
-        let found = if by_guid.is_empty() {
-            devices.iter().filter(|device| device.hostname.to_lowercase() == *name).collect()
-        } else {
-            by_guid
-        };
+        let found =
+            if by_guid.is_empty() { devices.iter().filter(|device| device.hostname_key == *name).collect() } else { by_guid };
         match found[..] {
             [] => unknown.push(typed.trim().to_owned()),
             [device] => {
@@ -441,7 +435,7 @@ mod tests {
 
     #[test]
     fn names_are_trimmed_and_bounded() {
-        assert_eq!(name(" Berlin ", "name").unwrap(), "Berlin");
+        assert_eq!(name(" Berlin ", "name").unwrap().as_str(), "Berlin");
         assert_eq!(name(" ", "name").unwrap_err().code, "name is required");
         assert_eq!(name("", "new_name").unwrap_err().code, "new_name is required");
         let error = name(&"x".repeat(201), "new_name").unwrap_err();

@@ -47,9 +47,44 @@ impl TestDatabase {
     pub async fn on(admin: Url) -> Self {
         let mut connection = connect(&admin).await;
         let template = template(&admin, &mut connection).await;
+        let _ = connection.close().await;
+        Self::create(admin, &format!("TEMPLATE {template}")).await
+    }
+
+    /// Makes one whose texts are compared as in this ICU locale: `tr-TR`.
+    ///
+    /// # Panics
+    /// When it cannot be migrated.
+    pub async fn in_locale(locale: &str) -> Self {
+        let how = format!("TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE '{locale}'");
+        let database = Self::create(server().await, &how).await;
+        borealis_workflows::setup(&database.pool).await.unwrap_or_else(|error| panic!("the set-up in {locale}: {error:?}"));
+        database
+    }
+
+    /// Makes one as an engine left it that knew no migration from `version` on.
+    pub async fn before(version: i64) -> Self {
+        let database = Self::create(server().await, "TEMPLATE template0").await;
+        database.apply(|migration| migration < version).await;
+        database
+    }
+
+    /// Runs the migrations of these versions, and nothing else.
+    ///
+    /// # Panics
+    /// When Postgres refuses one.
+    pub async fn apply(&self, wanted: impl Fn(i64) -> bool) {
+        for migration in MIGRATIONS.iter().filter(|migration| wanted(migration.version)) {
+            let done = sqlx::raw_sql(migration.sql.clone()).execute(&self.pool).await;
+            let _ = done.unwrap_or_else(|error| panic!("migration {}: {error}", migration.version));
+        }
+    }
+
+    async fn create(admin: Url, how: &str) -> Self {
+        let mut connection = connect(&admin).await;
         let name = format!("borealis_x_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         execute(&mut connection, format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).await;
-        execute(&mut connection, format!("CREATE DATABASE {name} TEMPLATE {template}")).await;
+        execute(&mut connection, format!("CREATE DATABASE {name} {how}")).await;
         let _ = connection.close().await;
         let url = at(&admin, &name);
         let pool = db::connect(&db::Options { url: url.to_string(), max_connections: 8, application_name: "tests".into() })

@@ -1246,7 +1246,7 @@ async fn sites_are_made_renamed_and_deleted() {
 
 async fn device(engine: &TestEngine, hostname: &str, site: Option<i64>) -> String {
     let guid: uuid::Uuid = sqlx::query_scalar(
-        "INSERT INTO devices (guid, hostname, site_id, fingerprint, public_key) VALUES ($1, $2, $3, $1::text, '\\x00') RETURNING guid",
+        "INSERT INTO devices (guid, hostname, hostname_key, site_id, fingerprint, public_key) VALUES ($1, $2, lower($2), $3, $1::text, '\\x00') RETURNING guid",
     )
     .bind(uuid::Uuid::new_v4())
     .bind(hostname)

@@ -356,8 +356,8 @@ impl World {
                 let _ = self.provider().await;
                 let name = format!("cached-{}", nothing.simple());
                 sqlx::query(
-                    "INSERT INTO users (username, role, auth_source, directory_provider_id, directory_subject)
-                     SELECT $1, 'User', 'directory', id, $1 FROM directory_providers LIMIT 1",
+                    "INSERT INTO users (username, username_key, role, auth_source, directory_provider_id, directory_subject)
+                     SELECT $1, $1, 'User', 'directory', id, $1 FROM directory_providers LIMIT 1",
                 )
                 .bind(&name)
                 .execute(self.pool())
@@ -451,6 +451,16 @@ impl World {
             }
             ("GET", "/api/devices/{guid}") => {
                 thing(format!("/api/devices/{guid}"), format!("/api/devices/{nothing}"), Value::Null)
+            }
+            ("GET", "/api/devices/search") => list(&format!("/api/devices/search?hostname={hostname}"), guid),
+            ("POST", "/api/devices/{guid}/hostname") => {
+                let body = json!({"hostname": hostname});
+                let _ = self.device.post("/api/agent/heartbeat", body.clone()).await.ok();
+                thing(format!("/api/devices/{guid}/hostname"), format!("/api/devices/{nothing}/hostname"), body)
+            }
+            ("POST", "/api/device/description/{hostname}") => {
+                let body = json!({"description": "rack 4"});
+                thing(format!("/api/device/description/{hostname}"), "/api/device/description/no-such-host".into(), body)
             }
             ("GET", "/api/device/details/{hostname}") => {
                 thing(format!("/api/device/details/{hostname}"), "/api/device/details/no-such-host".into(), Value::Null)

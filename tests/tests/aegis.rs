@@ -129,8 +129,8 @@ async fn a_reset_takes_everything_sealed_and_ends_with_a_working_administrator()
     // What programs and the engine itself sign in with elsewhere.
     for sql in [
         "INSERT INTO github_token (token_sealed) VALUES ('x')",
-        "INSERT INTO directory_providers (name, enabled, bind_password_sealed) VALUES ('With a password', true, 'x')",
-        "INSERT INTO directory_providers (name, enabled) VALUES ('Without', true)",
+        "INSERT INTO directory_providers (name, name_key, enabled, bind_password_sealed) VALUES ('With a password', 'with a password', true, 'x')",
+        "INSERT INTO directory_providers (name, name_key, enabled) VALUES ('Without', 'without', true)",
     ] {
         sqlx::query(sql).execute(&engine.database.pool).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
     }

@@ -209,8 +209,8 @@ async fn a_site_has_only_so_many_open_requests() {
     sql(
         &engine,
         "INSERT INTO device_approvals (id, approval_reference, hostname_claimed, fingerprint, public_key, enrollment_code, site_id,
-                client_nonce, server_nonce)
-         SELECT gen_random_uuid(), gen_random_uuid(), 'filler', n::text, '', '', s.id, '', '' FROM sites AS s, generate_series(1, 20000) AS n",
+                client_nonce, server_nonce, hostname_claimed_key)
+         SELECT gen_random_uuid(), gen_random_uuid(), 'filler', n::text, '', '', s.id, '', '', 'filler' FROM sites AS s, generate_series(1, 20000) AS n",
     )
     .await;
     let body = json!({
@@ -913,8 +913,8 @@ async fn reports_change_the_devices_own_row_and_nothing_else() {
     assert_eq!((&answer["site_name"], &answer["metadata_field_acks"]), (&json!("north"), &json!([])));
     let row = read().await;
     assert_eq!(
-        (&row["hostname"], &row["operating_system"], &row["status"]),
-        (&json!("web-renamed"), &json!("Debian 12"), &json!("Online"))
+        (&row["hostname"], &row["reported_hostname"], &row["operating_system"], &row["status"]),
+        (&json!("web"), &json!("web-renamed"), &json!("Debian 12"), &json!("Online"))
     );
     assert_eq!((&row["memory"], &row["software"]), (&json!([{"slot": "a"}]), &json!([])));
     assert_eq!(row["agent_role_health"]["roles"][0]["role_id"], "system:context_system");

@@ -163,6 +163,22 @@ fn the_api_contains_no_sql() {
     }
 }
 
+/// What `lower` makes of a name depends on the locale of the database; keys do not (`engine/src/names.rs`).
+#[test]
+fn no_sql_compares_names_by_the_locale() {
+    // The audit's events from before there were keys; texts that are ASCII, in a collation that knows no other.
+    let allowed = ["lower(actor_name)", "COLLATE \"C\")", "lower(display_name)", "lower(replace("];
+    for folder in ["engine/src", "workflows/src"] {
+        for (path, text) in sources(folder) {
+            for (line, code) in code(&text).filter(|(_, code)| code.contains("lower(") || code.contains("ILIKE")) {
+                let in_rust = code.contains(".to_lower") && !code.contains(" lower(");
+                let is_allowed = in_rust || allowed.iter().any(|text| code.contains(text));
+                assert!(is_allowed, "{}:{line}: {code}", path.display());
+            }
+        }
+    }
+}
+
 #[test]
 fn socket_events_are_named_in_one_place() {
     let mut handlers = 0;

@@ -55,10 +55,10 @@ async fn fill(pool: &PgPool) {
     let occurrences = rows / 10;
     let id = |n: &str, kind: u32| format!("('{kind:08}-0000-7000-8000-' || lpad(to_hex({n}), 12, '0'))::uuid");
     for sql in [
-        "INSERT INTO sites (name, description, enrollment_code) SELECT 'site ' || n, '', 'code' || n FROM generate_series(1, 20) n".to_owned(),
+        "INSERT INTO sites (name, name_key, description, enrollment_code) SELECT 'site ' || n, 'site ' || n, '', 'code' || n FROM generate_series(1, 20) n".to_owned(),
         format!(
-            "INSERT INTO devices (guid, hostname, site_id, fingerprint, public_key, last_seen)
-             SELECT {}, 'host-' || n, 1 + n % 20, 'f' || n, '', now() FROM generate_series(1, {DEVICES}) n",
+            "INSERT INTO devices (guid, hostname, hostname_key, site_id, fingerprint, public_key, last_seen)
+             SELECT {}, 'host-' || n, 'host-' || n, 1 + n % 20, 'f' || n, '', now() FROM generate_series(1, {DEVICES}) n",
             id("n", 1)
         ),
         "INSERT INTO device_sockets (device_guid, service_mode, socket_id, api_process)

@@ -61,7 +61,7 @@ impl Machine {
 }
 
 async fn new_site(pool: &PgPool, name: &str) -> i64 {
-    sqlx::query_scalar("INSERT INTO sites (name, enrollment_code) VALUES ($1, $1) RETURNING id")
+    sqlx::query_scalar("INSERT INTO sites (name, name_key, enrollment_code) VALUES ($1, $1, $1) RETURNING id")
         .bind(name)
         .fetch_one(pool)
         .await
@@ -75,7 +75,7 @@ fn fingerprint(guid: Uuid) -> String {
 async fn machine(engine: &TestEngine, site: i64) -> Machine {
     let guid = Uuid::new_v4();
     let fingerprint = fingerprint(guid);
-    sqlx::query("INSERT INTO devices (guid, hostname, site_id, fingerprint, public_key) VALUES ($1, 'host', $2, $3, '')")
+    sqlx::query("INSERT INTO devices (guid, hostname, hostname_key, site_id, fingerprint, public_key) VALUES ($1, 'host', 'host', $2, $3, '')")
         .bind(guid)
         .bind(site)
         .bind(&fingerprint)

@@ -248,6 +248,7 @@ struct Looked {
     schedulers: IntGaugeVec,
     schedule_overdue: GaugeVec,
     activities: IntGaugeVec,
+    devices: IntGaugeVec,
 }
 
 static LOOKED: LazyLock<Looked> = LazyLock::new(|| Looked {
@@ -291,6 +292,11 @@ static LOOKED: LazyLock<Looked> = LazyLock::new(|| Looked {
         "borealis_activities_open",
         "Scripts on their way to devices, by delivery: ready, sent or accepted. Counted to 100000 at most. From the tables.",
         &["delivery"],
+    ),
+    devices: meter::gauges(
+        "borealis_devices",
+        "Devices by state: connected, no_socket (report over HTTP but get no work), offline. From the tables.",
+        &["state"],
     ),
 });
 
@@ -404,7 +410,8 @@ impl Tables {
         LOOKED.leased.with_label_values(&[] as &[&str]).set(now.leased);
         LOOKED.lease_overdue.with_label_values(&[] as &[&str]).set(now.lease.unwrap_or(0.0));
         self.ready().await?;
-        self.activities().await
+        self.activities().await?;
+        self.devices().await
     }
 
     /// The oldest of what is ready, in the order of its index.
@@ -447,12 +454,27 @@ impl Tables {
         }
         Ok(())
     }
+
+    async fn devices(&self) -> Result<()> {
+        let devices = sqlx::query!(
+            r#"SELECT connection_state AS "state!", count(*) AS "count!" FROM device_presence GROUP BY connection_state"#,
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        for state in ["connected", "no_socket", "offline"] {
+            LOOKED.devices.with_label_values(&[state]).set(0);
+        }
+        for row in devices {
+            LOOKED.devices.with_label_values(&[&row.state]).set(row.count);
+        }
+        Ok(())
+    }
 }
 
 /// Shows nothing of the tables until they have been looked at again.
 fn forget() {
     LOOKED.up.set(0);
-    for looked in [&LOOKED.ready, &LOOKED.leased, &LOOKED.workers, &LOOKED.schedulers, &LOOKED.activities] {
+    for looked in [&LOOKED.ready, &LOOKED.leased, &LOOKED.workers, &LOOKED.schedulers, &LOOKED.activities, &LOOKED.devices] {
         looked.reset();
     }
     for looked in [&LOOKED.ready_age, &LOOKED.lease_overdue, &LOOKED.schedule_overdue] {

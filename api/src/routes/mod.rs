@@ -13,6 +13,7 @@ pub mod audit;
 pub mod auth;
 pub mod bootstrap;
 pub mod credentials;
+pub mod device_labels;
 pub mod devices;
 pub mod directory;
 pub mod docs;
@@ -40,6 +41,7 @@ pub fn all(app: &App) -> Routes {
         .merge(auth::routes(app))
         .merge(bootstrap::routes(app))
         .merge(credentials::routes(app))
+        .merge(device_labels::routes(app))
         .merge(devices::routes(app))
         .merge(directory::routes(app))
         .merge(docs::routes(app))

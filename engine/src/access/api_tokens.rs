@@ -17,6 +17,7 @@ use crate::{
     audit::{self, Entry},
     db,
     error::{Error, Kind, Result},
+    names::{Name, Rule},
     scope::{Actor, ActorKind, ActorToken, Scope},
     secret::Secret,
 };
@@ -180,16 +181,13 @@ pub struct New {
 }
 
 impl New {
-    fn name(&self) -> Result<&str> {
+    fn name(&self) -> Result<String> {
         let name = self.name.trim();
         if name.is_empty() {
             return Err(Error::field("name_required", "name", "is required."));
         }
-        if name.chars().count() > NAME_MAX_CHARS || name.chars().any(char::is_control) {
-            let why = format!("must have at most {NAME_MAX_CHARS} characters, and no control characters.");
-            return Err(Error::field("invalid_name", "name", why));
-        }
-        Ok(name)
+        Name::parse(name, &Rule { field: "name", code: "invalid_name", max_chars: NAME_MAX_CHARS, in_paths: false })
+            .map(Name::into_string)
     }
 
     /// Each scope once, in the order of [`TokenScope::ALL`].

@@ -20,6 +20,7 @@ use crate::{
     audit::{self, Entry},
     db,
     error::{Error, Kind, Result},
+    names,
     secret::Secret,
 };
 
@@ -224,7 +225,7 @@ impl Access<'_> {
             return Err(Error::field("username and password are required", "username", "is required."));
         }
         let username = users::username(username)?;
-        let display_name = users::display_name(display_name, &username)?;
+        let display_name = users::display_name(display_name, username.as_str())?;
         let digest = password(sent)?;
         state(self.pool, self.vault).await?.require(Phase::AdminSetupRequired)?;
         if sqlx::query_scalar!(r#"SELECT EXISTS (SELECT 1 FROM users) AS "any!""#).fetch_one(self.pool).await? {
@@ -233,12 +234,12 @@ impl Access<'_> {
         let verifier = passwords::verifier(&digest).await?;
         let secret = mfa::new_secret();
         let admin = AdminState::Setup {
-            username: username.clone(),
+            username: username.as_str().to_owned(),
             display_name,
             verifier: verifier.expose().clone(),
             secret: secret.expose().clone(),
         };
-        self.begin_admin(None, username, secret, &admin).await
+        self.begin_admin(None, username.into_string(), secret, &admin).await
     }
 
     /// Begins the recovery of an administrator when none can sign in.
@@ -253,8 +254,8 @@ impl Access<'_> {
         state(self.pool, self.vault).await?.require(Phase::AdminRecoveryRequired)?;
         let row = sqlx::query!(
             "SELECT id, username, auth_reset_required, password_sealed IS NOT NULL AS \"has_password!\" FROM users
-             WHERE lower(username) = lower($1) AND role = 'Admin' AND auth_source = 'local'",
-            username.trim(),
+             WHERE username_key = ANY($1) AND role = 'Admin' AND auth_source = 'local' ORDER BY username_key LIMIT 1",
+            &names::lookup_keys(username.trim()),
         )
         .fetch_optional(self.pool)
         .await?
@@ -326,7 +327,8 @@ impl Access<'_> {
                 if sqlx::query_scalar!(r#"SELECT EXISTS (SELECT 1 FROM users) AS "any!""#).fetch_one(&mut *tx).await? {
                     return Err(already_initialized());
                 }
-                (users::insert(&mut tx, username, display_name, users::Role::Admin).await?, verifier, "bootstrap.admin")
+                let username = users::username(username)?;
+                (users::insert(&mut tx, &username, display_name, users::Role::Admin).await?, verifier, "bootstrap.admin")
             }
             (AdminState::Recover { verifier, .. }, user_id) => {
                 let ready =

@@ -9,6 +9,7 @@ use crate::{
     audit::{self, Entry},
     db,
     error::{Error, Kind, Result},
+    names::{self, Name, Rule},
     scope::{Actor, Scope},
     secret::Secret,
 };
@@ -207,13 +208,17 @@ fn private_key(text: &str) -> String {
     if text.ends_with('\n') { text } else { text + "\n" }
 }
 
+fn name(text: &str) -> Result<Name> {
+    if text.trim().is_empty() {
+        return Err(Error::field("name is required", "name", "is required."));
+    }
+    Name::parse(text, &Rule { field: "name", code: "invalid_field", max_chars: NAME_MAX_CHARS, in_paths: false })
+}
+
 /// Applies what is not secret. Pure.
 fn apply(credential: &mut Credential, change: &Change) -> Result<()> {
-    if let Some(name) = &change.name {
-        credential.name = bounded(name, "name", NAME_MAX_CHARS)?;
-    }
-    if credential.name.is_empty() {
-        return Err(Error::field("name is required", "name", "is required."));
+    if let Some(text) = &change.name {
+        credential.name = name(text)?.into_string();
     }
     if let Some(text) = &change.description {
         credential.description = bounded(text, "description", DESCRIPTION_MAX_CHARS)?;
@@ -288,7 +293,7 @@ async fn read(conn: &mut sqlx::PgConnection, scope: &Scope, id: Option<i64>) -> 
                         c.become_password_sealed IS NOT NULL] AS "has!"
            FROM credentials c LEFT JOIN sites s ON s.id = c.site_id
            WHERE ($1::bigint[] IS NULL OR c.site_id IS NULL OR c.site_id = ANY($1)) AND ($2::bigint IS NULL OR c.id = $2)
-           ORDER BY lower(c.name), c.id"#,
+           ORDER BY c.name_key, c.id"#,
         scope.site_ids(),
         id,
     )
@@ -324,15 +329,13 @@ async fn read(conn: &mut sqlx::PgConnection, scope: &Scope, id: Option<i64>) -> 
 /// 409 `credential name already exists`; 423 `aegis_locked`.
 pub async fn create(pool: &db::Pool, vault: &Vault, actor: &Actor, change: &Change) -> Result<Credential> {
     let mut tx = pool.begin().await?;
-    let name = bounded(change.name.as_deref().unwrap_or_default(), "name", NAME_MAX_CHARS)?;
-    if name.is_empty() {
-        return Err(Error::field("name is required", "name", "is required."));
-    }
+    let name = name(change.name.as_deref().unwrap_or_default())?;
     // The row comes first: its id is part of what its secrets are bound to.
-    let id = sqlx::query_scalar!("INSERT INTO credentials (name) VALUES ($1) RETURNING id", name)
-        .fetch_one(&mut *tx)
-        .await
-        .map_err(refused)?;
+    let id =
+        sqlx::query_scalar!("INSERT INTO credentials (name, name_key) VALUES ($1, $2) RETURNING id", name.as_str(), name.key())
+            .fetch_one(&mut *tx)
+            .await
+            .map_err(refused)?;
     write(tx, vault, actor, id, change, "credential.create").await
 }
 
@@ -363,7 +366,7 @@ async fn write(
     sqlx::query!(
         "UPDATE credentials
          SET name = $2, description = $3, site_id = $4, credential_type = $5, connection_type = $6, username = $7, become_method = $8,
-             become_username = $9, metadata = $10, lost_secret_fields = $11, updated_at = now()
+             become_username = $9, metadata = $10, lost_secret_fields = $11, name_key = $12, updated_at = now()
          WHERE id = $1",
         id,
         credential.name,
@@ -376,6 +379,7 @@ async fn write(
         credential.become_username,
         Value::Object(credential.metadata.clone()),
         &credential.lost_secret_fields,
+        names::key(&credential.name),
     )
     .execute(&mut *tx)
     .await

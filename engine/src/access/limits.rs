@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use crate::{
     db,
     error::{Error, Kind, Result},
+    names,
 };
 
 /// At most `max` hits in `window_s` seconds for one subject.
@@ -64,7 +65,7 @@ pub fn address(ip: Option<IpAddr>) -> String {
 /// The subject of an account: its name as the unique index sees it, bounded.
 #[must_use]
 pub fn account(username: &str) -> String {
-    username.trim().to_lowercase().chars().take(SUBJECT_MAX_CHARS).collect()
+    names::key(username.trim()).chars().take(SUBJECT_MAX_CHARS).collect()
 }
 
 /// Seconds until this limit has room for its subject; 0 when it has.

@@ -31,6 +31,7 @@ use crate::{
     audit::{self, Entry},
     db,
     error::{Error, Kind, Result},
+    names::{self, Name, Rule},
     scope::Actor,
     secret::Secret,
 };
@@ -95,16 +96,16 @@ pub struct Begun {
 
 /// The user handle kept by the authenticator: the same for all passkeys of a user, and tells nothing of them.
 fn handle(user_id: i64, username: &str) -> [u8; 32] {
-    Sha256::digest(format!("{user_id}:{}", username.to_lowercase())).into()
+    Sha256::digest(format!("{user_id}:{}", names::key(username))).into()
 }
 
 fn label(text: Option<&str>) -> Result<Option<String>> {
     let text = text.map(str::trim).unwrap_or_default();
-    if text.chars().count() > LABEL_MAX_CHARS || text.chars().any(char::is_control) {
-        let why = format!("must have at most {LABEL_MAX_CHARS} characters, and no control characters.");
-        return Err(Error::field("invalid_label", "label", why));
+    if text.is_empty() {
+        return Ok(None);
     }
-    Ok((!text.is_empty()).then(|| text.to_owned()))
+    let rule = Rule { field: "label", code: "invalid_label", max_chars: LABEL_MAX_CHARS, in_paths: false };
+    Name::parse(text, &rule).map(|label| Some(label.into_string()))
 }
 
 fn begun(request_id: Secret<String>, options: impl Serialize) -> Result<Begun> {

@@ -258,7 +258,7 @@ pub async fn list_all(pool: &db::Pool, user_id: Option<i64>, idle_s: u32) -> Res
         "SELECT u.username, s.id, s.created_at, s.last_seen_at, s.expires_at, s.ip, s.user_agent
          FROM operator_sessions s JOIN users u ON u.id = s.user_id
          WHERE ($1::bigint IS NULL OR s.user_id = $1) AND s.expires_at > now() AND s.last_seen_at > now() - make_interval(secs => $2)
-         ORDER BY lower(u.username), s.last_seen_at DESC, s.id DESC",
+         ORDER BY u.username_key, s.last_seen_at DESC, s.id DESC",
         user_id,
         f64::from(idle_s),
     )

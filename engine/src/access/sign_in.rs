@@ -20,6 +20,7 @@ use crate::{
     audit::{self, Entry},
     db,
     error::{Error, Kind, Result},
+    names,
     scope::Actor,
     secret::Secret,
 };
@@ -115,8 +116,8 @@ async fn by_name(pool: &db::Pool, username: &str) -> Result<Option<Account>> {
         Account,
         "SELECT id, username, role, auth_source, password_sealed, mfa_secret_sealed, mfa_disabled, mfa_last_step,
                 auth_reset_required, directory_provider_id, directory_subject, directory_disabled, may_sign_in
-         FROM users WHERE lower(username) = lower($1)",
-        username.trim(),
+         FROM users WHERE username_key = ANY($1) ORDER BY username_key LIMIT 1",
+        &names::lookup_keys(username.trim()),
     )
     .fetch_optional(pool)
     .await?)

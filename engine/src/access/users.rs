@@ -17,6 +17,7 @@ use crate::{
     audit::{self, Entry},
     db,
     error::{Error, Kind, Result},
+    names::{self, Name, Rule},
     scope::Actor,
     secret::Secret,
 };
@@ -60,21 +61,16 @@ impl Role {
     }
 }
 
-/// Checks a new username and trims it.
+/// What a username may be. It stands in paths.
+pub(super) const USERNAME: Rule =
+    Rule { field: "username", code: "invalid_username", max_chars: USERNAME_MAX_CHARS, in_paths: true };
+
+/// Reads a new username.
 ///
 /// # Errors
 /// 400 `invalid_username`.
-pub fn username(text: &str) -> Result<String> {
-    let name = text.trim();
-    let refuse = |why: &str| Err(Error::field("invalid_username", "username", why));
-    if name.is_empty() || name.chars().count() > USERNAME_MAX_CHARS {
-        return refuse("must have 1 to 64 characters.");
-    }
-    // A slash or a dot segment could not be named in a path.
-    if name.chars().any(|c| c == '/' || c == '\\' || c.is_control()) || name == "." || name == ".." {
-        return refuse("must not contain /, \\ or control characters.");
-    }
-    Ok(name.to_owned())
+pub fn username(text: &str) -> Result<Name> {
+    Name::parse(text, &USERNAME)
 }
 
 /// Checks a new display name and trims it; without one it is the username.
@@ -83,14 +79,8 @@ pub fn username(text: &str) -> Result<String> {
 /// 400 `invalid_display_name`.
 pub fn display_name(text: Option<&str>, username: &str) -> Result<String> {
     let name = text.map(str::trim).filter(|name| !name.is_empty()).unwrap_or(username);
-    if name.chars().count() > DISPLAY_NAME_MAX_CHARS || name.chars().any(char::is_control) {
-        return Err(Error::field(
-            "invalid_display_name",
-            "display_name",
-            "must have at most 200 characters, and no control characters.",
-        ));
-    }
-    Ok(name.to_owned())
+    let rule = Rule { field: "display_name", code: "invalid_display_name", max_chars: DISPLAY_NAME_MAX_CHARS, in_paths: false };
+    Name::parse(name, &rule).map(Name::into_string)
 }
 
 /// One line of the user list.
@@ -140,7 +130,7 @@ pub async fn list(pool: &db::Pool) -> Result<Vec<User>> {
         r#"SELECT u.id, u.username, u.display_name, u.role, u.last_login, u.created_at, u.updated_at, u.mfa_disabled,
                 u.auth_reset_required, u.auth_reset_at, u.password_change_required, u.auth_source, u.directory_provider_id,
                 coalesce(p.name, '') AS "directory_provider_name!", u.directory_domain, u.directory_disabled
-         FROM users u LEFT JOIN directory_providers p ON p.id = u.directory_provider_id ORDER BY lower(u.username)"#
+         FROM users u LEFT JOIN directory_providers p ON p.id = u.directory_provider_id ORDER BY u.username_key"#
     )
     .fetch_all(pool)
     .await?)
@@ -151,7 +141,8 @@ pub async fn list(pool: &db::Pool) -> Result<Vec<User>> {
 /// # Errors
 /// 404 `user not found`.
 pub async fn id_of(pool: &db::Pool, username: &str) -> Result<i64> {
-    sqlx::query_scalar!("SELECT id FROM users WHERE lower(username) = lower($1)", username.trim())
+    let keys = names::lookup_keys(username.trim());
+    sqlx::query_scalar!("SELECT id FROM users WHERE username_key = ANY($1) ORDER BY username_key LIMIT 1", &keys)
         .fetch_optional(pool)
         .await?
         .ok_or_else(user_not_found)
@@ -179,10 +170,11 @@ pub async fn get(pool: &db::Pool, id: i64) -> Result<User> {
 ///
 /// # Errors
 /// 409 `username already exists`.
-pub(super) async fn insert(tx: &mut db::Tx<'_>, username: &str, display_name: &str, role: Role) -> Result<i64> {
+pub(super) async fn insert(tx: &mut db::Tx<'_>, username: &Name, display_name: &str, role: Role) -> Result<i64> {
     sqlx::query_scalar!(
-        "INSERT INTO users (username, display_name, role) VALUES ($1, $2, $3) RETURNING id",
-        username,
+        "INSERT INTO users (username, username_key, display_name, role) VALUES ($1, $2, $3, $4) RETURNING id",
+        username.as_str(),
+        username.key(),
         display_name,
         role.as_str(),
     )
@@ -220,7 +212,7 @@ pub async fn create(pool: &db::Pool, vault: &Vault, actor: &Actor, new: &New) ->
         return Err(Error::field(REQUIRED, "username", "is required."));
     }
     let name = username(&new.username)?;
-    let display_name = display_name(new.display_name.as_deref(), &name)?;
+    let display_name = display_name(new.display_name.as_deref(), name.as_str())?;
     let role = new.role.as_deref().map_or(Ok(Role::User), Role::parse)?;
     let digest = new.password.chosen().map_err(|why| why.into_error(REQUIRED, "password"))?;
     let verifier = passwords::verifier(&digest).await?;
@@ -230,7 +222,7 @@ pub async fn create(pool: &db::Pool, vault: &Vault, actor: &Actor, new: &New) ->
     sqlx::query!("UPDATE users SET password_sealed = $2, password_change_required = true WHERE id = $1", id, sealed)
         .execute(&mut *tx)
         .await?;
-    let detail = json!({ "username": name, "role": role.as_str() });
+    let detail = json!({ "username": name.as_str(), "role": role.as_str() });
     record(&mut tx, actor, "user.create", id, detail).await?;
     tx.commit().await?;
     Ok(id)
@@ -258,8 +250,9 @@ async fn lock_with_admins(tx: &mut db::Tx<'_>, username: &str) -> Result<Named> 
 async fn lock(tx: &mut db::Tx<'_>, username: &str) -> Result<Named> {
     sqlx::query_as!(
         Named,
-        "SELECT id, username, role, auth_source, directory_disabled FROM users WHERE lower(username) = lower($1) FOR UPDATE",
-        username.trim(),
+        "SELECT id, username, role, auth_source, directory_disabled FROM users
+         WHERE username_key = ANY($1) ORDER BY username_key LIMIT 1 FOR UPDATE",
+        &names::lookup_keys(username.trim()),
     )
     .fetch_optional(&mut **tx)
     .await?
@@ -524,7 +517,7 @@ fn distinct(usernames: &[String]) -> Result<Vec<String>> {
     let names: Vec<String> = usernames
         .iter()
         .map(|name| name.trim())
-        .filter(|name| !name.is_empty() && seen.insert(name.to_lowercase()))
+        .filter(|name| !name.is_empty() && seen.insert(names::key(name)))
         .map(str::to_owned)
         .collect();
     if names.is_empty() {
@@ -538,33 +531,31 @@ fn distinct(usernames: &[String]) -> Result<Vec<String>> {
 
 async fn select(tx: &mut db::Tx<'_>, usernames: &[String]) -> Result<Vec<Selected>> {
     let names = distinct(usernames)?;
+    let keys: Vec<String> = names.iter().flat_map(|name| names::lookup_keys(name)).collect();
     let rows = sqlx::query!(
-        r#"SELECT u.id, u.username, u.display_name, u.role,
+        r#"SELECT u.id, u.username, u.username_key, u.display_name, u.role,
                   ARRAY(SELECT s.id FROM user_site_assignments a JOIN sites s ON s.id = a.site_id
-                        WHERE a.user_id = u.id ORDER BY lower(s.name)) AS "site_ids!",
+                        WHERE a.user_id = u.id ORDER BY s.name_key) AS "site_ids!",
                   ARRAY(SELECT s.name FROM user_site_assignments a JOIN sites s ON s.id = a.site_id
-                        WHERE a.user_id = u.id ORDER BY lower(s.name)) AS "site_names!"
-           FROM users u
-           WHERE u.id IN (SELECT u2.id FROM unnest($1::text[]) n (name) JOIN users u2 ON lower(u2.username) = lower(n.name))
-           ORDER BY array_position(ARRAY(SELECT lower(n.name) FROM unnest($1::text[]) WITH ORDINALITY n (name, place) ORDER BY n.place),
-                                   lower(u.username))
-           FOR UPDATE OF u"#,
-        &names,
+                        WHERE a.user_id = u.id ORDER BY s.name_key) AS "site_names!"
+           FROM users u WHERE u.username_key = ANY($1) ORDER BY u.id FOR UPDATE OF u"#,
+        &keys,
     )
     .fetch_all(&mut **tx)
     .await?;
-    let users: Vec<Selected> = rows
-        .into_iter()
-        .map(|row| Selected {
-            id: row.id,
-            username: row.username,
-            display_name: row.display_name,
-            role: row.role,
-            sites: row.site_ids.into_iter().zip(row.site_names).collect(),
-        })
-        .collect();
-    let missing: Vec<&String> =
-        names.iter().filter(|name| !users.iter().any(|user| user.username.to_lowercase() == name.to_lowercase())).collect();
+    let mut by_key: BTreeMap<String, Selected> = BTreeMap::new();
+    for row in rows {
+        let sites = row.site_ids.into_iter().zip(row.site_names).collect();
+        let user = Selected { id: row.id, username: row.username, display_name: row.display_name, role: row.role, sites };
+        by_key.insert(row.username_key, user);
+    }
+    let (mut users, mut missing) = (Vec::new(), Vec::new());
+    for name in names {
+        match names::lookup_keys(&name).iter().find_map(|key| by_key.remove(key)) {
+            Some(user) => users.push(user),
+            None => missing.push(name),
+        }
+    }
     if !missing.is_empty() {
         return Err(
             Error::new(Kind::NotFound, "user_not_found", "Some of these users do not exist.").with("usernames", json!(missing))
@@ -649,8 +640,8 @@ mod tests {
 
     #[test]
     fn usernames_can_be_named_in_a_path() {
-        assert_eq!(username(" ada ").unwrap(), "ada");
-        assert_eq!(username("ada@example.org").unwrap(), "ada@example.org");
+        assert_eq!(username(" ada ").unwrap().as_str(), "ada");
+        assert_eq!(username("ada@example.org").unwrap().as_str(), "ada@example.org");
         for bad in ["", "  ", "a/b", "a\\b", "a\nb", ".", "..", &"x".repeat(65)] {
             let error = username(bad).unwrap_err();
             assert!(error.code == "invalid_username" && error.fields.contains_key("username"), "{bad:?}");

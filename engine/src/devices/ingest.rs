@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use super::{
-    clean, metadata,
+    clean, hostnames, metadata,
     role_health::{self, Document, Role},
     summary,
 };
@@ -17,6 +17,7 @@ use crate::{
     enrollment::{requests, tokens::DeviceIdentity},
     error::{Error, Kind, Result},
     keys::guid_text,
+    names::Name,
     work,
 };
 
@@ -113,7 +114,7 @@ pub fn service_mode(stated: Option<&str>, header: &str) -> &'static str {
 /// The scalar columns a report may set; nothing means keep.
 #[derive(Debug, Default, PartialEq)]
 struct Scalars {
-    hostname: Option<String>,
+    hostname: Option<Name>,
     agent_id: Option<String>,
     build: Option<String>,
     device_type: Option<String>,
@@ -132,6 +133,18 @@ struct Scalars {
     branch: Option<String>,
 }
 
+/// What [`Scalars::write`] leads to.
+struct Written<'a> {
+    noted: Noted,
+    /// A hostname that was not reported before, and has not been written.
+    renamed: Option<&'a Name>,
+}
+
+/// A reported hostname; none where it cannot be one, which is no reason to refuse a report.
+fn hostname(value: Option<&Value>) -> Option<Name> {
+    requests::hostname(value?.as_str()?).ok()
+}
+
 const BUILD: [&str; 3] = ["agent_build_id", "installed_build_id", "agent_hash"];
 
 impl Scalars {
@@ -139,7 +152,7 @@ impl Scalars {
         let empty = Map::new();
         let metrics = object(body, "metrics").unwrap_or(&empty);
         Self {
-            hostname: body.get("hostname").and_then(Value::as_str).and_then(requests::hostname),
+            hostname: hostname(body.get("hostname")),
             build: first(body, &BUILD),
             device_type: first(body, &["device_type"]),
             domain: first(metrics, &["domain"]),
@@ -158,9 +171,8 @@ impl Scalars {
     }
 
     fn of_details(body: &Map<String, Value>, summary: &Map<String, Value>, guid: Uuid) -> Self {
-        let hostname = body.get("hostname").or_else(|| summary.get("hostname"));
         Self {
-            hostname: hostname.and_then(Value::as_str).and_then(requests::hostname),
+            hostname: hostname(body.get("hostname").or_else(|| summary.get("hostname"))),
             // An agent id names its device; one that names another is not taken.
             agent_id: first(body, &["agent_id"]).filter(|id| id.to_uppercase().contains(&guid_text(guid))),
             build: first(body, &BUILD).or_else(|| first(summary, &BUILD)),
@@ -187,12 +199,13 @@ impl Scalars {
         }
     }
 
-    /// Writes them, in one statement on the narrow row. `alive` says whether the report is a sign of life.
-    async fn store(&self, db: &mut sqlx::PgConnection, guid: Uuid, alive: bool) -> Result<Noted> {
+    /// Writes them, but for a hostname that changed, in one statement on the narrow row. `alive` says whether the report is a sign of
+    /// life.
+    async fn write(&self, db: &mut sqlx::PgConnection, guid: Uuid, alive: bool) -> Result<Written<'_>> {
         let row = sqlx::query!(
             r#"UPDATE devices AS d SET
                    last_seen = CASE WHEN $2 THEN now() ELSE d.last_seen END, left_at = CASE WHEN $2 THEN NULL ELSE d.left_at END,
-                   hostname = coalesce($3, d.hostname), agent_id = coalesce($4, d.agent_id),
+                   agent_id = coalesce($4, d.agent_id),
                    agent_build_id = coalesce($5, d.agent_build_id), device_type = coalesce($6, d.device_type),
                    domain = coalesce($7, d.domain), external_ip = coalesce($8, d.external_ip),
                    internal_ip = coalesce($9, d.internal_ip), last_reboot = coalesce($10, d.last_reboot),
@@ -202,10 +215,11 @@ impl Scalars {
                    connection_endpoint = coalesce($17, d.connection_endpoint),
                    agent_release_channel = coalesce($18, d.agent_release_channel), agent_branch = coalesce($19, d.agent_branch)
                WHERE d.guid = $1
-               RETURNING d.site_id, coalesce((SELECT s.name FROM sites AS s WHERE s.id = d.site_id), '') AS "site_name!""#,
+               RETURNING d.site_id, coalesce((SELECT s.name FROM sites AS s WHERE s.id = d.site_id), '') AS "site_name!",
+                         coalesce(d.reported_hostname <> $3, false) AS "renamed!""#,
             guid,
             alive,
-            self.hostname,
+            self.hostname.as_ref().map(Name::as_str),
             self.agent_id,
             self.build,
             self.device_type,
@@ -226,7 +240,17 @@ impl Scalars {
         .fetch_optional(db)
         .await?
         .ok_or_else(gone)?;
-        Ok(Noted { site_id: row.site_id, site_name: row.site_name, coalesced: false, metadata_acks: Vec::new() })
+        let noted = Noted { site_id: row.site_id, site_name: row.site_name, coalesced: false, metadata_acks: Vec::new() };
+        Ok(Written { noted, renamed: self.hostname.as_ref().filter(|_| row.renamed) })
+    }
+
+    /// Writes all of them inside a transaction.
+    async fn store(&self, tx: &mut db::Tx<'_>, device: &DeviceIdentity, alive: bool) -> Result<Noted> {
+        let written = self.write(tx, device.guid, alive).await?;
+        if let Some(name) = written.renamed {
+            hostnames::reported(tx, device, name).await?;
+        }
+        Ok(written.noted)
     }
 }
 
@@ -264,11 +288,17 @@ pub async fn heartbeat(pool: &db::Pool, device: &DeviceIdentity, context: &str, 
     let nothing_more = memory.is_none() && network.is_none() && storage.is_none() && cpu.is_none() && update.is_none();
     let fields = object(body, "metadata_fields").map(|fields| metadata::read(fields, Utc::now())).unwrap_or_default();
     if nothing_more && health.is_none() && fields.is_empty() {
-        return scalars.store(&mut *pool.acquire().await?, device.guid, true).await;
+        let written = scalars.write(&mut *pool.acquire().await?, device.guid, true).await?;
+        if let Some(name) = written.renamed {
+            let mut tx = pool.begin().await?;
+            hostnames::reported(&mut tx, device, name).await?;
+            tx.commit().await?;
+        }
+        return Ok(written.noted);
     }
     let mode = stated_mode(body, context);
     let mut tx = pool.begin().await?;
-    let mut noted = scalars.store(&mut tx, device.guid, true).await?;
+    let mut noted = scalars.store(&mut tx, device, true).await?;
     noted.metadata_acks = metadata::store(&mut tx, device.guid, &fields).await?;
     if nothing_more && health.is_none() {
         tx.commit().await?;
@@ -433,10 +463,9 @@ pub struct StatusNoted {
 pub async fn status(pool: &db::Pool, device: &DeviceIdentity, context: &str, body: &Map<String, Value>) -> Result<StatusNoted> {
     let report = Status::read(body, context);
     let signature = report.signature()?;
-    let scalars =
-        Scalars { hostname: body.get("hostname").and_then(Value::as_str).and_then(requests::hostname), ..Scalars::default() };
+    let scalars = Scalars { hostname: hostname(body.get("hostname")), ..Scalars::default() };
     let mut tx = pool.begin().await?;
-    let noted = scalars.store(&mut tx, device.guid, true).await?;
+    let noted = scalars.store(&mut tx, device, true).await?;
     if report.phase == PHASE_STOPPED {
         sqlx::query!("UPDATE devices SET left_at = now() WHERE guid = $1", device.guid).execute(&mut *tx).await?;
     }
@@ -484,7 +513,7 @@ pub async fn status(pool: &db::Pool, device: &DeviceIdentity, context: &str, bod
     tx.commit().await?;
     let event = report.filter(|_| announce).map(|report| {
         json!({
-            "hostname": scalars.hostname.as_ref().unwrap_or(&device.hostname), "guid": guid_text(device.guid),
+            "hostname": device.hostname, "guid": guid_text(device.guid),
             "phase": report.phase, "status": report.status, "changed_at": now.timestamp(),
         })
     });
@@ -614,7 +643,7 @@ impl DetailsReport {
             _ => Map::new(),
         };
         let scalars = Scalars::of_details(&body, &summary, device.guid);
-        if scalars.hostname.is_none() {
+        if first(&body, &["hostname"]).or_else(|| first(&summary, &["hostname"])).is_none() {
             return Err(invalid());
         }
         let says_other = |names: &[&str], own: &str| first(&body, names).is_some_and(|said| !said.eq_ignore_ascii_case(own));
@@ -658,7 +687,7 @@ pub async fn details(pool: &db::Pool, device: &DeviceIdentity, context: &str, ra
     let read = work::sized(raw.len(), move || DetailsReport::read(&raw, &identity, &context)).await??;
     let DetailsReport { scalars, summary, parts, mode, hash, health, update } = read;
     let mut tx = pool.begin().await?;
-    let noted = scalars.store(&mut tx, device.guid, summary.contains_key("last_seen")).await?;
+    let noted = scalars.store(&mut tx, device, summary.contains_key("last_seen")).await?;
     let before = sqlx::query!(
         r#"SELECT summary, coalesce(details_hash = $2 AND details_accepted_at > now() - make_interval(secs => $3), false) AS "same!",
                   $4::jsonb IS NOT NULL AND services IS DISTINCT FROM $4 AS "services_changed!",
@@ -737,7 +766,7 @@ mod tests {
         }));
         let scalars = Scalars::of_heartbeat(&body);
         let expected = Scalars {
-            hostname: Some("web".into()),
+            hostname: requests::hostname("web").ok(),
             internal_ip: Some("10.0.0.4".into()),
             build: Some("b1".into()),
             uptime: Some(77),

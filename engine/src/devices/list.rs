@@ -15,13 +15,12 @@ use crate::{
     db,
     error::{Error, Result},
     keys::guid_text,
+    names,
     scope::Scope,
 };
 
 /// The most devices one answer holds.
 pub const MAX_ROWS: i64 = 10_000;
-/// A device not seen for this many seconds is offline.
-pub const ONLINE_S: i64 = 300;
 /// A device seen within this many seconds is being collected from.
 pub const COLLECTING_S: i64 = 130;
 
@@ -128,7 +127,12 @@ type Document = Option<Json<Box<RawValue>>>;
 struct Row {
     guid: Uuid,
     hostname: String,
-    sort_name: String,
+    hostname_key: String,
+    reported_hostname: String,
+    hostname_change: Option<String>,
+    agent_socket: bool,
+    online: bool,
+    connection_state: String,
     site_id: Option<i64>,
     site_name: Option<String>,
     site_description: Option<String>,
@@ -138,7 +142,6 @@ struct Row {
     created_at: DateTime<Utc>,
     last_enrollment_at: DateTime<Utc>,
     last_seen: Option<DateTime<Utc>>,
-    left_at: Option<DateTime<Utc>>,
     agent_build_id: String,
     device_type: String,
     domain: String,
@@ -178,13 +181,6 @@ fn epoch(at: Option<DateTime<Utc>>) -> i64 {
 /// RFC 3339, empty for never.
 fn iso(at: Option<DateTime<Utc>>) -> String {
     at.map(|at| at.to_rfc3339_opts(SecondsFormat::Secs, true)).unwrap_or_default()
-}
-
-/// `Online` or `Offline`: a device whose agent said good-bye, at `left_at`, is offline at once.
-#[must_use]
-pub fn presence(last_seen: Option<DateTime<Utc>>, left_at: Option<DateTime<Utc>>, now: DateTime<Utc>) -> &'static str {
-    let seen = last_seen.is_some_and(|at| (now - at).num_seconds() <= ONLINE_S);
-    if seen && left_at.is_none() { "Online" } else { "Offline" }
 }
 
 impl Row {
@@ -229,13 +225,20 @@ impl Row {
             "site_id": self.site_id,
             "site_name": self.site_name.unwrap_or_default(),
             "site_description": self.site_description.unwrap_or_default(),
-            "status": presence(last_seen, self.left_at, now),
+            "status": if self.online { "Online" } else { "Offline" },
             "enrollment_status": self.status,
         });
-        let scalars = match scalars {
+        let mut scalars = match scalars {
             Value::Object(scalars) => scalars,
             _ => Map::new(),
         };
+        let more: [(&str, Value); 4] = [
+            ("reported_hostname", self.reported_hostname.into()),
+            ("hostname_change", self.hostname_change.into()),
+            ("agent_socket", self.agent_socket.into()),
+            ("connection_state", self.connection_state.into()),
+        ];
+        scalars.extend(more.map(|(name, value)| (name.to_owned(), value)));
         if slim {
             return Device { guid: self.guid, scalars, documents: None };
         }
@@ -298,9 +301,15 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
     let (after_name, after_guid) = filter.cursor.as_deref().map(decode_cursor).transpose()?.unzip();
     let mut rows = sqlx::query_as!(
         Row,
-        r#"SELECT d.guid, d.hostname, lower(d.hostname) AS "sort_name!", d.site_id, s.name AS "site_name?",
+        r#"SELECT d.guid, d.hostname, d.hostname_key, d.reported_hostname,
+                  CASE WHEN d.reported_hostname_key IN ('', d.hostname_key) THEN NULL
+                       WHEN EXISTS (SELECT FROM devices o WHERE o.hostname_key = d.reported_hostname_key AND o.guid <> d.guid
+                                    AND o.site_id IS NOT DISTINCT FROM d.site_id) THEN 'conflict'
+                       ELSE 'pending' END AS hostname_change,
+                  p.agent_socket AS "agent_socket!", p.online AS "online!", p.connection_state AS "connection_state!",
+                  d.site_id, s.name AS "site_name?",
                   s.description AS "site_description?", d.agent_id, d.status, d.description, d.created_at, d.last_enrollment_at,
-                  d.last_seen, d.left_at, d.agent_build_id, d.device_type, d.domain, d.external_ip, d.internal_ip, d.last_reboot, d.last_user,
+                  d.last_seen, d.agent_build_id, d.device_type, d.domain, d.external_ip, d.internal_ip, d.last_reboot, d.last_user,
                   d.operating_system, d.uptime, d.cpu_percent, d.memory_percent, d.connection_type, d.connection_endpoint,
                   d.agent_release_channel, d.agent_branch,
                   x.summary AS "summary?", x.memory AS "memory?: Json<Box<RawValue>>", x.network AS "network?: Json<Box<RawValue>>", x.software AS "software?: Json<Box<RawValue>>",
@@ -309,19 +318,20 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
                   x.services_reported_at AS "services_reported_at?", x.sessions_reported_at AS "sessions_reported_at?",
                   x.processes_reported_at AS "processes_reported_at?"
            FROM devices AS d
+           JOIN device_presence AS p ON p.guid = d.guid
            LEFT JOIN sites AS s ON s.id = d.site_id
            LEFT JOIN device_details AS x ON x.device_guid = d.guid AND NOT $8
            WHERE ($1::bigint[] IS NULL OR d.site_id = ANY($1))
              AND ($2::uuid IS NULL OR d.guid = $2)
-             AND ($3::text IS NULL OR lower(d.hostname) = lower($3))
-             AND ($4::text IS NULL OR lower(d.connection_type) = lower($4))
+             AND ($3::text IS NULL OR d.hostname_key = $3)
+             AND ($4::text IS NULL OR lower(d.connection_type COLLATE "C") = lower($4 COLLATE "C"))
              AND (NOT $5 OR d.connection_type = '')
-             AND ($6::text IS NULL OR (lower(d.hostname), d.guid) > ($6, $7))
-           ORDER BY lower(d.hostname), d.guid
+             AND ($6::text IS NULL OR (d.hostname_key, d.guid) > ($6, $7))
+           ORDER BY d.hostname_key, d.guid
            LIMIT $9"#,
         scope.site_ids(),
         filter.guid,
-        filter.hostname,
+        filter.hostname.as_deref().map(names::key),
         filter.connection_type,
         filter.only_agents,
         after_name,
@@ -333,7 +343,7 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
     .await?;
     let more = i64::try_from(rows.len()).unwrap_or(i64::MAX) > limit;
     rows.truncate(usize::try_from(limit).unwrap_or_default());
-    let next_cursor = rows.last().filter(|_| more).map(|last| encode_cursor(&last.sort_name, last.guid));
+    let next_cursor = rows.last().filter(|_| more).map(|last| encode_cursor(&last.hostname_key, last.guid));
     let now = Utc::now();
     Ok(Page { devices: rows.into_iter().map(|row| row.into_device(filter.slim, now)).collect(), next_cursor })
 }
@@ -355,7 +365,7 @@ pub async fn named(pool: &db::Pool, scope: &Scope, name: &str) -> Result<Device>
     if let Some(guid) = crate::keys::parse_guid(name) {
         return one(pool, scope, guid).await;
     }
-    let filter = Filter { hostname: Some(name.trim().replace('\0', "")), limit: Some(20), ..Filter::default() };
+    let filter = Filter { hostname: Some(name.trim().to_owned()), limit: Some(20), ..Filter::default() };
     let mut found = page(pool, scope, &filter).await?.devices;
     if found.len() > 1 {
         let guids: Vec<String> = found.iter().map(|device| guid_text(device.guid)).collect();
@@ -395,7 +405,7 @@ pub async fn agents(pool: &db::Pool, scope: &Scope) -> Result<Map<String, Value>
            JOIN devices AS d ON d.guid = k.device_guid
            LEFT JOIN sites AS s ON s.id = d.site_id
            WHERE ($1::bigint[] IS NULL OR d.site_id = ANY($1)) AND d.connection_type = ''
-           ORDER BY lower(d.hostname), d.guid, k.service_mode
+           ORDER BY d.hostname_key, d.guid, k.service_mode
            LIMIT $3"#,
         scope.site_ids(),
         PROCESS_SILENCE_S,
@@ -451,14 +461,5 @@ mod tests {
         for bad in ["", "?", "YWJj", &URL_SAFE_NO_PAD.encode("é".repeat(40)), &encode_cursor("a\0", guid)] {
             assert_eq!(decode_cursor(bad).unwrap_err().code, "invalid_cursor");
         }
-    }
-
-    #[test]
-    fn a_device_is_offline_after_five_minutes() {
-        let now = Utc::now();
-        let ago = |seconds| Some(now - chrono::TimeDelta::seconds(seconds));
-        let seen = |last_seen| presence(last_seen, None, now);
-        assert_eq!((seen(ago(300)), seen(ago(301)), seen(None)), ("Online", "Offline", "Offline"));
-        assert_eq!(presence(ago(1), ago(0), now), "Offline", "it said good-bye");
     }
 }

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::{
     Result,
     db::{self, Pool, Tx},
+    names,
 };
 
 /// How often an API process says that it lives.
@@ -386,7 +387,7 @@ pub struct OperatorNow {
 pub async fn operators(pool: &Pool, sessions: &[Uuid], idle_s: u32) -> Result<Vec<OperatorNow>> {
     let rows = sqlx::query_as!(
         OperatorNow,
-        r#"SELECT s.id AS session, lower(u.role) = 'admin' AS "admin!",
+        r#"SELECT s.id AS session, u.role = 'Admin' AS "admin!",
                   ARRAY(SELECT a.site_id FROM user_site_assignments a WHERE a.user_id = u.id ORDER BY 1) AS "sites!"
            FROM operator_sessions s JOIN users u ON u.id = s.user_id
            WHERE s.id = ANY($1) AND s.expires_at > now() AND s.last_seen_at > now() - make_interval(secs => $2) AND u.may_sign_in
@@ -470,9 +471,9 @@ pub async fn leave(pool: &Pool, process: Uuid) -> Result<()> {
 pub async fn connected_by_hostname(pool: &Pool, hostname: &str, mode: Mode) -> Result<Vec<Uuid>> {
     let devices = sqlx::query_scalar!(
         "SELECT DISTINCT d.guid FROM devices d JOIN device_sockets s ON s.device_guid = d.guid
-         WHERE lower(d.hostname) = lower($1) AND d.status = 'active'
+         WHERE d.hostname_key = $1 AND d.status = 'active'
            AND (s.service_mode = $2 OR (s.service_mode = 'system' AND $2 = ANY(s.helper_contexts)))",
-        hostname,
+        names::key(hostname),
         mode.as_str()
     )
     .fetch_all(pool)

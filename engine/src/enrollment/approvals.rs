@@ -128,7 +128,7 @@ pub async fn list(pool: &db::Pool, scope: &Scope, status: Option<&str>, limit: i
                SELECT d.guid, d.fingerprint, d.site_id, ds.name AS site_name, d.status = 'active' AS active
                FROM devices AS d LEFT JOIN sites AS ds ON ds.id = d.site_id
                WHERE d.fingerprint = a.fingerprint
-                  OR (d.site_id = a.site_id AND lower(d.hostname) = lower(a.hostname_claimed))
+                  OR (d.site_id = a.site_id AND d.hostname_key = a.hostname_claimed_key)
                ORDER BY d.fingerprint = a.fingerprint DESC, d.last_seen DESC NULLS LAST, d.guid
                LIMIT 1
            ) AS c ON a.status = 'pending'
@@ -269,7 +269,7 @@ pub struct Code {
 /// When the database is away.
 pub async fn codes(pool: &db::Pool) -> Result<Vec<Code>> {
     let rows = sqlx::query!(
-        "SELECT id, name, enrollment_code, created_at FROM sites WHERE enrollment_code <> '' ORDER BY lower(name), id LIMIT $1",
+        "SELECT id, name, enrollment_code, created_at FROM sites WHERE enrollment_code <> '' ORDER BY name_key, id LIMIT $1",
         MAX_ROWS,
     )
     .fetch_all(pool)
@@ -413,6 +413,7 @@ pub struct Decided {
 
 struct Open {
     hostname: String,
+    hostname_key: String,
     fingerprint: String,
     site_id: Option<i64>,
 }
@@ -420,7 +421,7 @@ struct Open {
 /// Locks a pending request in `scope`.
 async fn lock(tx: &mut db::Tx<'_>, scope: &Scope, id: Uuid) -> Result<Open> {
     let row = sqlx::query!(
-        "SELECT hostname_claimed, fingerprint, site_id, status FROM device_approvals
+        "SELECT hostname_claimed, hostname_claimed_key, fingerprint, site_id, status FROM device_approvals
          WHERE id = $1 AND ($2::bigint[] IS NULL OR site_id = ANY($2)) FOR UPDATE",
         id,
         scope.site_ids(),
@@ -431,7 +432,12 @@ async fn lock(tx: &mut db::Tx<'_>, scope: &Scope, id: Uuid) -> Result<Open> {
     if row.status != "pending" {
         return Err(Error::conflict("approval_not_pending", format!("The request is {} already.", row.status)));
     }
-    Ok(Open { hostname: row.hostname_claimed, fingerprint: row.fingerprint, site_id: row.site_id })
+    Ok(Open {
+        hostname: row.hostname_claimed,
+        hostname_key: row.hostname_claimed_key,
+        fingerprint: row.fingerprint,
+        site_id: row.site_id,
+    })
 }
 
 /// Approves a request. Nothing reaches the machine until it polls.
@@ -445,13 +451,13 @@ pub async fn approve(pool: &db::Pool, scope: &Scope, admin: bool, actor: &Actor,
     let known = sqlx::query_as!(
         Known,
         r#"SELECT guid, site_id, status = 'active' AS "active!", fingerprint = $1 AS "same_key!",
-                  coalesce(site_id = $2 AND lower(hostname) = lower($3), false) AS "namesake!"
+                  coalesce(site_id = $2 AND hostname_key = $3, false) AS "namesake!"
            FROM devices
-           WHERE fingerprint = $1 OR guid = $4 OR (site_id = $2 AND lower(hostname) = lower($3))
+           WHERE fingerprint = $1 OR guid = $4 OR (site_id = $2 AND hostname_key = $3)
            ORDER BY fingerprint = $1 DESC, guid = $4 DESC, guid LIMIT 100"#,
         open.fingerprint,
         open.site_id,
-        open.hostname,
+        open.hostname_key,
         wish.guid,
     )
     .fetch_all(&mut *tx)

@@ -13,6 +13,7 @@ use crate::{
     audit, db,
     error::{Error, Kind, Result},
     keys::guid_text,
+    names::{self, Name, Rule},
     scope::{Actor, ActorKind},
     sites::normal_enrollment_code,
 };
@@ -32,7 +33,7 @@ pub const MAX_WRONG_CODES: i64 = 5_000;
 #[derive(Clone)]
 pub struct Request {
     /// The name the machine gives itself; a label.
-    pub hostname: String,
+    pub hostname: Name,
     /// The code, as sent.
     pub code: String,
     /// SPKI DER of an Ed25519 key.
@@ -48,7 +49,7 @@ pub struct Request {
 impl fmt::Debug for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Request")
-            .field("hostname", &self.hostname)
+            .field("hostname", &self.hostname.as_str())
             .field("fingerprint", &self.fingerprint)
             .finish_non_exhaustive()
     }
@@ -84,12 +85,12 @@ pub struct Accepted {
     pub auto_approved: bool,
 }
 
-/// A hostname without surrounding space and of a length a hostname can have; none when it is not one.
-#[must_use]
-pub fn hostname(text: &str) -> Option<String> {
-    let text = text.trim();
-    let sound = !text.is_empty() && text.chars().count() <= MAX_HOSTNAME_CHARS && !text.chars().any(char::is_control);
-    sound.then(|| text.to_owned())
+/// Reads a hostname. It stands in paths and lists, so it has no characters that cannot.
+///
+/// # Errors
+/// 400 `invalid_hostname`.
+pub fn hostname(text: &str) -> Result<Name> {
+    Name::parse(text, &Rule { field: "hostname", code: "invalid_hostname", max_chars: MAX_HOSTNAME_CHARS, in_paths: true })
 }
 
 /// How a wrong code is shown to administrators: enough to recognise a typing mistake, too little to use.
@@ -120,9 +121,7 @@ impl Request {
         let code = required("enrollment_code", "enrollment_code_required")?;
         let public_key = required("agent_pubkey", "agent_pubkey_required")?;
         let client_nonce = required("client_nonce", "client_nonce_required")?;
-        let hostname = hostname(hostname_text).ok_or_else(|| {
-            Error::field("invalid_hostname", "hostname", "must have at most 253 characters, none of them a control character")
-        })?;
+        let hostname = hostname(hostname_text)?;
         let key = keys::from_spki_base64(public_key).map_err(|_| {
             Error::field("invalid_agent_pubkey", "agent_pubkey", "must be an Ed25519 public key: the SPKI DER in base64")
         })?;
@@ -144,7 +143,8 @@ impl Request {
 /// Bad parts are dropped, not refused.
 fn onboarding(context: Option<&Value>) -> (Option<i64>, Option<i64>, String) {
     let id = |name: &str| context.and_then(|context| context.get(name)).and_then(Value::as_i64).filter(|id| *id > 0);
-    let target = context.and_then(|context| context.get("target")).and_then(Value::as_str).and_then(hostname);
+    let target = context.and_then(|context| context.get("target")).and_then(Value::as_str);
+    let target = target.map(|text| names::visible(text, MAX_HOSTNAME_CHARS));
     (id("job_id"), id("run_id"), target.unwrap_or_default())
 }
 
@@ -164,6 +164,7 @@ struct Before {
     status: String,
     site_id: Option<i64>,
     hostname_claimed: String,
+    hostname_claimed_key: String,
     approved_by_user_id: Option<String>,
 }
 
@@ -231,15 +232,13 @@ async fn open(pool: &db::Pool, request: &Request, address: &str, site_id: i64, d
     sqlx::query!("DELETE FROM enrollment_code_failures WHERE fingerprint = $1", request.fingerprint).execute(&mut *tx).await?;
     let before = sqlx::query_as!(
         Before,
-        "SELECT id, approval_reference, status, site_id, hostname_claimed, approved_by_user_id FROM device_approvals
+        "SELECT id, approval_reference, status, site_id, hostname_claimed, hostname_claimed_key, approved_by_user_id FROM device_approvals
          WHERE fingerprint = $1 AND status IN ('pending', 'approved') FOR UPDATE",
         request.fingerprint,
     )
     .fetch_optional(&mut *tx)
     .await?;
-    let same = |before: &Before| {
-        before.site_id == Some(site_id) && before.hostname_claimed.to_lowercase() == request.hostname.to_lowercase()
-    };
+    let same = |before: &Before| before.site_id == Some(site_id) && before.hostname_claimed_key == request.hostname.key();
     if let Some(before) = &before {
         // The decision was for this key, in this site, under this name; a restart of the agent does not undo it.
         if before.status == "approved" && same(before) {
@@ -277,10 +276,10 @@ async fn open(pool: &db::Pool, request: &Request, address: &str, site_id: i64, d
             sqlx::query!(
                 "UPDATE device_approvals SET hostname_claimed = $2, enrollment_code = $3, client_nonce = $4,
                         server_nonce = $5, remote_addr = $6, onboarding_job_id = $7, onboarding_run_id = $8,
-                        onboarding_target = $9, updated_at = now()
+                        onboarding_target = $9, hostname_claimed_key = $10, updated_at = now()
                  WHERE id = $1",
                 before.id,
-                request.hostname,
+                request.hostname.as_str(),
                 request.code,
                 request.client_nonce,
                 server_nonce.as_slice(),
@@ -288,6 +287,7 @@ async fn open(pool: &db::Pool, request: &Request, address: &str, site_id: i64, d
                 *job,
                 *run,
                 target,
+                request.hostname.key(),
             )
             .execute(&mut *tx)
             .await?;
@@ -309,11 +309,12 @@ async fn open(pool: &db::Pool, request: &Request, address: &str, site_id: i64, d
             let (id, reference) = (Uuid::now_v7(), Uuid::new_v4());
             sqlx::query!(
                 "INSERT INTO device_approvals (id, approval_reference, hostname_claimed, fingerprint, public_key, enrollment_code,
-                        site_id, client_nonce, server_nonce, remote_addr, onboarding_job_id, onboarding_run_id, onboarding_target)
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+                        site_id, client_nonce, server_nonce, remote_addr, onboarding_job_id, onboarding_run_id, onboarding_target,
+                        hostname_claimed_key)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
                 id,
                 reference,
-                request.hostname,
+                request.hostname.as_str(),
                 request.fingerprint,
                 request.public_key,
                 request.code,
@@ -324,6 +325,7 @@ async fn open(pool: &db::Pool, request: &Request, address: &str, site_id: i64, d
                 *job,
                 *run,
                 target,
+                request.hostname.key(),
             )
             .execute(&mut *tx)
             .await?;
@@ -337,7 +339,7 @@ async fn open(pool: &db::Pool, request: &Request, address: &str, site_id: i64, d
         reference,
         server_nonce,
         site_id,
-        hostname: request.hostname.clone(),
+        hostname: request.hostname.as_str().to_owned(),
         approved,
         auto_approved: approved,
     })
@@ -348,10 +350,10 @@ async fn enter(tx: &mut db::Tx<'_>, request: &Request, approval: Uuid, site_id: 
     let known = sqlx::query_as!(
         Known,
         r#"SELECT guid, fingerprint = $1 AS "same_key!", coalesce(site_id = $2, false) AS "same_site!", status = 'active' AS "active!"
-           FROM devices WHERE fingerprint = $1 OR (site_id = $2 AND lower(hostname) = lower($3)) LIMIT 100"#,
+           FROM devices WHERE fingerprint = $1 OR (site_id = $2 AND hostname_key = $3) LIMIT 100"#,
         request.fingerprint,
         site_id,
-        request.hostname,
+        request.hostname.key(),
     )
     .fetch_all(&mut **tx)
     .await?;
@@ -371,7 +373,7 @@ async fn enter(tx: &mut db::Tx<'_>, request: &Request, approval: Uuid, site_id: 
         object_kind: "device_approval",
         object_id: approval.to_string(),
         site_id: Some(site_id),
-        detail: json!({"hostname": request.hostname, "fingerprint": request.fingerprint, "guid": guid.map(guid_text)}),
+        detail: json!({"hostname": request.hostname.as_str(), "fingerprint": request.fingerprint, "guid": guid.map(guid_text)}),
         ..audit::Entry::default()
     };
     audit::record(tx, &actor, entry).await?;
@@ -385,7 +387,7 @@ async fn record_wrong_code(pool: &db::Pool, request: &Request, address: &str) ->
          ON CONFLICT (fingerprint) DO UPDATE SET hostname_claimed = excluded.hostname_claimed, code_mask = excluded.code_mask,
              remote_addr = excluded.remote_addr, last_seen_at = now(), attempt_count = f.attempt_count + 1",
         request.fingerprint,
-        request.hostname,
+        request.hostname.as_str(),
         mask(&request.code),
         address,
     )

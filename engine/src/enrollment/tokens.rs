@@ -118,8 +118,8 @@ pub async fn poll(pool: &db::Pool, keys: &Keys, proof: &Proof, address: &str) ->
     let mut tx = pool.begin().await?;
     let row = sqlx::query_as!(
         Approval,
-        r#"SELECT id, device_guid, hostname_claimed, fingerprint, public_key, site_id, status, client_nonce, server_nonce,
-                  decided_as_admin, decided_at, reinstate, coalesce(completed_at > now() - make_interval(secs => $2), false) AS "may_reissue!"
+        r#"SELECT id, device_guid, hostname_claimed, hostname_claimed_key, fingerprint, public_key, site_id, status, client_nonce, server_nonce,
+                  coalesce(approved_by_user_id <> 'site_auto_approval', true) AS "by_operator!", decided_as_admin, decided_at, reinstate, coalesce(completed_at > now() - make_interval(secs => $2), false) AS "may_reissue!"
            FROM device_approvals WHERE approval_reference = $1 FOR UPDATE"#,
         reference,
         REISSUE_S as f64,
@@ -152,12 +152,14 @@ struct Approval {
     id: Uuid,
     device_guid: Option<Uuid>,
     hostname_claimed: String,
+    hostname_claimed_key: String,
     fingerprint: String,
     public_key: Vec<u8>,
     site_id: Option<i64>,
     status: String,
     client_nonce: Vec<u8>,
     server_nonce: Vec<u8>,
+    by_operator: bool,
     decided_as_admin: bool,
     decided_at: Option<DateTime<Utc>>,
     reinstate: bool,
@@ -216,29 +218,39 @@ async fn finalise(tx: &mut db::Tx<'_>, keys: &Keys, approval: &Approval, address
         Some(device) => {
             let new_key = device.fingerprint != approval.fingerprint;
             let version = (device.token_version + i32::from(new_key)).max(least);
-            sqlx::query!(
-                "UPDATE devices SET fingerprint = $2, public_key = $3, token_version = $4, status = 'active', site_id = $5,
-                        last_enrollment_at = now(), key_added_at = CASE WHEN $6 THEN now() ELSE key_added_at END
-                 WHERE guid = $1",
+            // The name that an operator approved is the device's, unless another one of the site has it: then it stays as it was, and
+            // the new one is shown as reported.
+            let hostname = sqlx::query_scalar!(
+                "UPDATE devices AS d SET fingerprint = $2, public_key = $3, token_version = $4, status = 'active', site_id = $5,
+                        last_enrollment_at = now(), key_added_at = CASE WHEN $6 THEN now() ELSE key_added_at END,
+                        hostname = CASE WHEN n.is_free THEN $7 ELSE d.hostname END,
+                        hostname_key = CASE WHEN n.is_free THEN $8 ELSE d.hostname_key END
+                 FROM (SELECT $9 AND NOT EXISTS (SELECT FROM devices o WHERE o.hostname_key = $8 AND o.guid <> $1
+                                                 AND o.site_id IS NOT DISTINCT FROM $5) AS is_free) AS n
+                 WHERE d.guid = $1 RETURNING d.hostname",
                 guid,
                 approval.fingerprint,
                 approval.public_key,
                 version,
                 approval.site_id,
                 new_key,
+                approval.hostname_claimed,
+                approval.hostname_claimed_key,
+                approval.by_operator,
             )
-            .execute(&mut **tx)
+            .fetch_one(&mut **tx)
             .await?;
-            (device.hostname.clone(), version, version != device.token_version || device.site_id != approval.site_id)
+            (hostname, version, version != device.token_version || device.site_id != approval.site_id)
         }
         None => {
             let agent_id =
                 borealis_protocol::agent_id(&approval.hostname_claimed, &guid_text(guid), borealis_protocol::CONTEXT_SYSTEM);
             sqlx::query!(
-                "INSERT INTO devices (guid, hostname, site_id, agent_id, fingerprint, public_key, token_version, last_seen)
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, now())",
+                "INSERT INTO devices (guid, hostname, hostname_key, site_id, agent_id, fingerprint, public_key, token_version, last_seen)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, now())",
                 guid,
                 approval.hostname_claimed,
+                approval.hostname_claimed_key,
                 approval.site_id,
                 agent_id,
                 approval.fingerprint,
@@ -747,12 +759,14 @@ mod tests {
             id: Uuid::from_u128(1),
             device_guid: Some(Uuid::from_u128(2)),
             hostname_claimed: "web".into(),
+            hostname_claimed_key: "web".into(),
             fingerprint: "new".into(),
             public_key: vec![],
             site_id: Some(1),
             status: "approved".into(),
             client_nonce: vec![],
             server_nonce: vec![],
+            by_operator: true,
             decided_as_admin: false,
             decided_at: Some(at(0)),
             reinstate: false,

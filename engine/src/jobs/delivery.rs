@@ -55,6 +55,9 @@ pub struct Delivery {
     pub request: Value,
     /// What it shares with the other devices of its occurrence or quick run.
     pub shared: Option<Arc<Shared>>,
+    /// The hostname the agent said when it connected, else the one it reported, else the approved one: agents that compare it with
+    /// their own must find themselves meant, whatever the device was called when the job was made.
+    pub agent_hostname: String,
     /// What operators see of the row now.
     pub change: Change,
 }
@@ -177,6 +180,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
     let rows = sqlx::query!(
         r#"WITH picked AS (
                SELECT a.id, s.socket_id, s.dedup, s.cancels, a.delivery <> 'ready' AS again, r.occurrence_id, c.occurrence_id IS NOT NULL AS shares,
+                      coalesce(nullif(s.hostname, ''), nullif(d.reported_hostname, ''), d.hostname) AS agent_hostname,
                       pg_column_size(a.request) + coalesce(c.bytes, q.bytes, 0) AS bytes
                FROM activity_history a
                JOIN devices d ON d.guid = a.device_guid AND d.status = 'active'
@@ -184,7 +188,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
                     AND d.site_id IS NOT DISTINCT FROM a.site_id
                CROSS JOIN LATERAL (
                    -- The mode asked for; a service socket also serves its helpers, a helper never the service.
-                   SELECT o.socket_id, o.api_process, o.connected_at, coalesce(o.capabilities -> 'dedup' = 'true', false) AS dedup,
+                   SELECT o.socket_id, o.api_process, o.connected_at, o.hostname, coalesce(o.capabilities -> 'dedup' = 'true', false) AS dedup,
                           coalesce(o.capabilities -> 'cancel' = 'true', false) AS cancels
                    FROM device_sockets o WHERE o.device_guid = a.device_guid
                      AND (o.service_mode = 'system' OR a.request ->> 'run_mode' = 'currentuser')
@@ -209,7 +213,8 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
            FROM kept WHERE a.id = kept.id AND kept.bytes_before < $5
            RETURNING a.id, a.device_guid, a.hostname, a.site_id, a.run_id, a.component_index, a.status, a.queue_lane, a.activity_kind,
                      a.request, a.quick_run_script_id, kept.occurrence_id AS "occurrence_id?", kept.shares AS "shares!", kept.bytes AS "bytes!", kept.socket_id,
-                     kept.dedup AS "dedup!", kept.again AS "again!", a.sent_at AS "sent_at!", a.timeout_seconds"#,
+                     kept.agent_hostname AS "agent_hostname!", kept.dedup AS "dedup!", kept.again AS "again!", a.sent_at AS "sent_at!",
+                     a.timeout_seconds"#,
         process,
         devices,
         reconnected,
@@ -240,6 +245,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
             request: row.request,
             shared: Part::of(row.quick_run_script_id, row.occurrence_id, row.component_index)
                 .and_then(|part| scripts.get(&part).cloned()),
+            agent_hostname: row.agent_hostname,
             change: Change {
                 activity_id: row.id,
                 device: row.device_guid,
@@ -384,6 +390,7 @@ pub fn payload(keys: &Keys, delivery: &Delivery) -> Result<Value> {
         _ => return Err(Error::bug("the request of an activity is not an object")),
     }
     object.insert("job_id".into(), delivery.activity_id.into());
+    object.insert("target_hostname".into(), delivery.agent_hostname.as_str().into());
     let key = keys.script_key();
     // By the key before it, where that has passed its place on in the meantime, it is of no use.
     let known = delivery.shared.as_ref().and_then(|shared| shared.signed.get()).filter(|known| known.by == key.spki_base64());

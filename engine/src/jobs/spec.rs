@@ -6,7 +6,10 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::schedule::{Expiration, MisfirePolicy, OverlapPolicy, Schedule, ScheduleInput, short};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    names::{Name, Rule},
+};
 
 /// The longest name of a job, in characters.
 pub const NAME_MAX: usize = 200;
@@ -397,14 +400,7 @@ fn name(value: &Value) -> Result<String> {
     if text.is_empty() {
         return Err(Error::invalid("name_and_components_required", "A job needs a name and components."));
     }
-    if text.chars().count() > NAME_MAX || text.chars().any(char::is_control) {
-        return Err(Error::field(
-            "invalid_name",
-            "name",
-            format!("must be 1 to {NAME_MAX} characters without control characters"),
-        ));
-    }
-    Ok(text.to_owned())
+    Name::parse(text, &Rule { field: "name", code: "invalid_name", max_chars: NAME_MAX, in_paths: false }).map(Name::into_string)
 }
 
 fn credentials(body: &JobBody) -> Result<()> {

@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::spec::{self, TargetInput};
 use crate::{
     error::{Error, Kind, Result},
+    names,
     scope::Scope,
 };
 
@@ -51,17 +52,18 @@ pub const QUICK_RUN_REFUSAL: Refusal =
 struct Found {
     guid: Uuid,
     hostname: String,
+    hostname_key: String,
     site_id: Option<i64>,
     site_name: Option<String>,
 }
 
-/// The devices in scope that have one of `guids`, or one of `names` (lower case) as hostname.
+/// The devices in scope that have one of `guids`, or one of `names` (keys) as hostname.
 async fn lookup(conn: &mut PgConnection, scope: &Scope, guids: &[Uuid], names: &[String]) -> Result<Vec<Found>> {
     Ok(sqlx::query_as!(
         Found,
-        r#"SELECT d.guid, d.hostname, d.site_id, s.name AS "site_name?"
+        r#"SELECT d.guid, d.hostname, d.hostname_key, d.site_id, s.name AS "site_name?"
            FROM devices d LEFT JOIN sites s ON s.id = d.site_id
-           WHERE (d.guid = ANY($1) OR lower(d.hostname) = ANY($2)) AND ($3::bigint[] IS NULL OR d.site_id = ANY($3))
+           WHERE (d.guid = ANY($1) OR d.hostname_key = ANY($2)) AND ($3::bigint[] IS NULL OR d.site_id = ANY($3))
            ORDER BY d.guid"#,
         guids,
         names,
@@ -77,14 +79,14 @@ async fn find(conn: &mut PgConnection, scope: &Scope, inputs: &[&TargetInput], r
     for input in inputs {
         if let TargetInput::Device { guid, hostname, .. } = input {
             guids.extend(guid);
-            names.extend(hostname.as_ref().map(|name| name.to_lowercase()));
+            names.extend(hostname.as_deref().map(names::key));
         }
     }
     let found = lookup(conn, scope, &guids, &names).await?;
     let by_guid: HashMap<Uuid, &Found> = found.iter().map(|device| (device.guid, device)).collect();
-    let mut by_name: HashMap<String, Vec<&Found>> = HashMap::new();
+    let mut by_name: HashMap<&str, Vec<&Found>> = HashMap::new();
     for device in &found {
-        by_name.entry(device.hostname.to_lowercase()).or_default().push(device);
+        by_name.entry(&device.hostname_key).or_default().push(device);
     }
     let (mut devices, mut missing, mut seen) = (Vec::new(), Vec::new(), HashSet::new());
     for input in inputs {
@@ -93,7 +95,7 @@ async fn find(conn: &mut PgConnection, scope: &Scope, inputs: &[&TargetInput], r
         let candidates: Vec<&Found> = match (guid, hostname) {
             (Some(guid), _) => by_guid.get(guid).copied().into_iter().collect(),
             (None, Some(name)) => by_name
-                .get(&name.to_lowercase())
+                .get(names::key(name).as_str())
                 .into_iter()
                 .flatten()
                 .copied()
@@ -191,7 +193,7 @@ pub async fn to_run_now(conn: &mut PgConnection, scope: &Scope, hosts: &[TargetI
 pub async fn by_path(conn: &mut PgConnection, scope: &Scope, text: &str) -> Result<ResolvedTarget> {
     let guid = Uuid::parse_str(text).ok();
     let guids: Vec<Uuid> = guid.into_iter().collect();
-    let found = lookup(conn, scope, &guids, &[text.to_lowercase()]).await?;
+    let found = lookup(conn, scope, &guids, &[names::key(text)]).await?;
     let exact = guid.and_then(|guid| found.iter().find(|device| device.guid == guid));
     match (exact, found.as_slice()) {
         (Some(device), _) | (None, [device]) => {
@@ -218,7 +220,7 @@ pub async fn resolve(conn: &mut PgConnection, targets: &Value, scope: &Scope) ->
                SELECT d.guid, d.hostname, d.site_id, d.status FROM unnest($3::uuid[]) AS t (guid) JOIN devices d ON d.guid = t.guid
                UNION
                SELECT d.guid, d.hostname, d.site_id, d.status FROM unnest($3::uuid[], $4::text[], $5::bigint[]) AS t (guid, hostname, site_id)
-               JOIN devices d ON lower(d.hostname) = t.hostname AND d.site_id = t.site_id
+               JOIN devices d ON d.hostname_key = t.hostname AND d.site_id = t.site_id
                WHERE NOT EXISTS (SELECT FROM devices known WHERE known.guid = t.guid)
            ) d
            WHERE d.status = 'active' AND ($1::bigint[] IS NULL OR d.site_id = ANY($1))
@@ -256,7 +258,7 @@ impl Saved {
                 "device" => {
                     if let Ok(guid) = Uuid::parse_str(text("device_guid")) {
                         saved.guids.push(guid);
-                        saved.hostnames.push(text("hostname").to_lowercase());
+                        saved.hostnames.push(names::key(text("hostname")));
                         // No site has this id, so a device without one is found by its GUID only.
                         saved.sites.push(target.get("site_id").and_then(Value::as_i64).unwrap_or(-1));
                     }

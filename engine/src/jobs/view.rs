@@ -21,8 +21,6 @@ pub const JOBS_MAX: i64 = 1_000;
 pub const RUNS_MAX: i64 = 500;
 /// The most devices one answer holds.
 pub const DEVICES_MAX: i64 = 10_000;
-/// A device seen within this many seconds is online.
-pub const ONLINE_S: i64 = 300;
 
 /// The warning of a job one of whose components is a path of which nobody can say what it means.
 const UNRESOLVED: &str =
@@ -433,17 +431,17 @@ pub async fn devices(
     };
     let rows = sqlx::query!(
         r#"SELECT r.id, r.device_guid, coalesce(d.hostname, r.target_hostname, '') AS "hostname!",
-                  coalesce(d.last_seen > now() - make_interval(secs => $3) AND d.left_at IS NULL, false) AS "online!",
+                  coalesce(p.online, false) AS "online!",
                   r.site_id, coalesce(s.name, '') AS "site_name!", r.resolution_status, r.resolution_reason, r.error,
                   coalesce(r.finished_at, r.started_at) AS ran_on, r.status
            FROM scheduled_job_runs r
            LEFT JOIN devices d ON d.guid = r.device_guid
+           LEFT JOIN device_presence p ON p.guid = d.guid
            LEFT JOIN sites s ON s.id = r.site_id
            WHERE r.occurrence_id = $1 AND r.device_guid IS NOT NULL AND ($2::bigint[] IS NULL OR r.site_id = ANY($2))
-           ORDER BY lower(coalesce(d.hostname, r.target_hostname, '')), r.id LIMIT $4"#,
+           ORDER BY coalesce(d.hostname_key, r.target_hostname) COLLATE "C", r.id LIMIT $3"#,
         found.id,
         scope.site_ids(),
-        seconds(ONLINE_S),
         DEVICES_MAX,
     )
     .fetch_all(&mut *conn)
@@ -508,12 +506,10 @@ async fn planned(conn: &mut PgConnection, scope: &Scope, job_id: i64, saved: &Va
     let resolved = targets::resolve(conn, saved, &reach).await?;
     let guids: Vec<Uuid> = resolved.iter().map(|target| target.device_guid).collect();
     let rows = sqlx::query!(
-        r#"SELECT d.guid, d.hostname, d.site_id, coalesce(s.name, '') AS "site_name!",
-                  coalesce(d.last_seen > now() - make_interval(secs => $2) AND d.left_at IS NULL, false) AS "online!"
-           FROM devices d LEFT JOIN sites s ON s.id = d.site_id
-           WHERE d.guid = ANY($1) ORDER BY lower(d.hostname), d.guid LIMIT $3"#,
+        r#"SELECT d.guid, d.hostname, d.site_id, coalesce(s.name, '') AS "site_name!", p.online AS "online!"
+           FROM devices d JOIN device_presence p ON p.guid = d.guid LEFT JOIN sites s ON s.id = d.site_id
+           WHERE d.guid = ANY($1) ORDER BY d.hostname_key, d.guid LIMIT $2"#,
         &guids,
-        seconds(ONLINE_S),
         DEVICES_MAX,
     )
     .fetch_all(conn)
@@ -541,11 +537,6 @@ async fn planned(conn: &mut PgConnection, scope: &Scope, job_id: i64, saved: &Va
             activities: json!([]),
         })
         .collect())
-}
-
-#[expect(clippy::cast_precision_loss, reason = "small")]
-fn seconds(whole: i64) -> f64 {
-    whole as f64
 }
 
 #[cfg(test)]

@@ -121,8 +121,8 @@ pub async fn write(pool: &Pool, engine: &Keys, site: i64, prefix: &str, count: u
                  SELECT * FROM unnest($2::uuid[], $3::text[], $4::text[], $5::text[], $6::bytea[], $7::bytea[])
                           AS m (guid, hostname, agent_id, fingerprint, public_key, token_hash)),
              device AS (
-                 INSERT INTO devices (guid, hostname, site_id, agent_id, fingerprint, public_key)
-                 SELECT guid, hostname, $1, agent_id, fingerprint, public_key FROM machine RETURNING guid, fingerprint),
+                 INSERT INTO devices (guid, hostname, hostname_key, site_id, agent_id, fingerprint, public_key)
+                 SELECT guid, hostname, lower(hostname), $1, agent_id, fingerprint, public_key FROM machine RETURNING guid, fingerprint),
              key AS (INSERT INTO device_keys (device_guid, fingerprint) SELECT guid, fingerprint FROM device)
              INSERT INTO refresh_tokens (id, device_guid, family, token_hash, expires_at)
              SELECT gen_random_uuid(), m.guid, gen_random_uuid(), m.token_hash, now() + interval '90 days'

@@ -16,6 +16,7 @@ use crate::{
     audit::{self, Entry},
     db, egress,
     error::{Error, Kind, Result},
+    names::{self, Name, Rule},
     scope::Actor,
     secret::Secret,
 };
@@ -351,8 +352,8 @@ impl Settings {
         if self.name.is_empty() {
             return Err(Error::field("name_required", "name", "is required."));
         }
+        Name::parse(&self.name, &Rule { field: "name", code: "invalid_text", max_chars: TEXT_MAX_CHARS, in_paths: false })?;
         for (field, text) in [
-            ("name", &self.name),
             ("domain_suffix", &self.domain_suffix),
             ("base_dn", &self.base_dn),
             ("bind_dn", &self.bind_dn),
@@ -512,7 +513,7 @@ pub async fn get(pool: &db::Pool, id: i64) -> Result<Provider> {
 
 async fn load(connection: &mut sqlx::PgConnection, id: Option<i64>) -> Result<Vec<Provider>> {
     let rows =
-        sqlx::query!("SELECT * FROM directory_providers WHERE $1::bigint IS NULL OR id = $1 ORDER BY priority, lower(name)", id,)
+        sqlx::query!("SELECT * FROM directory_providers WHERE $1::bigint IS NULL OR id = $1 ORDER BY priority, name_key", id,)
             .fetch_all(&mut *connection)
             .await?;
     let groups = sqlx::query!(
@@ -598,10 +599,14 @@ impl Access<'_> {
         settings.check()?;
         check_mappings(&mut change)?;
         let mut tx = self.pool.begin().await?;
-        let id = sqlx::query_scalar!("INSERT INTO directory_providers (name) VALUES ($1) RETURNING id", settings.name,)
-            .fetch_one(&mut *tx)
-            .await
-            .map_err(name_taken)?;
+        let id = sqlx::query_scalar!(
+            "INSERT INTO directory_providers (name, name_key) VALUES ($1, $2) RETURNING id",
+            settings.name,
+            names::key(&settings.name),
+        )
+        .fetch_one(&mut *tx)
+        .await
+        .map_err(name_taken)?;
         self.write(&mut tx, id, &settings, &mut change).await?;
         let provider = load(&mut tx, Some(id)).await?.pop().ok_or_else(not_found)?;
         record(&mut tx, actor, "directory.create", id, shown(&provider)).await?;
@@ -676,7 +681,7 @@ impl Access<'_> {
                     host_overrides = $7, use_ldaps = $8, tls_required = $9, tls_ca_pem = $10, base_dn = $11, bind_dn = $12,
                     user_search_filter = $13, username_attribute = $14, display_name_attribute = $15, email_attribute = $16,
                     member_of_attribute = $17, group_search_base_dn = $18, nested_groups = $19, kerberos_realm = $20,
-                    kerberos_kdc = $21, sync_interval_seconds = $22, group_search_filter = $23, updated_at = now()
+                    kerberos_kdc = $21, sync_interval_seconds = $22, group_search_filter = $23, name_key = $24, updated_at = now()
              WHERE id = $1",
             id,
             settings.name,
@@ -701,6 +706,7 @@ impl Access<'_> {
             settings.kerberos_kdc,
             settings.sync_interval_seconds,
             settings.group_search_filter,
+            names::key(&settings.name),
         )
         .execute(&mut **tx)
         .await

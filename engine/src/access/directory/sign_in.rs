@@ -14,11 +14,12 @@ use crate::{
     access::{
         Access, Client, limits,
         sign_in::record_refusal,
-        users::{self, Role},
+        users::{self, DISPLAY_NAME_MAX_CHARS, Role},
     },
     audit::{self, Entry},
     db,
     error::{Error, Kind, Result},
+    names::{self, Name, Rule},
     scope::Actor,
     secret::Secret,
 };
@@ -74,19 +75,23 @@ pub(super) async fn refresh(
     role: Role,
 ) -> Result<()> {
     // A new name is taken when it is free; the subject tells who it is.
+    let new_name = username(person).ok();
     sqlx::query!(
         "UPDATE users SET role = $2, directory_dn = $3, directory_groups = $4, directory_domain = $5,
-                directory_last_sync_at = now(), display_name = left($6, 200), updated_at = now(),
-                username = CASE WHEN EXISTS (SELECT 1 FROM users other WHERE lower(other.username) = lower($7) AND other.id <> $1)
-                                THEN username ELSE $7 END
+                directory_last_sync_at = now(), display_name = $6, updated_at = now(),
+                username = CASE WHEN new.is_free THEN $7 ELSE username END,
+                username_key = CASE WHEN new.is_free THEN $8 ELSE username_key END
+         FROM (SELECT $7::text IS NOT NULL
+                      AND NOT EXISTS (SELECT FROM users other WHERE other.username_key = $8 AND other.id <> $1) AS is_free) AS new
          WHERE id = $1",
         user.id,
         role.as_str(),
         person.dn,
         &person.groups,
         domain(provider),
-        if person.display_name.is_empty() { &user.username } else { &person.display_name },
-        username(person).unwrap_or_else(|| user.username.clone()),
+        display_name(person, &user.username),
+        new_name.as_ref().map(Name::as_str),
+        new_name.as_ref().map(Name::key),
     )
     .execute(&mut **tx)
     .await?;
@@ -129,11 +134,15 @@ fn domain(provider: &Provider) -> &str {
     if settings.domain_suffix.is_empty() { &settings.kerberos_realm } else { &settings.domain_suffix }
 }
 
-/// The name of a person's account here; none when the directory's cannot be one.
-fn username(person: &Person) -> Option<String> {
-    let name = person.username.trim();
-    let fits = !name.is_empty() && name.chars().count() <= USERNAME_MAX_CHARS && name != "." && name != "..";
-    (fits && !name.chars().any(|c| c == '/' || c == '\\' || c.is_control())).then(|| name.to_owned())
+/// The name of a person's account here; an error when the directory's cannot be one.
+fn username(person: &Person) -> Result<Name> {
+    Name::parse(&person.username, &Rule { max_chars: USERNAME_MAX_CHARS, ..users::USERNAME })
+}
+
+/// The name to show for a person: what the directory says, without what people cannot see.
+fn display_name(person: &Person, username: &str) -> String {
+    let name = names::visible(&person.display_name, DISPLAY_NAME_MAX_CHARS);
+    if name.is_empty() { username.to_owned() } else { name }
 }
 
 impl Access<'_> {
@@ -239,15 +248,19 @@ impl Access<'_> {
             Some(user) => Cached { id: user.id, username: user.username, role: user.role, subject: user.subject },
             None => {
                 let conflict = "Another account has this name.";
-                let Some(name) = username(person) else {
-                    let why = "The directory's name for this account cannot be a name here.";
-                    return refuse("directory_username_conflict", Kind::Conflict, why, "the name cannot be one here").await;
+                let name = match username(person) {
+                    Ok(name) => name,
+                    Err(error) => {
+                        let why = format!("The directory's name for this account cannot be a name here: {}", error.message);
+                        return refuse("directory_username_conflict", Kind::Conflict, &why, "the name cannot be one here").await;
+                    }
                 };
                 let id = sqlx::query_scalar!(
-                    "INSERT INTO users (username, display_name, role, auth_source, directory_provider_id, directory_subject)
-                     VALUES ($1, left($2, 200), $3, 'directory', $4, $5) ON CONFLICT DO NOTHING RETURNING id",
-                    name,
-                    person.display_name,
+                    "INSERT INTO users (username, username_key, display_name, role, auth_source, directory_provider_id, directory_subject)
+                     VALUES ($1, $2, $3, $4, 'directory', $5, $6) ON CONFLICT DO NOTHING RETURNING id",
+                    name.as_str(),
+                    name.key(),
+                    display_name(person, name.as_str()),
                     role.as_str(),
                     provider.id,
                     person.subject,
@@ -262,11 +275,11 @@ impl Access<'_> {
                     action: "user.create",
                     object_kind: "user",
                     object_id: id.to_string(),
-                    detail: json!({ "username": name, "role": role.as_str(), "provider": provider.id }),
+                    detail: json!({ "username": name.as_str(), "role": role.as_str(), "provider": provider.id }),
                     ..Entry::default()
                 };
                 audit::record(&mut tx, &client.anonymous(), entry).await?;
-                Cached { id, username: name, role: role.as_str().to_owned(), subject: person.subject.clone() }
+                Cached { id, username: name.into_string(), role: role.as_str().to_owned(), subject: person.subject.clone() }
             }
         };
         refresh(&mut tx, &client.acting_as(user.id, &user.username), provider, &user, person, role).await?;
@@ -338,8 +351,8 @@ impl Access<'_> {
         }
         let mut tx = self.pool.begin().await?;
         let user = sqlx::query!(
-            "SELECT id, username, auth_source FROM users WHERE lower(username) = lower($1) FOR UPDATE",
-            name.trim(),
+            "SELECT id, username, auth_source FROM users WHERE username_key = ANY($1) ORDER BY username_key LIMIT 1 FOR UPDATE",
+            &names::lookup_keys(name.trim()),
         )
         .fetch_optional(&mut *tx)
         .await?;
