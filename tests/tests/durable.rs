@@ -7,7 +7,13 @@ use std::{sync::Arc, time::Duration};
 use borealis_tests::{TestDatabase, eventually, probe};
 use borealis_workflows::{
     CancelAsked, NewRun, Services,
-    durable::{claim, definition::Workflow, recovery, worker},
+    durable::{
+        POLL_EVERY, claim,
+        definition::Workflow,
+        recovery,
+        wakeup::{Sleep, Wakeup},
+        worker,
+    },
     request_cancel, retry, signal, start,
 };
 use serde_json::{Value, json};
@@ -35,6 +41,10 @@ impl Bench {
     }
 
     fn worker(&mut self, name: &str) -> &mut Self {
+        self.worker_that_polls(name, POLL_EVERY)
+    }
+
+    fn worker_that_polls(&mut self, name: &str, poll_every: Duration) -> &mut Self {
         let pool = borealis_engine::db::connect(&borealis_engine::db::Options {
             url: self.database.url.to_string(),
             max_connections: 8,
@@ -43,7 +53,7 @@ impl Bench {
         .unwrap();
         let services = Services { pool, agents: Arc::new(probe::NoAgents) };
         let stop = CancellationToken::new();
-        let options = worker::Options { name: name.to_owned(), concurrency: 8 };
+        let options = worker::Options { name: name.to_owned(), concurrency: 8, poll_every };
         let running = worker::run(probe::registry(), services, options, stop.clone());
         self.stops.push((stop, tokio::spawn(async move { running.await.unwrap() })));
         self
@@ -477,4 +487,124 @@ fn p9_published_workflows_keep_their_steps() {
     let published = include_str!("../published_workflows.txt");
     let now: String = borealis_workflows::registry().iter().map(|workflow| format!("{}\n", workflow.shape())).collect();
     assert_eq!(published, now, "a published version changed, or a new one is not written down");
+}
+
+/// A queue's wake-ups as a fetcher uses them, in a session of its own.
+struct Fetcher {
+    wakeup: Wakeup,
+    queue: String,
+    _stop: tokio_util::sync::DropGuard,
+}
+
+impl Fetcher {
+    async fn new(bench: &Bench) -> Self {
+        let (queue, stop) = (probe::single().queue(), CancellationToken::new());
+        let wakeup = Wakeup::spawn(bench.pool().clone(), [queue.clone()], stop.clone());
+        let fetcher = Self { wakeup, queue, _stop: stop.drop_guard() };
+        fetcher.sleeps().await;
+        fetcher
+    }
+
+    async fn sleep(&self) -> Sleep {
+        self.wakeup.sleep(&self.queue).await
+    }
+
+    async fn sleeps(&self) {
+        eventually("the fetcher sleeps", SOON, async || (self.sleep().await == Sleep::GoesOn).then_some(())).await;
+    }
+
+    /// Whether it is notified of a run that is started now.
+    async fn is_told(&self, bench: &Bench) -> bool {
+        let woken = self.wakeup.listen(&self.queue);
+        tokio::pin!(woken);
+        woken.as_mut().enable();
+        bench.start(&probe::single(), json!({})).await;
+        tokio::time::timeout(SOON / 4, woken).await.is_ok()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fetcher_does_not_fall_asleep_while_a_hint_is_on_its_way() {
+    let bench = Bench::new().await;
+    let fetcher = Fetcher::new(&bench).await;
+    assert!(fetcher.is_told(&bench).await, "whoever starts a run while it sleeps notifies");
+
+    // A hint that is written while the fetcher is awake is not announced, and it cannot be seen before it is committed.
+    fetcher.wakeup.awake(&fetcher.queue);
+    assert_eq!(claim::claim(bench.pool(), &fetcher.queue, "test", 10).await.unwrap().len(), 1);
+    let mut tx = bench.pool().begin().await.unwrap();
+    start(&mut tx, &probe::single(), NewRun::default()).await.unwrap();
+    for _ in 0..3 {
+        assert_eq!(claim::claim(bench.pool(), &fetcher.queue, "test", 10).await.unwrap().len(), 0);
+        assert_eq!(fetcher.sleep().await, Sleep::Busy, "it would not be told of that hint");
+    }
+    tx.commit().await.unwrap();
+    assert_eq!(fetcher.sleep().await, Sleep::Begun, "the hint is there for the one more look that this asks for");
+    assert_eq!(claim::claim(bench.pool(), &fetcher.queue, "test", 10).await.unwrap().len(), 1);
+    assert!(fetcher.is_told(&bench).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_fetcher_that_sleeps_is_told_whichever_session_sees_to_it() {
+    let bench = Bench::new().await;
+    let (one, two) = (Fetcher::new(&bench).await, Fetcher::new(&bench).await);
+    assert!(one.is_told(&bench).await && two.is_told(&bench).await);
+    // The first saw to it. It wakes, and still does for the other.
+    one.wakeup.awake(&one.queue);
+    assert!(two.is_told(&bench).await);
+    // Nobody sleeps: a start is not announced any more, and keeps both from falling asleep until it has ended.
+    two.wakeup.awake(&two.queue);
+    let written = eventually("a start is not announced", SOON, async || {
+        let mut tx = bench.pool().begin().await.unwrap();
+        start(&mut tx, &probe::single(), NewRun::default()).await.unwrap();
+        let announces = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()
+             AND classid::bigint = hashtext('borealis.notifier')::bigint & 4294967295)";
+        let announces: bool = sqlx::query_scalar(announces).fetch_one(&mut *tx).await.unwrap();
+        (!announces).then_some(tx)
+    })
+    .await;
+    assert_eq!([one.sleep().await, two.sleep().await], [Sleep::Busy; 2]);
+    written.commit().await.unwrap();
+    assert_eq!([two.sleep().await, one.sleep().await], [Sleep::Begun; 2]);
+
+    // Now the second sees to it, and its session ends. The first takes over when it looks again without having been told.
+    let ended = "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM
+         pg_database WHERE datname = current_database()) AND classid::bigint = hashtext('borealis.keeper')::bigint & 4294967295";
+    assert_eq!(bench.count(ended).await, 1);
+    eventually("the first takes over", SOON, async || (one.sleep().await == Sleep::Begun).then_some(())).await;
+    assert!(one.is_told(&bench).await);
+    two.sleeps().await;
+    assert!(two.is_told(&bench).await, "also over its new session");
+}
+
+/// How many tasks start runs at the same time, and how many each starts.
+const STARTERS: usize = 12;
+const STARTS: usize = 25;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_start_waits_for_the_poll() {
+    let mut bench = Bench::new().await;
+    for name in ["w1", "w2"] {
+        bench.worker_that_polls(name, Duration::from_secs(3_600));
+    }
+    let starting = (0..STARTERS).map(|_| {
+        let pool = bench.pool().clone();
+        tokio::spawn(async move {
+            for _ in 0..STARTS {
+                let mut tx = pool.begin().await.unwrap();
+                start(&mut tx, &probe::single(), NewRun::default()).await.unwrap();
+                tokio::time::sleep(Duration::from_micros(rand::random_range(0..4_000))).await;
+                if rand::random_bool(0.2) { tx.rollback().await.unwrap() } else { tx.commit().await.unwrap() }
+                tokio::time::sleep(Duration::from_micros(rand::random_range(0..8_000))).await;
+            }
+        })
+    });
+    for starter in starting.collect::<Vec<_>>() {
+        starter.await.unwrap();
+    }
+    eventually("every run has ended", SOON, async || {
+        (bench.count("SELECT count(*) FROM workflow_runs WHERE finished_at IS NULL").await == 0).then_some(())
+    })
+    .await;
+    bench.stop().await;
 }

@@ -8,7 +8,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use borealis_engine::{Result, db};
 use borealis_workflows::{
     Agents, Services,
-    durable::{definition::Registry, wakeup, worker},
+    durable::{POLL_EVERY, definition::Registry, wakeup, worker},
     housekeeping, metrics, scheduler,
 };
 use tokio_util::sync::CancellationToken;
@@ -76,7 +76,8 @@ pub async fn run(
         duties.push(tokio::spawn(housekeeping::keep(services.clone(), options.history_days, stop.clone())));
     }
     duties.push(tokio::spawn(presence(pool.clone(), options.id, name.clone(), stop.clone())));
-    worker::run(registry, services, worker::Options { name, concurrency: options.concurrency }, stop).await?;
+    let options = worker::Options { name, concurrency: options.concurrency, poll_every: POLL_EVERY };
+    worker::run(registry, services, options, stop).await?;
     for duty in duties {
         let _ = tokio::time::timeout(Duration::from_secs(2), duty).await;
     }

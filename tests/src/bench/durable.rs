@@ -13,6 +13,7 @@ use super::{
     Environment, Latencies, Report,
     environment::{Database, machine, resident_mib, tree_cpu_seconds},
     peers, per_second, reference,
+    report::{Goal, median},
 };
 use crate::{Child, probe};
 
@@ -31,10 +32,81 @@ pub struct Options {
     /// Steps the worker runs at the same time.
     #[arg(long, default_value_t = 1_000)]
     pub concurrency: usize,
+    /// How often everything is measured, one round after the other. Shown are the median, the smallest and the largest.
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub repeat: usize,
+    /// Measure only this; may be given several times. Without it everything is measured.
+    #[arg(long = "part", value_enum, value_name = "PART")]
+    pub parts: Vec<Part>,
     /// The folder of the drivers of other systems: Restate and DBOS Transact are measured in the same run.
     #[arg(long, env = "BOREALIS_PEERS_DIR", value_name = "DIR")]
     pub peers: Option<std::path::PathBuf>,
 }
+
+/// One of the measurements of a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Part {
+    /// A run alone: from its start to its end.
+    Alone,
+    /// From a start to the begin of the step.
+    AddToStart,
+    /// Five-step runs by many clients.
+    FiveSteps,
+    /// The hand-over between steps at half of that rate.
+    HalfLoad,
+    /// One-step runs by many clients.
+    OneStep,
+    /// One-step runs that wait when the worker starts.
+    Waiting,
+}
+
+impl Options {
+    fn measures(&self, part: Part) -> bool {
+        self.parts.is_empty() || self.parts.contains(&part)
+    }
+}
+
+/// What the rounds gave, figure by figure in the order in which they came first.
+#[derive(Debug, Default)]
+struct Rounds(Vec<Measured>);
+
+#[derive(Debug)]
+struct Measured {
+    name: String,
+    unit: &'static str,
+    goal: Option<Goal>,
+    values: Vec<f64>,
+}
+
+impl Rounds {
+    fn add(&mut self, goal: Option<Goal>, name: impl Into<String>, value: f64, unit: &'static str) {
+        let name = name.into();
+        match self.0.iter_mut().find(|known| known.name == name) {
+            Some(known) => known.values.push(value),
+            None => self.0.push(Measured { name, unit, goal, values: vec![value] }),
+        }
+    }
+
+    fn figure(&mut self, name: impl Into<String>, value: f64, unit: &'static str) {
+        self.add(None, name, value, unit);
+    }
+
+    fn at_least(&mut self, bound: f64, name: impl Into<String>, value: f64, unit: &'static str) {
+        self.add(Some(Goal::AtLeast(bound)), name, value, unit);
+    }
+
+    fn at_most(&mut self, bound: f64, name: impl Into<String>, value: f64, unit: &'static str) {
+        self.add(Some(Goal::AtMost(bound)), name, value, unit);
+    }
+
+    fn values(&self, name: &str) -> &[f64] {
+        self.0.iter().find(|known| known.name == name).map_or(&[], |known| &known.values)
+    }
+}
+
+/// The names of figures that others are made of.
+const ALONE: &str = "a five-step run alone, start to end, p50";
+const STEPS: &str = "their steps";
 
 /// Runs the bench.
 pub async fn run(options: &Options) -> Report {
@@ -45,25 +117,36 @@ pub async fn run(options: &Options) -> Report {
     report.figure("reference: pgbench -N, 1 client", alone, "tx/s");
     report.figure("reference: pgbench -N, 8 clients", together, "tx/s");
 
-    let bench = Bench::start(&mut environment, options).await;
-    bench.warm_up().await;
-    let alone_ms = bench.alone(&mut report).await;
-    bench.add_to_start(&mut report).await;
-    let (runs, cpu) = bench.five_steps(&environment, options).await;
-    report.at_least(2_000.0, format!("five-step runs, {} clients", options.clients), runs, "runs/s");
-    report.at_least(10_000.0, "their steps", runs * 5.0, "steps/s");
-    report.figure("their steps for each transaction of pgbench -N, 8 clients", runs * 5.0 / together, "x");
-    report.figure("processor time of worker and Postgres for each run", cpu * 1_000.0, "ms");
-    report.figure("worker resident after it", resident_mib(bench.worker.pid()), "MiB");
-    bench.half_load(&mut report, runs / 2.0).await;
-    bench.one_step(&mut report, options).await;
-    bench.waiting(&mut report, &mut environment, options).await;
+    let mut bench = Bench::start(&mut environment, options).await;
+    let mut rounds = Rounds::default();
+    for round in 1..=options.repeat.max(1) {
+        eprintln!("  round {round} of {}", options.repeat.max(1));
+        bench.warm_up().await;
+        bench.round(&mut rounds, &environment, options, together).await;
+        if options.measures(Part::Waiting) {
+            bench = bench.waiting(&mut rounds, &mut environment, options).await;
+        }
+    }
+    for Measured { name, unit, goal, values } in &rounds.0 {
+        report.median(*goal, name, values, unit);
+    }
+    let singles = rounds.values(&one_step(options));
+    if singles.len() > 1 {
+        let slowest = singles.iter().copied().fold(f64::INFINITY, f64::min);
+        report.at_least(0.7, format!("{}: slowest round, to the median", one_step(options)), slowest / median(singles), "x");
+    }
     if let Some(drivers) = &options.peers {
         // They have the machine to themselves, as ours had.
-        drop(environment);
-        peers::durable(drivers, peers::Ours { runs_per_s: runs, alone_ms }, &mut report).await;
+        drop((environment, bench));
+        let ours =
+            peers::Ours { runs_per_s: median(rounds.values(STEPS)) / 5.0, alone_ms: median(rounds.values(ALONE)) };
+        peers::durable(drivers, ours, &mut report).await;
     }
     report
+}
+
+fn one_step(options: &Options) -> String {
+    format!("one-step runs, {} clients", options.clients)
 }
 
 /// A worker process and a database.
@@ -81,14 +164,40 @@ impl Bench {
         Self { database, worker }
     }
 
+    /// Measures what was asked for, once.
+    async fn round(&self, rounds: &mut Rounds, environment: &Environment, options: &Options, together: f64) {
+        if options.measures(Part::Alone) {
+            self.alone(rounds).await;
+        }
+        if options.measures(Part::AddToStart) {
+            self.add_to_start(rounds).await;
+        }
+        if options.measures(Part::FiveSteps) || options.measures(Part::HalfLoad) {
+            let (runs, cpu) = self.five_steps(environment, options).await;
+            rounds.at_least(2_000.0, format!("five-step runs, {} clients", options.clients), runs, "runs/s");
+            rounds.at_least(10_000.0, STEPS, runs * 5.0, "steps/s");
+            rounds.figure("their steps for each transaction of pgbench -N, 8 clients", runs * 5.0 / together, "x");
+            rounds.figure("processor time of worker and Postgres for each run", cpu * 1_000.0, "ms");
+            rounds.figure("worker resident after it", resident_mib(self.worker.pid()), "MiB");
+            if options.measures(Part::HalfLoad) {
+                self.half_load(rounds, runs / 2.0).await;
+            }
+        }
+        if options.measures(Part::OneStep) {
+            self.one_step(rounds, options).await;
+        }
+    }
+
+    /// Every round begins with empty tables.
     async fn warm_up(&self) {
+        sqlx::raw_sql(EMPTY).execute(&self.database.pool).await.expect("empty tables");
         start_all(&self.database.pool, &probe::plain(), 500, 32).await;
         finished(&self.database.pool, "plain", 500).await;
         sqlx::raw_sql("VACUUM ANALYZE").execute(&self.database.pool).await.expect("a vacuum");
     }
 
     /// One run after another: from the call that starts it to the moment its caller hears that it has ended.
-    async fn alone(&self, report: &mut Report) -> f64 {
+    async fn alone(&self, rounds: &mut Rounds) {
         let pool = &self.database.pool;
         let mut latencies = Latencies::default();
         let plain = probe::plain();
@@ -103,13 +212,12 @@ impl Bench {
             }
             latencies.add(began.elapsed());
         }
-        report.at_most(4.0, "a five-step run alone, start to end, p50", latencies.percentile(50.0), "ms");
-        report.figure("a five-step run alone, start to end, p99", latencies.percentile(99.0), "ms");
-        latencies.percentile(50.0)
+        rounds.at_most(4.0, ALONE, latencies.percentile(50.0), "ms");
+        rounds.figure("a five-step run alone, start to end, p99", latencies.percentile(99.0), "ms");
     }
 
     /// From the call that adds a one-step run to the begin of its step, on an idle system.
-    async fn add_to_start(&self, report: &mut Report) {
+    async fn add_to_start(&self, rounds: &mut Rounds) {
         let pool = &self.database.pool;
         let single = probe::single();
         let mut latencies = Latencies::default();
@@ -121,8 +229,8 @@ impl Bench {
             }
             latencies.add_ms(milliseconds(stamp(pool, run).await - began));
         }
-        report.at_most(2.0, "one-step run, add to start, p50", latencies.percentile(50.0), "ms");
-        report.at_most(5.0, "one-step run, add to start, p99", latencies.percentile(99.0), "ms");
+        rounds.at_most(2.0, "one-step run, add to start, p50", latencies.percentile(50.0), "ms");
+        rounds.at_most(5.0, "one-step run, add to start, p99", latencies.percentile(99.0), "ms");
     }
 
     /// Runs per second, from the first start to the last end; and the processor seconds of worker and Postgres a run.
@@ -138,7 +246,7 @@ impl Bench {
     }
 
     /// The time between the commits of successive empty steps, while runs arrive at a steady rate.
-    async fn half_load(&self, report: &mut Report, rate: f64) {
+    async fn half_load(&self, rounds: &mut Rounds, rate: f64) {
         let pool = &self.database.pool;
         let last = sqlx::query_scalar::<_, uuid::Uuid>("SELECT id FROM workflow_runs ORDER BY id DESC LIMIT 1");
         let last = last.fetch_one(pool).await.expect("a run");
@@ -155,34 +263,34 @@ impl Bench {
         .await
         .expect("the events");
         let gaps: Latencies = gaps.into_iter().collect();
-        report.figure("half load", rate, "runs/s");
-        report.figure("hand-over between steps at half load, p50", gaps.percentile(50.0), "ms");
-        report.at_most(100.0, "hand-over between steps at half load, p99", gaps.percentile(99.0), "ms");
+        rounds.figure("half load", rate, "runs/s");
+        rounds.figure("hand-over between steps at half load, p50", gaps.percentile(50.0), "ms");
+        rounds.at_most(100.0, "hand-over between steps at half load, p99", gaps.percentile(99.0), "ms");
     }
 
-    async fn one_step(&self, report: &mut Report, options: &Options) {
+    async fn one_step(&self, rounds: &mut Rounds, options: &Options) {
         let pool = &self.database.pool;
         let (before, began) = (count_finished(pool, "single").await, Instant::now());
         start_all(pool, &probe::single(), options.runs, options.clients).await;
         finished(pool, "single", before + options.runs).await;
         let rate = per_second(options.runs, began.elapsed());
-        report.at_least(4_370.0, format!("one-step runs, {} clients", options.clients), rate, "runs/s");
+        rounds.at_least(4_370.0, one_step(options), rate, "runs/s");
         let (before, began) = (count_finished(pool, "single").await, Instant::now());
         start_each(pool, &probe::single(), options.runs / 4, 32).await;
         finished(pool, "single", before + options.runs / 4).await;
         let rate = per_second(options.runs / 4, began.elapsed());
-        report.figure("one-step runs, 32 clients, each start a transaction of its own", rate, "runs/s");
+        rounds.figure("one-step runs, 32 clients, each start a transaction of its own", rate, "runs/s");
     }
 
     /// Runs that wait when the worker starts: the rate over all, and that it does not depend on how many wait.
-    async fn waiting(self, report: &mut Report, environment: &mut Environment, options: &Options) {
+    async fn waiting(self, rounds: &mut Rounds, environment: &mut Environment, options: &Options) -> Self {
         let Self { database, worker } = self;
-        let pool = database.pool;
+        let pool = database.pool.clone();
         worker.terminate().await;
-        sqlx::raw_sql("TRUNCATE workflow_runs, workflow_events CASCADE").execute(&pool).await.expect("an empty table");
+        sqlx::raw_sql(EMPTY).execute(&pool).await.expect("empty tables");
         let began = Instant::now();
         start_many(&pool, &probe::single(), options.waiting).await;
-        report.figure("one-step runs added, 1,000 in a transaction", per_second(options.waiting, began.elapsed()), "runs/s");
+        rounds.figure("one-step runs added, 1,000 in a transaction", per_second(options.waiting, began.elapsed()), "runs/s");
         let worker = environment.processes.start("test-worker", &[]);
         finished(&pool, "single", options.waiting / 100).await;
         let (began, tenth) = (Instant::now(), options.waiting / 10);
@@ -191,10 +299,10 @@ impl Bench {
         let almost = finished(&pool, "single", options.waiting - tenth).await;
         let (last_began, all) = (Instant::now(), finished(&pool, "single", options.waiting).await);
         let last_rate = per_second(all - almost, last_began.elapsed());
-        report.at_least(50_000.0, "one-step runs, already waiting", per_second(all, began.elapsed()), "runs/s");
-        report.figure("the same, first tenth", first_rate, "runs/s");
-        report.figure("the same, last tenth", last_rate, "runs/s");
-        worker.terminate().await;
+        rounds.at_least(50_000.0, "one-step runs, already waiting", per_second(all, began.elapsed()), "runs/s");
+        rounds.figure("the same, first tenth", first_rate, "runs/s");
+        rounds.figure("the same, last tenth", last_rate, "runs/s");
+        Self { database, worker }
     }
 }
 
@@ -229,6 +337,8 @@ fn starter(pool: &Pool, workflow: &Workflow) -> (mpsc::Sender<oneshot::Sender<()
     (queue, starting)
 }
 
+/// No runs, and no events of any.
+const EMPTY: &str = "TRUNCATE workflow_runs, workflow_events CASCADE";
 /// The most runs one statement starts.
 const AT_ONCE: usize = 512;
 

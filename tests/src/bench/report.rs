@@ -24,12 +24,26 @@ pub struct Figure {
     pub value: f64,
     /// Of what.
     pub unit: &'static str,
+    /// How far the repetitions of the measurement lie apart, whose median the value is; none for one that was not repeated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repetitions: Option<Repetitions>,
     /// What it should be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub goal: Option<Goal>,
     /// Whether it is; none without a goal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reached: Option<bool>,
+}
+
+/// The repetitions of a measurement.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Repetitions {
+    /// How many there were.
+    pub count: usize,
+    /// The smallest value.
+    pub min: f64,
+    /// The largest value.
+    pub max: f64,
 }
 
 /// The bound a figure is held to.
@@ -60,24 +74,38 @@ impl Report {
 
     /// Adds a figure that has no goal: a reference, or a value that explains others.
     pub fn figure(&mut self, name: impl Into<String>, value: f64, unit: &'static str) {
-        self.add(name.into(), value, unit, None);
+        self.add(name.into(), &[value], unit, None);
+    }
+
+    /// Adds the median of what the repetitions of a measurement gave; the smallest and the largest stand beside it.
+    pub fn median(&mut self, goal: Option<Goal>, name: impl Into<String>, values: &[f64], unit: &'static str) {
+        self.add(name.into(), values, unit, goal);
     }
 
     /// Adds a figure that should be `bound` or more.
     pub fn at_least(&mut self, bound: f64, name: impl Into<String>, value: f64, unit: &'static str) {
-        self.add(name.into(), value, unit, Some(Goal::AtLeast(bound)));
+        self.add(name.into(), &[value], unit, Some(Goal::AtLeast(bound)));
     }
 
     /// Adds a figure that should be `bound` or less.
     pub fn at_most(&mut self, bound: f64, name: impl Into<String>, value: f64, unit: &'static str) {
-        self.add(name.into(), value, unit, Some(Goal::AtMost(bound)));
+        self.add(name.into(), &[value], unit, Some(Goal::AtMost(bound)));
     }
 
-    fn add(&mut self, name: String, value: f64, unit: &'static str, goal: Option<Goal>) {
-        let figure = Figure { name, value, unit, goal, reached: goal.map(|goal| goal.holds(value)) };
+    fn add(&mut self, name: String, values: &[f64], unit: &'static str, goal: Option<Goal>) {
+        let value = median(values);
+        let [min, max] = [f64::min, f64::max].map(|of| values.iter().copied().fold(value, of));
+        let repetitions = (values.len() > 1).then_some(Repetitions { count: values.len(), min, max });
+        let figure = Figure { name, value, unit, repetitions, goal, reached: goal.map(|goal| goal.holds(value)) };
         eprintln!("  {figure}");
         self.figures.push(figure);
     }
+}
+
+/// The middle of these values, the lower one of two; 0 when there are none.
+#[must_use]
+pub fn median(values: &[f64]) -> f64 {
+    Latencies(values.to_vec()).percentile(50.0)
 }
 
 /// How many goals were reached, and which were not.
@@ -104,6 +132,9 @@ impl fmt::Display for Report {
 impl fmt::Display for Figure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:<64} {:>12} {}", self.name, number(self.value), self.unit)?;
+        if let Some(Repetitions { count, min, max }) = self.repetitions {
+            write!(f, "   (median of {count}, min {}, max {})", number(min), number(max))?;
+        }
         let (sign, bound) = match self.goal {
             Some(Goal::AtLeast(bound)) => (">=", bound),
             Some(Goal::AtMost(bound)) => ("<=", bound),
@@ -182,5 +213,15 @@ mod tests {
         assert!(report.to_string().contains("MISSED"));
         let summary = summary(&[report]);
         assert!(summary.starts_with("1 of 2 goals reached\n  test: runs "), "{summary}");
+    }
+
+    #[test]
+    fn repetitions_show_their_median_and_how_far_they_lie_apart() {
+        let mut report = Report::new("test", "a machine");
+        report.median(Some(Goal::AtLeast(15.0)), "runs", &[16.0, 2.0, 17.0, 1.0, 18.0], "runs/s");
+        let figure = &report.figures[0];
+        assert_eq!((figure.value, figure.reached), (16.0, Some(true)));
+        assert_eq!(figure.repetitions, Some(Repetitions { count: 5, min: 1.0, max: 18.0 }));
+        assert!(figure.to_string().contains("median of 5, min 1.00, max 18.0"), "{figure}");
     }
 }

@@ -21,7 +21,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{CLAIM_BATCH, POLL_EVERY, wakeup::Wakeup};
+use super::{
+    CLAIM_BATCH, POLL_EVERY,
+    wakeup::{Sleep, Wakeup},
+};
 use crate::metrics::{self, METERS};
 
 /// A leased run whose present step this process may run.
@@ -210,92 +213,97 @@ pub struct DurableBackend {
 pub struct BackendEnded;
 
 impl DurableBackend {
-    pub(super) fn spawn(
-        pool: Pool,
-        queue: String,
-        worker: String,
-        slots: Arc<Semaphore>,
-        wakeup: Wakeup,
-        drain: CancellationToken,
-    ) -> Self {
+    pub(super) fn spawn(fetcher: Fetcher, drain: CancellationToken) -> Self {
         let (sender, claims) = mpsc::channel(CLAIM_BATCH);
         tokio::spawn(async move {
-            let fetching = fetch(&pool, &queue, &worker, &slots, &wakeup, &sender);
             // A claim cut off in flight either did not happen or is found by recovery.
-            drain.run_until_cancelled(fetching).await;
+            drain.run_until_cancelled(fetcher.fetch(&sender)).await;
         });
         Self { claims }
     }
 }
 
-/// Claims for as long as there is something to claim, then sleeps until a starter wakes it. Whoever starts a run only
-/// notifies those who have said that they sleep, so after saying it there is one more look, and for what was under way
-/// at that moment a few more, further and further apart.
-async fn fetch(pool: &Pool, queue: &str, worker: &str, slots: &Arc<Semaphore>, wakeup: &Wakeup, claims: &mpsc::Sender<Claim>) {
-    let (took, leased) = (METERS.claims.with_label_values(&[queue]), METERS.claimed.with_label_values(&[queue]));
-    let mut sleeps = false;
-    let mut pause = FIRST_PAUSE;
-    loop {
-        let woken = wakeup.listen(queue);
-        tokio::pin!(woken);
-        woken.as_mut().enable();
-        let Ok(first) = slots.clone().acquire_owned().await else { return };
-        let mut permits = vec![first];
-        while permits.len() < CLAIM_BATCH {
-            let Ok(permit) = slots.clone().try_acquire_owned() else { break };
-            permits.push(permit);
-        }
-        let asked = permits.len();
-        let started = Instant::now();
-        let claimed = match claim(pool, queue, worker, asked).await {
-            Ok(claimed) => claimed,
-            Err(error) => {
-                metrics::failed_pass("claim");
-                tracing::warn!(?error, queue, "claim failed");
-                drop(permits);
-                tokio::time::sleep(POLL_EVERY).await;
+/// What claims the runs of one queue.
+#[derive(Debug)]
+pub(super) struct Fetcher {
+    pub pool: Pool,
+    pub queue: String,
+    pub worker: String,
+    pub slots: Arc<Semaphore>,
+    pub wakeup: Wakeup,
+    pub poll_every: Duration,
+}
+
+impl Fetcher {
+    /// Claims for as long as there is something to claim, then sleeps until a writer of a hint wakes it. It falls asleep only
+    /// when no such writer is under way, and looks once more then.
+    async fn fetch(&self, claims: &mpsc::Sender<Claim>) {
+        let Self { pool, queue, worker, slots, wakeup, poll_every } = self;
+        let (took, leased) = (METERS.claims.with_label_values(&[queue]), METERS.claimed.with_label_values(&[queue]));
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let woken = wakeup.listen(queue);
+            tokio::pin!(woken);
+            woken.as_mut().enable();
+            let Ok(first) = slots.clone().acquire_owned().await else { return };
+            let mut permits = vec![first];
+            while permits.len() < CLAIM_BATCH {
+                let Ok(permit) = slots.clone().try_acquire_owned() else { break };
+                permits.push(permit);
+            }
+            let asked = permits.len();
+            let started = Instant::now();
+            let claimed = match claim(pool, queue, worker, asked).await {
+                Ok(claimed) => claimed,
+                Err(error) => {
+                    metrics::failed_pass("claim");
+                    tracing::warn!(?error, queue, "claim failed");
+                    drop(permits);
+                    tokio::time::sleep(POLL_EVERY).await;
+                    continue;
+                }
+            };
+            took.observe(started.elapsed().as_secs_f64());
+            leased.inc_by(u64::try_from(claimed.len()).unwrap_or(0));
+            let (full, many) = (claimed.len() == asked, claimed.len() >= MANY);
+            if !claimed.is_empty() {
+                pause = FIRST_PAUSE;
+                wakeup.awake(queue);
+            }
+            for (mut claim, permit) in claimed.into_iter().zip(permits.drain(..)) {
+                claim.slot = Some(permit);
+                if claims.send(claim).await.is_err() {
+                    return;
+                }
+            }
+            drop(permits);
+            if full {
                 continue;
             }
-        };
-        took.observe(started.elapsed().as_secs_f64());
-        leased.inc_by(u64::try_from(claimed.len()).unwrap_or(0));
-        let (full, many, none) = (claimed.len() == asked, claimed.len() >= MANY, claimed.is_empty());
-        for (mut claim, permit) in claimed.into_iter().zip(permits.drain(..)) {
-            claim.slot = Some(permit);
-            if claims.send(claim).await.is_err() {
-                return;
-            }
-        }
-        drop(permits);
-        if !none {
-            pause = FIRST_PAUSE;
-            if std::mem::take(&mut sleeps) {
-                wakeup.wakes(queue);
-            }
-        }
-        if full {
-            continue;
-        }
-        if sleeps {
-            if tokio::time::timeout(pause, woken).await.is_err() {
-                pause = (pause * 4).min(POLL_EVERY);
-            }
-        } else {
             if many {
                 // There is more in a moment, and one claim for all of it costs the same.
                 tokio::time::sleep(BREATH).await;
             }
-            // Without an answer nobody will notify; then the poll has to do.
-            let _ = tokio::time::timeout(POLL_EVERY, wakeup.sleeps(queue)).await;
-            sleeps = true;
+            let at_most = match tokio::time::timeout(POLL_EVERY, wakeup.sleep(queue)).await.unwrap_or(Sleep::Deaf) {
+                Sleep::Begun => continue,
+                Sleep::GoesOn | Sleep::Deaf => *poll_every,
+                Sleep::Busy => {
+                    let now = pause;
+                    pause = (pause * 2).min(LAST_PAUSE);
+                    now
+                }
+            };
+            let _ = tokio::time::timeout(at_most, woken).await;
         }
     }
 }
 
 /// How long a fetcher that has not got all it asked for waits before it looks again.
 const BREATH: Duration = Duration::from_millis(2);
-/// How long one that sleeps waits at first before it looks unasked.
+/// How long a fetcher waits before it looks again while a transaction that has written a hint is under way: at first,
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// and at most.
+const LAST_PAUSE: Duration = Duration::from_millis(8);
 /// A claim of this many runs is taken for load.
 const MANY: usize = 4;
 

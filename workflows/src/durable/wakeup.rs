@@ -1,14 +1,13 @@
-//! One LISTEN connection per process, shared by all its queues. It also holds the marks of those queues whose fetcher
-//! sleeps: shared advisory locks, which end with the connection. Missed notifications cost at most one poll interval, so
-//! a lost connection is simply made anew.
+//! One LISTEN connection per process, shared by all its queues. Its session also holds the advisory locks that say which
+//! fetchers sleep, so that they end with it. A lost connection is made again; until then the fetchers poll.
+//!
+//! Whoever writes a hint notifies while a fetcher sleeps. A fetcher falls asleep only when no transaction that has written
+//! a hint is under way, so there is no moment at which a hint is neither seen nor announced. The locks and why this holds:
+//! `docs/decisions/0008-no-wake-up-is-lost.md`.
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use borealis_engine::db::Pool;
+use borealis_engine::db::{self, Pool};
 use sqlx::postgres::PgListener;
 use tokio::sync::{Notify, futures::Notified, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -18,14 +17,18 @@ const READY: &str = "borealis_ready";
 /// The channel on which the scheduler is told that a due instant has changed.
 pub const SCHEDULE_CHANGED: &str = "borealis_schedule";
 
-/// How long the connection may take to answer before it is made anew.
+/// How long the connection may take to answer before it is made again.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long to wait before a lost connection is made again.
+const AWAY: Duration = Duration::from_secs(1);
+/// How often a session whose fetcher is awake asks whether another one still sleeps.
+const KEPT: Duration = Duration::from_millis(5);
 
 /// Wakes those who wait for a name: a queue, or [`SCHEDULE_CHANGED`].
 #[derive(Debug, Clone)]
 pub struct Wakeup {
     names: Arc<Names>,
-    marks: mpsc::UnboundedSender<Mark>,
+    asked: mpsc::UnboundedSender<Asked>,
 }
 
 #[derive(Debug, Default)]
@@ -35,11 +38,33 @@ struct Names {
     unknown: Notify,
 }
 
-/// A fetcher goes to sleep, or wakes.
+/// What a fetcher that wants to sleep is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sleep {
+    /// A transaction that has written a hint is under way: look again in a moment.
+    Busy,
+    /// From now on every hint is announced; what was committed before is there for one more look.
+    Begun,
+    /// It slept already: every hint since its last look was announced, or will be.
+    GoesOn,
+    /// There is no connection. Nothing is announced: poll.
+    Deaf,
+}
+
+/// A fetcher goes to sleep, or is awake.
 #[derive(Debug)]
-enum Mark {
-    Sleeps(String, oneshot::Sender<()>),
-    Wakes(String),
+enum Asked {
+    Sleep(String, oneshot::Sender<Sleep>),
+    Awake(String),
+}
+
+/// What the session holds for a queue.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Held {
+    /// The mark of a sleeper.
+    marked: bool,
+    /// What makes writers of hints notify.
+    kept: bool,
 }
 
 impl Wakeup {
@@ -47,27 +72,20 @@ impl Wakeup {
     pub fn spawn(pool: Pool, names: impl IntoIterator<Item = String>, stop: CancellationToken) -> Self {
         let known = names.into_iter().map(|name| (name, Notify::new())).collect();
         let names = Arc::new(Names { known, unknown: Notify::new() });
-        let (marks, mut asked) = mpsc::unbounded_channel();
-        let wakeup = Self { names: names.clone(), marks };
+        let (asked, mut asks) = mpsc::unbounded_channel();
+        let wakeup = Self { names: names.clone(), asked };
         tokio::spawn(async move {
-            let mut sleeping = BTreeSet::new();
-            stop.run_until_cancelled(async {
-                loop {
-                    if let Err(error) = receive(&names, &pool, &mut sleeping, &mut asked).await {
-                        tracing::warn!(%error, "LISTEN connection lost; polling until it is back");
-                    }
-                    // Nobody may wait for a mark while there is no connection to hold it.
-                    let away = tokio::time::sleep(Duration::from_secs(1));
-                    tokio::pin!(away);
-                    loop {
-                        tokio::select! {
-                            () = &mut away => break,
-                            Some(mark) = asked.recv() => note(&mut sleeping, mark),
-                        }
-                    }
+            loop {
+                // A pool of its own, which is closed: in another one the session would go on with its locks.
+                let own = db::sibling(&pool, 1, &[]);
+                let heard = stop.run_until_cancelled(receive(&names, &own, &mut asks)).await;
+                tokio::spawn(async move { own.close().await });
+                let Some(Err(error)) = heard else { return };
+                tracing::warn!(%error, "LISTEN connection lost; polling until it is back");
+                if stop.run_until_cancelled(away(&mut asks)).await.is_none() {
+                    return;
                 }
-            })
-            .await;
+            }
         });
         wakeup
     }
@@ -77,49 +95,50 @@ impl Wakeup {
         self.names.known.get(name).unwrap_or(&self.names.unknown).notified()
     }
 
-    /// Says that the fetcher of `queue` sleeps from now on: whoever makes a run of it ready after this notifies.
-    pub async fn sleeps(&self, queue: &str) {
+    /// The fetcher of `queue` has found nothing and would sleep.
+    pub async fn sleep(&self, queue: &str) -> Sleep {
         let (done, answer) = oneshot::channel();
-        if self.marks.send(Mark::Sleeps(queue.to_owned(), done)).is_ok() {
-            let _ = answer.await;
-        }
+        let _ = self.asked.send(Asked::Sleep(queue.to_owned(), done));
+        answer.await.unwrap_or(Sleep::Deaf)
     }
 
-    /// Says that the fetcher of `queue` is awake: nobody needs to notify.
-    pub fn wakes(&self, queue: &str) {
-        let _ = self.marks.send(Mark::Wakes(queue.to_owned()));
-    }
-}
-
-/// Keeps in mind who sleeps, for the connection that will hold the marks.
-fn note(sleeping: &mut BTreeSet<String>, mark: Mark) {
-    match mark {
-        Mark::Sleeps(queue, done) => {
-            sleeping.insert(queue);
-            let _ = done.send(());
-        }
-        Mark::Wakes(queue) => {
-            sleeping.remove(&queue);
-        }
+    /// The fetcher of `queue` is awake: nobody needs to notify it.
+    pub fn awake(&self, queue: &str) {
+        let _ = self.asked.send(Asked::Awake(queue.to_owned()));
     }
 }
 
+/// Nobody may wait for an answer while there is no connection.
+async fn away(asks: &mut mpsc::UnboundedReceiver<Asked>) {
+    let over = tokio::time::sleep(AWAY);
+    tokio::pin!(over);
+    loop {
+        tokio::select! {
+            () = &mut over => return,
+            Some(asked) = asks.recv() => if let Asked::Sleep(_, done) = asked {
+                let _ = done.send(Sleep::Deaf);
+            }
+        }
+    }
+}
+
+/// Passes notifications on and holds the locks, until the connection is lost.
 async fn receive(
     names: &Names,
     pool: &Pool,
-    sleeping: &mut BTreeSet<String>,
-    asked: &mut mpsc::UnboundedReceiver<Mark>,
-) -> Result<(), sqlx::Error> {
+    asks: &mut mpsc::UnboundedReceiver<Asked>,
+) -> Result<std::convert::Infallible, sqlx::Error> {
     let mut listener = PgListener::connect_with(pool).await?;
-    // A connection that is made anew behind our back would have lost its marks.
+    // A connection that is made again behind our back would have lost its locks.
     listener.eager_reconnect(false);
     listener.listen_all([READY, SCHEDULE_CHANGED]).await?;
-    for queue in sleeping.iter() {
-        mark(&mut listener, queue, true).await?;
-    }
     // Whatever came before we listened.
     names.known.values().for_each(Notify::notify_waiters);
+    let mut held: HashMap<String, Held> = HashMap::new();
+    let mut kept = tokio::time::interval(KEPT);
+    kept.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
+        let keeps_awake = held.values().any(|held| held.kept && !held.marked);
         tokio::select! {
             notification = listener.try_recv() => {
                 let notification = notification?.ok_or(sqlx::Error::WorkerCrashed)?;
@@ -128,37 +147,57 @@ async fn receive(
                     notify.notify_waiters();
                 }
             }
-            Some(asked) = asked.recv() => match asked {
-                Mark::Sleeps(queue, done) => {
-                    if sleeping.insert(queue.clone()) {
-                        mark(&mut listener, &queue, true).await?;
+            Some(asked) = asks.recv() => match asked {
+                Asked::Sleep(_, done) if done.is_closed() => {}
+                Asked::Sleep(queue, done) => {
+                    let held = held.entry(queue.clone()).or_default();
+                    let answer = in_time(sleep(&mut listener, &queue, held)).await?;
+                    if done.send(answer).is_err() {
+                        // It did not wait for the answer, and will not look again because of it.
+                        in_time(awake(&mut listener, &queue, held)).await?;
                     }
-                    let _ = done.send(());
                 }
-                Mark::Wakes(queue) => {
-                    if sleeping.remove(&queue) {
-                        mark(&mut listener, &queue, false).await?;
-                    }
+                Asked::Awake(queue) => {
+                    let held = held.entry(queue.clone()).or_default();
+                    in_time(awake(&mut listener, &queue, held)).await?;
                 }
             },
+            _ = kept.tick(), if keeps_awake => {
+                for (queue, held) in held.iter_mut().filter(|(_, held)| held.kept && !held.marked) {
+                    in_time(awake(&mut listener, queue, held)).await?;
+                }
+            }
         }
     }
 }
 
-/// Sets or removes the mark that `workflow_hint` looks for. A connection that does not answer is given up.
-async fn mark(listener: &mut PgListener, queue: &str, sleeps: bool) -> Result<(), sqlx::Error> {
-    let marking = async {
-        if sleeps {
-            sqlx::query!("SELECT pg_advisory_lock_shared(hashtext('borealis.idle'), hashtext($1))::text AS done", queue)
-                .fetch_one(listener)
-                .await
-                .map(drop)
-        } else {
-            sqlx::query!("SELECT pg_advisory_unlock_shared(hashtext('borealis.idle'), hashtext($1)) AS done", queue)
-                .fetch_one(listener)
-                .await
-                .map(drop)
-        }
-    };
-    tokio::time::timeout(ANSWER, marking).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
+async fn sleep(listener: &mut PgListener, queue: &str, held: &mut Held) -> Result<Sleep, sqlx::Error> {
+    let before = *held;
+    if before.marked && before.kept {
+        return Ok(Sleep::GoesOn);
+    }
+    let is = sqlx::query_scalar!(r#"SELECT workflow_sleep($1, $2, $3) AS "is!""#, queue, before.marked, before.kept)
+        .fetch_one(listener)
+        .await?;
+    *held = Held { marked: is != "busy", kept: is == "keeps" || (is == "busy" && before.kept) };
+    Ok(match *held {
+        Held { marked: false, .. } => Sleep::Busy,
+        now if now == before => Sleep::GoesOn,
+        _ => Sleep::Begun,
+    })
+}
+
+async fn awake(listener: &mut PgListener, queue: &str, held: &mut Held) -> Result<(), sqlx::Error> {
+    if held.marked || held.kept {
+        let kept = sqlx::query_scalar!(r#"SELECT workflow_awake($1, $2, $3) AS "kept!""#, queue, held.marked, held.kept)
+            .fetch_one(listener)
+            .await?;
+        *held = Held { marked: false, kept };
+    }
+    Ok(())
+}
+
+/// A connection that does not answer is given up.
+async fn in_time<T>(answer: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+    tokio::time::timeout(ANSWER, answer).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
 }

@@ -24,7 +24,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower_service::Service;
 
 use super::{
-    claim::{Claim, DurableBackend},
+    claim::{Claim, DurableBackend, Fetcher},
     commit::{Attempt, Commit, Committer, Written, write},
     definition::{Outcome, Registry, Step, StepContext, StepError, StepResult, Wake, Workflow},
     fault,
@@ -64,6 +64,8 @@ pub struct Options {
     pub name: String,
     /// The most steps run at the same time.
     pub concurrency: usize,
+    /// How often a queue is looked at when nothing is announced; [`super::POLL_EVERY`] but in tests.
+    pub poll_every: Duration,
 }
 
 /// What all queues of a process share.
@@ -76,6 +78,7 @@ struct Process {
     claims: Claims,
     slots: Arc<Semaphore>,
     wakeup: Wakeup,
+    poll_every: Duration,
     drain: CancellationToken,
     running: TaskTracker,
 }
@@ -107,10 +110,11 @@ impl IntoWorkerService<PostgresStorage<Vec<u8>>, DurableService> for DurableFlow
     type Backend = DurableBackend;
 
     fn into_service(self, storage: PostgresStorage<Vec<u8>>) -> WorkerService<DurableBackend, DurableService> {
-        let Process { name, claims, slots, wakeup, drain, .. } = self.process.clone();
+        let Process { name: worker, claims, slots, wakeup, poll_every, drain, .. } = self.process.clone();
         let queue = storage.config().queue.to_string();
+        let pool = claims.of(&self.workflow);
         WorkerService {
-            backend: DurableBackend::spawn(claims.of(&self.workflow), queue, name, slots, wakeup, drain),
+            backend: DurableBackend::spawn(Fetcher { pool, queue, worker, slots, wakeup, poll_every }, drain),
             service: DurableService { workflow: self.workflow, process: self.process },
         }
     }
@@ -275,6 +279,7 @@ pub async fn run(registry: Registry, services: Services, options: Options, stop:
         claims,
         slots: Arc::new(Semaphore::new(options.concurrency.max(1))),
         wakeup: Wakeup::spawn(vital.clone(), queues, drain.clone()),
+        poll_every: options.poll_every,
         drain: drain.clone(),
         running: TaskTracker::new(),
         services: Arc::new(services),
