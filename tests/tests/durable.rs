@@ -489,6 +489,33 @@ fn p9_published_workflows_keep_their_steps() {
     assert_eq!(published, now, "a published version changed, or a new one is not written down");
 }
 
+#[tokio::test]
+async fn a_claim_reads_what_it_takes_and_not_a_queue_that_counts_as_empty() {
+    const WAITING: usize = 3_000;
+    const TAKEN: usize = 200;
+    let bench = Bench::new().await;
+    let mut tx = bench.pool().begin().await.unwrap();
+    borealis_workflows::start_many(&mut tx, &probe::single(), vec![NewRun::default(); WAITING]).await.unwrap();
+    tx.commit().await.unwrap();
+    // As vacuum leaves it after a look at an empty queue. The planner scales this by the size of the table: none in any size.
+    for table in ["apalis.jobs", "workflow_runs"] {
+        let sql = format!("UPDATE pg_class SET reltuples = 0, relpages = 10 WHERE oid = '{table}'::regclass");
+        sqlx::query(sqlx::AssertSqlSafe(sql)).execute(bench.pool()).await.unwrap();
+    }
+    let own = borealis_engine::db::sibling(bench.pool(), 1, &worker::PLANS);
+    assert_eq!(claim::claim(&own, &probe::single().queue(), "test", TAKEN).await.unwrap().len(), TAKEN);
+    // A session that ends has told what it read.
+    own.close().await;
+    for table in ["jobs", "workflow_runs"] {
+        let sql = format!("SELECT idx_tup_fetch FROM pg_stat_user_tables WHERE relname = '{table}' AND idx_tup_fetch >= {TAKEN}");
+        let read: i64 = eventually("what was read is known", SOON, async || {
+            sqlx::query_scalar(sqlx::AssertSqlSafe(sql.clone())).fetch_optional(bench.pool()).await.unwrap()
+        })
+        .await;
+        assert!(read < i64::try_from(WAITING).unwrap(), "{read} rows of {table} were read to take {TAKEN}");
+    }
+}
+
 /// A queue's wake-ups as a fetcher uses them, in a session of its own.
 struct Fetcher {
     wakeup: Wakeup,
@@ -568,7 +595,8 @@ async fn every_fetcher_that_sleeps_is_told_whichever_session_sees_to_it() {
     assert_eq!([two.sleep().await, one.sleep().await], [Sleep::Begun; 2]);
 
     // Now the second sees to it, and its session ends. The first takes over when it looks again without having been told.
-    let ended = "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM
+    let ended =
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM
          pg_database WHERE datname = current_database()) AND classid::bigint = hashtext('borealis.keeper')::bigint & 4294967295";
     assert_eq!(bench.count(ended).await, 1);
     eventually("the first takes over", SOON, async || (one.sleep().await == Sleep::Begun).then_some(())).await;
@@ -594,7 +622,11 @@ async fn no_start_waits_for_the_poll() {
                 let mut tx = pool.begin().await.unwrap();
                 start(&mut tx, &probe::single(), NewRun::default()).await.unwrap();
                 tokio::time::sleep(Duration::from_micros(rand::random_range(0..4_000))).await;
-                if rand::random_bool(0.2) { tx.rollback().await.unwrap() } else { tx.commit().await.unwrap() }
+                if rand::random_bool(0.2) {
+                    tx.rollback().await.unwrap()
+                } else {
+                    tx.commit().await.unwrap()
+                }
                 tokio::time::sleep(Duration::from_micros(rand::random_range(0..8_000))).await;
             }
         })

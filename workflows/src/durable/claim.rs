@@ -45,6 +45,9 @@ pub struct Claim {
 
 /// Leases up to `limit` ready runs of `queue` to `worker`.
 ///
+/// Rows are found by `= ANY (ARRAY(...))` and not by joins: a queue that was vacuumed while it was empty counts as empty for the
+/// planner however full it is, and then a join reads all of it for every hint.
+///
 /// # Errors
 /// When the database refuses.
 pub async fn claim(pool: &Pool, queue: &str, worker: &str, limit: usize) -> Result<Vec<Claim>> {
@@ -57,18 +60,18 @@ pub async fn claim(pool: &Pool, queue: &str, worker: &str, limit: usize) -> Resu
            ), run AS (
                SELECT r.id, r.limit_keys <> '{}' AS limited,
                       r.lease_token IS NULL AND r.state IN ('pending', 'cancelling') AND NOT r.parked AS ready
-               FROM workflow_runs r JOIN (SELECT DISTINCT run_id FROM hint) h ON h.run_id = r.id
+               FROM workflow_runs r WHERE r.id = ANY (ARRAY(SELECT run_id FROM hint))
                ORDER BY r.id FOR UPDATE OF r
            ), consumed AS (
-               DELETE FROM apalis.jobs j USING hint h
-               WHERE j.id = h.id AND h.run_id <> ALL (ARRAY(SELECT id FROM run WHERE limited AND ready))
+               DELETE FROM apalis.jobs j WHERE j.id = ANY (ARRAY(
+                   SELECT h.id FROM hint h WHERE h.run_id <> ALL (ARRAY(SELECT id FROM run WHERE limited AND ready))))
            ), leased AS (
                UPDATE workflow_runs r
                SET lease_token = gen_random_uuid(), lease_expires_at = now() + interval '10 seconds', worker = $3,
                    state = CASE WHEN r.state = 'pending' THEN 'running' ELSE r.state END,
                    attempt = r.attempt + 1, event_seq = r.event_seq + 1,
                    started_at = coalesce(r.started_at, now()), updated_at = now()
-               FROM run WHERE r.id = run.id AND run.ready AND NOT run.limited
+               WHERE r.id = ANY (ARRAY(SELECT id FROM run WHERE ready AND NOT limited))
                RETURNING r.id, r.lease_token, r.step, r.seq, r.attempt, r.event_seq, r.input, r.state_data, r.wake, r.parent_id
            ), event AS (
                INSERT INTO workflow_events (run_id, seq, kind, step, attempt, worker)

@@ -186,7 +186,8 @@ impl Search {
                    ORDER BY r.ready_at, r.id LIMIT $3
                ), without AS MATERIALIZED (
                    SELECT p.id, p.event_seq FROM piece p
-                   WHERE NOT EXISTS (SELECT FROM apalis.jobs j WHERE j.id = p.id || ':' || p.event_seq)
+                   -- Not NOT EXISTS: as a join it reads the whole queue for every run when statistics call it empty.
+                   WHERE (SELECT j.id FROM apalis.jobs j WHERE j.id = p.id || ':' || p.event_seq) IS NULL
                ), lost AS (
                    SELECT r.id, r.workflow || '.v' || r.version AS queue, r.event_seq, r.priority
                    FROM without w JOIN workflow_runs r ON r.id = w.id

@@ -42,8 +42,8 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// How long they then have before the process goes without them; recovery takes their runs over.
 const STOP: Duration = Duration::from_secs(3);
 
-/// Connections for what keeps runs alive: renewals, commits, recovery, notifications.
-const VITAL_CONNECTIONS: u32 = 6;
+/// Connections for what keeps runs alive: renewals, commits, recovery. Notifications have one of their own.
+const VITAL_CONNECTIONS: u32 = 5;
 /// Connections for claims.
 const CLAIM_CONNECTIONS: u32 = 2;
 
