@@ -16,7 +16,7 @@ use sqlx::{
 
 use crate::{
     error::{Error, Result},
-    names,
+    names, schema,
 };
 
 /// The pool every store function takes.
@@ -27,7 +27,7 @@ pub type Tx<'a> = sqlx::Transaction<'a, sqlx::Postgres>;
 /// How long Postgres may take to say that it is ready.
 const READY_LIMIT: Duration = Duration::from_secs(6);
 
-static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");
+pub(crate) static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");
 
 /// How a process connects.
 #[derive(Debug, Clone)]
@@ -181,34 +181,42 @@ pub async fn plan_afresh(conn: &mut sqlx::PgConnection) -> Result<()> {
 /// # Errors
 /// When Postgres is away, or its history is not a prefix of ours.
 pub async fn migrate(pool: &Pool) -> Result<()> {
-    MIGRATOR.run(pool).await.map_err(|error| match error {
-        sqlx::migrate::MigrateError::Execute(error) => error.into(),
-        other => Error::bug(other),
-    })?;
+    if let Err(error) = MIGRATOR.run(pool).await {
+        return Err(schema::not_migrated(pool, error).await);
+    }
     names::backfill::run(pool).await?;
     Ok(())
+}
+
+/// Whether Postgres answers within `limit`: also with an error of its own, but not that it is going down or full.
+pub async fn answers(pool: &Pool, limit: Duration) -> bool {
+    match tokio::time::timeout(limit, sqlx::query("SELECT 1").execute(pool)).await {
+        Ok(Ok(_)) => true,
+        Ok(Err(sqlx::Error::Database(error))) => {
+            error.code().is_some_and(|code| !["08", "53", "57P"].iter().any(|class| code.starts_with(class)))
+        }
+        Ok(Err(_)) | Err(_) => false,
+    }
 }
 
 /// Whether Postgres answers, has every migration of this version and takes writes. What `/ready` reports.
 ///
 /// # Errors
-/// When it does not answer in time, is behind, or only lets itself be read.
+/// When it does not answer in time, is of another version, only lets itself be read, or the role lacks a right.
 pub async fn ready(pool: &Pool) -> Result<()> {
     let unavailable = |code, message: String| Error::new(crate::error::Kind::Unavailable, code, message).retry_after(2);
-    let asking = sqlx::query_as::<_, (i64, bool)>(
-        "SELECT count(*), current_setting('transaction_read_only')::boolean FROM _sqlx_migrations WHERE success",
-    );
-    let (applied, read_only) = tokio::time::timeout(READY_LIMIT, asking.fetch_one(pool)).await.map_err(|_| {
+    let asking = async {
+        schema::check(pool).await?;
+        let read_only: bool =
+            sqlx::query_scalar("SELECT current_setting('transaction_read_only')::boolean").fetch_one(pool).await?;
+        if read_only {
+            return Err(unavailable("database_read_only", "The database takes no writes now.".to_owned()));
+        }
+        Ok(())
+    };
+    tokio::time::timeout(READY_LIMIT, asking).await.map_err(|_| {
         unavailable("database_unavailable", format!("The database did not answer within {} s.", READY_LIMIT.as_secs()))
-    })??;
-    let known = MIGRATOR.iter().count();
-    if usize::try_from(applied).unwrap_or(0) < known {
-        return Err(unavailable("migrations_pending", format!("{applied} of {known} migrations are applied.")));
-    }
-    if read_only {
-        return Err(unavailable("database_read_only", "The database takes no writes now.".to_owned()));
-    }
-    Ok(())
+    })?
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ pub mod json;
 pub mod keys;
 pub mod names;
 pub mod quotas;
+pub mod schema;
 pub mod scope;
 pub mod secret;
 pub mod sites;

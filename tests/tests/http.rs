@@ -20,6 +20,60 @@ async fn health_answers_at_once_and_readiness_when_the_database_is_migrated() {
 }
 
 #[tokio::test]
+async fn readiness_names_what_is_wrong_with_the_database() {
+    let engine = TestEngine::start().await;
+    let pool = &engine.database.pool;
+    let known: i64 = sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations").fetch_one(pool).await.unwrap();
+    let ready = async || engine.anonymous().get("/ready").await;
+
+    engine.database.tamper("INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) VALUES (999, 'later', true, '', 0)").await;
+    let reply = ready().await.error(503, "database_is_newer");
+    assert!(reply.text.contains(&format!("(999 > {known})")), "{}", reply.text);
+    let error = borealis_engine::db::migrate(pool).await.unwrap_err();
+    assert_eq!(error.code, "database_is_newer");
+    assert!(error.message.contains(&format!("(999 > {known})")), "{}", error.message);
+
+    engine.database.tamper("DELETE FROM _sqlx_migrations WHERE version >= 3").await;
+    let _ = ready().await.error(503, "migrations_pending");
+    engine.database.tamper("ALTER TABLE _sqlx_migrations RENAME TO elsewhere").await;
+    let reply = ready().await.error(503, "migrations_pending");
+    assert!(reply.text.contains("0 of "), "{}", reply.text);
+}
+
+#[tokio::test]
+async fn a_role_without_rights_is_told_which() {
+    let database = TestDatabase::start().await;
+    let role = format!("limited_{}", uuid::Uuid::new_v4().simple());
+    let limited = borealis_engine::db::sibling(&database.pool, 2, &[("role", &role)]);
+    for sql in [
+        format!("CREATE ROLE {role}"),
+        format!("GRANT USAGE ON SCHEMA public, apalis TO {role}"),
+        format!("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public, apalis TO {role}"),
+        format!("REVOKE UPDATE ON devices FROM {role}"),
+        // Somebody else's table beside ours.
+        format!("CREATE ROLE {role}_other"),
+        "CREATE TABLE public.not_ours ()".to_owned(),
+        format!("ALTER TABLE public.not_ours OWNER TO {role}_other"),
+    ] {
+        sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&database.pool).await.unwrap();
+    }
+    let said = async || borealis_engine::db::ready(&limited).await.map_err(|error| (error.code, error.message));
+    let (code, message) = said().await.unwrap_err();
+    assert!(code == "database_rights_missing" && message.contains("lacks UPDATE on table public.devices."), "{message}");
+    sqlx::query(sqlx::AssertSqlSafe(format!("GRANT UPDATE ON devices TO {role}"))).execute(&database.pool).await.unwrap();
+    assert_eq!(said().await, Ok(()));
+
+    // What migrations need is more.
+    sqlx::query("DELETE FROM _sqlx_migrations WHERE version >= 3").execute(&database.pool).await.unwrap();
+    let error = borealis_engine::db::migrate(&limited).await.unwrap_err();
+    assert!(error.code == "database_rights_missing" && error.message.contains("lacks CREATE on "), "{}", error.message);
+    limited.close().await;
+    for sql in [format!("DROP OWNED BY {role}, {role}_other"), format!("DROP ROLE {role}, {role}_other")] {
+        sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&database.pool).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_path_has_one_form_and_everything_else_is_404() {
     let engine = TestEngine::start().await;
     let admin = engine.admin().await;
