@@ -210,8 +210,14 @@ impl Reporter {
                 agent_role_health: Some(self.role_health()),
             };
             let usual = self.heartbeat_every + Duration::from_millis(up_to(millis(self.heartbeat_every) / 4));
+            let session = self.shared.link.borrow().clone();
             let pause = match self.send(PATH_HEARTBEAT, &heartbeat, &mut trouble).await {
-                Ok(()) => usual,
+                Ok(answer) => {
+                    if let (Some(session), Some(false)) = (session, answer.socket_connected) {
+                        session.unknown_to_engine();
+                    }
+                    usual
+                }
                 Err(wait) => wait.min(usual.max(Duration::from_secs(60))),
             };
             tokio::select! {
@@ -262,7 +268,7 @@ impl Reporter {
     }
 
     /// Sends one report, or says when to try again.
-    async fn send<T: Serialize + Sync>(&self, path: &str, body: &T, trouble: &mut Backoff) -> Result<(), Duration> {
+    async fn send<T: Serialize + Sync>(&self, path: &str, body: &T, trouble: &mut Backoff) -> Result<IngestResponse, Duration> {
         let (reason, hint) = match self.account.bearer().await {
             Ok(bearer) => match self.client.post::<T, Value>(path, Some(&bearer), body).await {
                 Ok(answer) => {
@@ -271,7 +277,7 @@ impl Reporter {
                     // Also when there is nothing to run for a long time: the next key may pass its place on meanwhile.
                     let _ = self.account.engine_key(&answer.signing_key, &answer.signing_key_successions);
                     trouble.reset();
-                    return Ok(());
+                    return Ok(answer);
                 }
                 Err(error) => {
                     if matches!(error, crate::client::CallError::Status { status: 401 | 403, .. }) {

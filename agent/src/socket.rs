@@ -35,6 +35,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 const NAMESPACE_LIMIT: Duration = Duration::from_secs(45);
 /// How long the engine may take to answer `connect_agent`; engines that never answer it have registered the agent by then.
 const REGISTER_LIMIT: Duration = Duration::from_secs(15);
+/// How old a socket is of which every process of the engine should know.
+const KNOWN_AFTER: Duration = Duration::from_secs(10);
 /// How long one frame may take to be written.
 const WRITE_LIMIT: Duration = Duration::from_secs(30);
 /// The largest message the agent takes, in bytes.
@@ -49,6 +51,9 @@ pub(crate) struct Session {
     waiting: Mutex<HashMap<u64, oneshot::Sender<Vec<Value>>>>,
     next_id: AtomicU64,
     closed: CancellationToken,
+    /// The engine does not know of it.
+    unknown: CancellationToken,
+    opened: Instant,
 }
 
 /// An event of the engine.
@@ -76,9 +81,23 @@ pub(crate) enum CallError {
 impl Session {
     fn new() -> (Arc<Self>, mpsc::Receiver<String>) {
         let (frames, receiver) = mpsc::channel(QUEUE);
-        let session =
-            Self { frames, waiting: Mutex::new(HashMap::new()), next_id: AtomicU64::new(0), closed: CancellationToken::new() };
+        let session = Self {
+            frames,
+            waiting: Mutex::new(HashMap::new()),
+            next_id: AtomicU64::new(0),
+            closed: CancellationToken::new(),
+            unknown: CancellationToken::new(),
+            opened: Instant::now(),
+        };
         (Arc::new(session), receiver)
+    }
+
+    /// The engine says that it knows of no socket of this agent. One that was opened long enough before for the engine to know
+    /// leads to a process that is cut off from the others, and is given up.
+    pub(crate) fn unknown_to_engine(&self) {
+        if self.opened.elapsed() > KNOWN_AFTER {
+            self.unknown.cancel();
+        }
     }
 
     /// Sends an event and waits for the engine's answer.
@@ -299,6 +318,7 @@ impl Socket {
             ended = write_frames(sink, frames) => ended,
             ended = self.read_frames(stream, &session, silence) => ended,
             ended = self.register(&session, &registered_at) => ended,
+            () = session.unknown.cancelled() => Ended::new("the engine knows of no socket of this agent"),
         };
         session.closed.cancel();
         session.waiting().clear();

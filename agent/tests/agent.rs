@@ -14,10 +14,33 @@ use std::time::Duration;
 use borealis_agent::{CancellationToken, Config, Settings};
 use borealis_protocol::envelope;
 use borealis_protocol::events::{QUICK_JOB_ACCEPTED, QUICK_JOB_PROGRESS, QUICK_JOB_RESULT, QuickJobCancel};
+use borealis_protocol::framing::Frame;
 use borealis_protocol::keys::SigningKey;
 use engine::{CODE, Engine, GUID, HOST, Running, SOON, engine_key, job, refusal, write_config};
 use serde_json::json;
 use tokio::time::{Instant, timeout};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_the_engine_does_not_know_of_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut engine = Engine::start(900).await;
+    engine.seen.lock().unwrap().socket_connected = Some(true);
+    let agent = Running::start(&engine, dir.path(), Some(CODE));
+    // The process at its other end is cut off from the rest of the engine: it pings, and that is all.
+    let mut peer = engine.socket().await;
+    let lost = tokio::spawn(async move { while peer.frame().await.is_some_and(|frame| frame != Frame::Disconnect) {} });
+    while engine.posts("/api/agent/heartbeat").len() < 2 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(!lost.is_finished(), "a socket that is known is kept");
+    engine.seen.lock().unwrap().socket_connected = Some(false);
+    timeout(SOON, lost).await.expect("the agent hangs up").unwrap();
+    engine.seen.lock().unwrap().socket_connected = Some(true);
+    let mut peer = engine.socket().await;
+    peer.emit("quick_job_run", &job(1, "echo fine")).await;
+    assert_eq!(peer.result().await.1.status, "Success");
+    agent.end().await;
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_survives_a_cut_and_runs_once() {

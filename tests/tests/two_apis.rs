@@ -3,7 +3,9 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use borealis_tests::{Actor, House, Robot, TestDatabase, actor::Credential, agent::open, eventually, house::SOON};
+use borealis_tests::{
+    Actor, House, Proxy, Robot, TestDatabase, actor::Credential, agent::open, eventually, house::SOON, proxy::Line,
+};
 use serde_json::{Value, json};
 use url::Url;
 
@@ -160,4 +162,42 @@ async fn a_frozen_process_loses_its_machines_to_the_other_and_comes_back_harmles
     house.all_are(job, "Success", 1).await;
     assert!(robot.memory().sent.values().all(|times| *times == 1), "{:?}", robot.memory());
     house.workflows_end().await;
+}
+
+/// Within this time work for the agents of a process that is cut off from Postgres goes on through another one.
+const ELSEWHERE: Duration = Duration::from_secs(20);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_cut_off_from_postgres_gives_its_agents_to_the_other() {
+    let database = TestDatabase::start().await;
+    let (proxy, direct) = (Proxy::start(&database.url).await, database.url.clone());
+    let way = proxy.url(&database.url);
+    let mut house = House::open(database, &[way, direct.clone()], &[direct]).await;
+    let other = house.admin.at(&house.apis[1].base);
+    let script = house.script().await;
+    let robot = house.robot(&[0, 1]).await;
+    assert_eq!(robot.memory().at, Some(house.apis[0].addr));
+    // It has seen the other process, so that it knows that there is somewhere to go.
+    let _ = quick_run(&other, &script, &robot).await;
+    eventually("the first run is there", SOON, async || (robot.memory().sent.len() == 1).then_some(())).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+
+    // Nothing it asks is answered, and nothing tells it so.
+    proxy.set(Line { stalls: true, ..Line::default() });
+    let began = tokio::time::Instant::now();
+    let activity = quick_run(&other, &script, &robot).await;
+    let done = tokio::time::timeout(ELSEWHERE, becomes(&other, activity, "Success")).await;
+    assert!(done.is_ok(), "after {:?}: {:?}", began.elapsed(), robot.memory());
+    assert_eq!(robot.memory().at, Some(house.apis[1].addr));
+    // A load balancer reads that here, and an agent that comes all the same is sent on at once.
+    assert_eq!(house.admin.get("/ready").await.status, 503);
+    let Credential::Bearer(token) = &robot.device.actor.credential else { panic!("a device has a token") };
+    assert!(borealis_tests::agent::try_open_agent(house.apis[0].addr, token).await.is_err());
+
+    proxy.come_back();
+    eventually("it is ready again", SOON, async || (house.admin.get("/ready").await.status == 200).then_some(())).await;
+    let back = house.robot(&[0]).await;
+    let activity = quick_run(&other, &script, &back).await;
+    becomes(&other, activity, "Success").await;
+    assert!(robot.memory().sent.values().all(|times| *times == 1), "{:?}", robot.memory());
 }

@@ -69,8 +69,21 @@ pub async fn tick(pool: &Pool, worker: &str, token: Uuid) -> Result<Duration> {
     Ok(nearest.map_or(LONGEST_SLEEP, |seconds| Duration::from_secs_f64(seconds.clamp(0.0, LONGEST_SLEEP.as_secs_f64()))))
 }
 
-/// Takes or keeps the lead.
+/// Takes or keeps the lead. The lease is written when less than half of it is left, and not by one who stands by.
 async fn lead(pool: &Pool, worker: &str, token: Uuid) -> Result<bool> {
+    let held = sqlx::query!(
+        r#"SELECT token = $1 AS "ours!", expires_at > now() + $2::text::interval / 2 AS "fresh!" FROM duty_leases
+           WHERE duty = 'scheduler' AND expires_at > now()"#,
+        token,
+        LEAD,
+    )
+    .fetch_optional(pool)
+    .await?;
+    match held {
+        Some(held) if !held.ours => return Ok(false),
+        Some(held) if held.fresh => return Ok(true),
+        _ => {}
+    }
     let leads = sqlx::query_scalar!(
         "INSERT INTO duty_leases (duty, holder, token, expires_at) VALUES ('scheduler', $1, $2, now() + $3::text::interval)
          ON CONFLICT (duty) DO UPDATE SET holder = $1, token = $2, expires_at = EXCLUDED.expires_at

@@ -8,6 +8,11 @@ use uuid::Uuid;
 /// # Errors
 /// When the database refuses.
 pub async fn seen(pool: &Pool, id: Uuid, name: &str, host: &str, pid: u32) -> Result<()> {
+    // An update alone writes half of what an insert that meets its row does.
+    let known = sqlx::query!("UPDATE workers SET last_seen_at = now() WHERE id = $1", id).execute(pool).await?;
+    if known.rows_affected() > 0 {
+        return Ok(());
+    }
     sqlx::query!(
         "INSERT INTO workers (id, name, host, pid) VALUES ($1, $2, $3, $4) ON CONFLICT (id) DO UPDATE SET last_seen_at = now()",
         id,

@@ -292,6 +292,9 @@ pub struct IngestResponse {
     /// The report repeated the one before.
     #[serde(default, skip_serializing_if = "is_false")]
     pub coalesced: bool,
+    /// Whether the engine knows of a socket of this agent; of heartbeats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_connected: Option<bool>,
     /// The engine's script key now, base64 SPKI; of heartbeats.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub signing_key: String,

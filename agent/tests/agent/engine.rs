@@ -45,6 +45,8 @@ pub struct Seen {
     pub refused: usize,
     /// Seconds by which the engine's clock is ahead of this machine's, when it says the time.
     pub clock_ahead: Option<i64>,
+    /// What heartbeats are told of the agent's socket; nothing by an engine of the reference.
+    pub socket_connected: Option<bool>,
 }
 
 pub struct Engine {
@@ -189,7 +191,11 @@ pub fn answer_post(
         _ if bearer.is_none() => (401, json!({"error": "missing_authorization"})),
         _ => {
             seen.posts.push((path.to_owned(), body));
-            (200, json!({"status": "ok", "poll_after_ms": 15000, "site_id": 1, "site_name": "s"}))
+            let mut answer = json!({"status": "ok", "poll_after_ms": 15000, "site_id": 1, "site_name": "s"});
+            if let Some(connected) = seen.socket_connected.filter(|_| path == "/api/agent/heartbeat") {
+                answer["socket_connected"] = connected.into();
+            }
+            (200, answer)
         }
     };
     (status, answer.to_string())

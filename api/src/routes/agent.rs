@@ -45,7 +45,7 @@ async fn object(request: Request) -> Result<Map<String, Value>> {
 
 /// Say that the machine is alive, with what changes often.
 #[utoipa::path(post, path = "/api/agent/heartbeat", tag = "Agents", request_body = Value, responses(
-    (status = 200, body = Value, description = "`{status: ok, poll_after_ms, site_id, site_name, metadata_fields: {}, metadata_field_acks: [field_001, ...]}`: the fields sent that need not be sent again; and `signing_key, signing_key_successions` once the script key has been rotated"),
+    (status = 200, body = Value, description = "`{status: ok, poll_after_ms, site_id, site_name, metadata_fields: {}, metadata_field_acks: [field_001, ...], socket_connected}`: the fields sent that need not be sent again; whether the agent of the service has a socket at any API process; and `signing_key, signing_key_successions` once the script key has been rotated"),
     (status = 400, description = "`invalid_request`"),
     (status = 401, description = "`missing_authorization`, `token_expired`, `invalid_token`, `invalid_claims`, `device_purged`"),
     (status = 403, description = "`fingerprint_mismatch`, `token_version_mismatch`, `device_revoked`"),
@@ -58,7 +58,7 @@ async fn heartbeat(State(app): State<App>, device: Device, request: Request) -> 
     let noted = ingest::heartbeat(&app.pool, &device.identity, &device.context, &body).await?;
     let mut answer = json!({
         "status": "ok", "poll_after_ms": POLL_AFTER_MS, "site_id": noted.site_id, "site_name": noted.site_name,
-        "metadata_fields": {}, "metadata_field_acks": noted.metadata_acks,
+        "metadata_fields": {}, "metadata_field_acks": noted.metadata_acks, "socket_connected": noted.has_socket,
     });
     let key = app.keys.script_key();
     if !key.successions().is_empty() {

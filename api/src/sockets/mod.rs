@@ -9,6 +9,7 @@ mod deliver;
 pub mod events;
 mod frames;
 mod people;
+mod reach;
 mod registry;
 mod results_intake;
 mod said;
@@ -92,7 +93,10 @@ impl std::fmt::Debug for Hub {
 /// A hub that has been started.
 struct Running {
     pool: Pool,
+    /// Connections that no request and no sweep waits for.
+    hub_pool: Pool,
     bus: bus::Bus,
+    reach: reach::Reach,
     process_id: Uuid,
     keys: Keys,
     session_idle_s: u32,
@@ -227,7 +231,7 @@ impl Hub {
         let pool = borealis_engine::db::sibling(&app.pool, POOL, &[]);
         let _watched = borealis_engine::db::watch("sockets", &pool);
         let (bus, drive) = bus::Bus::new(pool.clone());
-        let running = Arc::new(Running::new(&app, bus));
+        let running = Arc::new(Running::new(&app, pool, bus));
         let mut tasks = JoinSet::new();
         tasks.spawn(drive);
         while let Err(error) = sockets::heartbeat(&running.pool, running.process_id).await {
@@ -261,6 +265,7 @@ impl Hub {
         });
         supervise(&mut tasks, "events", &running, |running| running.clone().send_events());
         supervise(&mut tasks, "notices", &running, |running| running.clone().hear());
+        supervise(&mut tasks, "reach", &running, |running| reach::watch(running.clone()));
         supervise(&mut tasks, "sweep", &running, |running| running.clone().sweep_for_ever());
         shutdown.cancelled().await;
         running.registry.cut_all();
@@ -297,7 +302,7 @@ fn supervise<F>(
 }
 
 impl Running {
-    fn new(app: &App, bus: bus::Bus) -> Self {
+    fn new(app: &App, hub_pool: Pool, bus: bus::Bus) -> Self {
         let server = |prefix: &'static str, message_bytes: usize, buffer: usize, ping_timeout: Duration| {
             let config = PostgresAdapterConfig::new()
                 .with_prefix(prefix)
@@ -321,7 +326,9 @@ impl Running {
         let (events, waiting_events) = mpsc::channel(EVENTS);
         Self {
             pool: app.pool.clone(),
+            hub_pool,
             bus,
+            reach: reach::Reach::default(),
             process_id: app.process_id,
             keys: app.keys.clone(),
             session_idle_s: app.settings.access.sessions.idle_s,
@@ -489,12 +496,16 @@ impl Running {
 
     async fn sweep_for_ever(self: Arc<Self>) {
         let mut rounds: u32 = 0;
+        let mut said_alive: Option<Instant> = None;
         let mut clock = tokio::time::interval(SWEEP);
         clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             clock.tick().await;
             let done = async {
-                sockets::heartbeat(&self.pool, self.process_id).await?;
+                if said_alive.is_none_or(|at| at.elapsed() >= sockets::HEARTBEAT) {
+                    sockets::heartbeat(&self.pool, self.process_id).await?;
+                    said_alive = Some(Instant::now());
+                }
                 let before = self.company.seen();
                 self.company.note(before, sockets::alone(&self.pool, self.process_id).await?);
                 self.sweep().await?;

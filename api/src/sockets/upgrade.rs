@@ -102,6 +102,7 @@ async fn answer(app: &App, request: Request) -> Response<Body> {
 async fn upgrade(app: &App, mut request: Request) -> Result<Response<Body>, ApiError> {
     let Some(running) = app.hub.running() else { return Err(busy()) };
     let key = websocket_key(&request)?;
+    running.reach.admit()?;
     if running.registry.open() >= SOCKETS {
         return Err(busy());
     }

@@ -60,6 +60,8 @@ pub struct Noted {
     pub coalesced: bool,
     /// The metadata fields that need not be sent again, by name.
     pub metadata_acks: Vec<String>,
+    /// The device's service has a socket, at whichever API process.
+    pub has_socket: bool,
 }
 
 fn gone() -> Error {
@@ -216,7 +218,8 @@ impl Scalars {
                    agent_release_channel = coalesce($18, d.agent_release_channel), agent_branch = coalesce($19, d.agent_branch)
                WHERE d.guid = $1
                RETURNING d.site_id, coalesce((SELECT s.name FROM sites AS s WHERE s.id = d.site_id), '') AS "site_name!",
-                         coalesce(d.reported_hostname <> $3, false) AS "renamed!""#,
+                         coalesce(d.reported_hostname <> $3, false) AS "renamed!",
+                         EXISTS (SELECT FROM device_sockets AS k WHERE k.device_guid = d.guid AND k.service_mode = 'system') AS "has_socket!""#,
             guid,
             alive,
             self.hostname.as_ref().map(Name::as_str),
@@ -240,7 +243,13 @@ impl Scalars {
         .fetch_optional(db)
         .await?
         .ok_or_else(gone)?;
-        let noted = Noted { site_id: row.site_id, site_name: row.site_name, coalesced: false, metadata_acks: Vec::new() };
+        let noted = Noted {
+            site_id: row.site_id,
+            site_name: row.site_name,
+            coalesced: false,
+            metadata_acks: Vec::new(),
+            has_socket: row.has_socket,
+        };
         Ok(Written { noted, renamed: self.hostname.as_ref().filter(|_| row.renamed) })
     }
 
@@ -300,22 +309,24 @@ pub async fn heartbeat(pool: &db::Pool, device: &DeviceIdentity, context: &str, 
     let mut tx = pool.begin().await?;
     let mut noted = scalars.store(&mut tx, device, true).await?;
     noted.metadata_acks = metadata::store(&mut tx, device.guid, &fields).await?;
-    if nothing_more && health.is_none() {
+    // The device's row is locked by the update above, so the read and the write of the document are one.
+    let role_health = match health {
+        Some(report) => merged_health(&mut tx, device.guid, report, mode).await?,
+        None => None,
+    };
+    if nothing_more && role_health.is_none() {
         tx.commit().await?;
         return Ok(noted);
     }
-    // The device's row is locked by the update above, so the read and the write of the document are one.
-    let role_health = match health {
-        Some(report) => Some(merged_health(&mut tx, device.guid, report, mode).await?),
-        None => None,
-    };
     sqlx::query!(
         "INSERT INTO device_details AS x (device_guid, memory, network, storage, cpu, agent_update, role_health)
          VALUES ($1, coalesce($2::jsonb, '[]'), coalesce($3::jsonb, '[]'), coalesce($4::jsonb, '[]'), coalesce($5::jsonb, '{}'),
                  coalesce($6::jsonb, '{}'), coalesce($7::jsonb, '{}'))
          ON CONFLICT (device_guid) DO UPDATE SET memory = coalesce($2, x.memory), network = coalesce($3, x.network),
              storage = coalesce($4, x.storage), cpu = coalesce($5, x.cpu), agent_update = coalesce($6, x.agent_update),
-             role_health = coalesce($7, x.role_health)",
+             role_health = coalesce($7, x.role_health)
+         WHERE $7::jsonb IS NOT NULL OR (x.memory, x.network, x.storage, x.cpu, x.agent_update) IS DISTINCT FROM
+             (coalesce($2, x.memory), coalesce($3, x.network), coalesce($4, x.storage), coalesce($5, x.cpu), coalesce($6, x.agent_update))",
         device.guid,
         memory,
         network,
@@ -342,10 +353,12 @@ async fn stored_health(db: &mut sqlx::PgConnection, guid: Uuid) -> Result<Docume
     Ok(stored.and_then(|stored| serde_json::from_value(stored).ok()).unwrap_or_default())
 }
 
-async fn merged_health(db: &mut sqlx::PgConnection, guid: Uuid, report: &Value, mode: &str) -> Result<Value> {
+/// The stored document with a report merged into it; none while the report only repeats it.
+async fn merged_health(db: &mut sqlx::PgConnection, guid: Uuid, report: &Value, mode: &str) -> Result<Option<Value>> {
     let stored = stored_health(db, guid).await?;
     let report = Document::read(report, mode, Utc::now().timestamp());
-    Ok(serde_json::to_value(stored.merge(report, mode))?)
+    let merged = stored.clone().merge(report, mode);
+    Ok(if merged.repeats(&stored) { None } else { Some(serde_json::to_value(merged)?) })
 }
 
 /// A status report, read.
@@ -710,16 +723,23 @@ pub async fn details(pool: &db::Pool, device: &DeviceIdentity, context: &str, ra
     let stored = before.as_ref().and_then(|before| before.summary.as_object());
     let summary = Value::Object(summary::replaced(stored.unwrap_or(&empty), &summary));
     let role_health = match health {
-        Some(report) => Some(merged_health(&mut tx, device.guid, &report, mode).await?),
+        Some(report) => merged_health(&mut tx, device.guid, &report, mode).await?,
         None => None,
     };
     sqlx::query!("INSERT INTO device_details (device_guid) VALUES ($1) ON CONFLICT DO NOTHING", device.guid)
         .execute(&mut *tx)
         .await?;
     sqlx::query!(
-        "UPDATE device_details SET summary = $2, memory = coalesce($3, memory), network = coalesce($4, network),
-                software = coalesce($5, software), services = coalesce($6, services), storage = coalesce($7, storage),
-                cpu = coalesce($8, cpu), sessions = coalesce($9, sessions), processes = coalesce($10, processes),
+        "-- A document that is the same stays where it is: a large one would be written to disk again.
+         UPDATE device_details SET summary = CASE WHEN summary = $2 THEN summary ELSE $2 END,
+                memory = CASE WHEN $3::jsonb IS NULL OR memory = $3 THEN memory ELSE $3 END,
+                network = CASE WHEN $4::jsonb IS NULL OR network = $4 THEN network ELSE $4 END,
+                software = CASE WHEN $5::jsonb IS NULL OR software = $5 THEN software ELSE $5 END,
+                services = CASE WHEN $6::jsonb IS NULL OR services = $6 THEN services ELSE $6 END,
+                storage = CASE WHEN $7::jsonb IS NULL OR storage = $7 THEN storage ELSE $7 END,
+                cpu = CASE WHEN $8::jsonb IS NULL OR cpu = $8 THEN cpu ELSE $8 END,
+                sessions = CASE WHEN $9::jsonb IS NULL OR sessions = $9 THEN sessions ELSE $9 END,
+                processes = CASE WHEN $10::jsonb IS NULL OR processes = $10 THEN processes ELSE $10 END,
                 agent_update = coalesce($11, agent_update), role_health = coalesce($12, role_health),
                 services_reported_at = CASE WHEN $6::jsonb IS NULL THEN services_reported_at ELSE now() END,
                 sessions_reported_at = CASE WHEN $9::jsonb IS NULL THEN sessions_reported_at ELSE now() END,

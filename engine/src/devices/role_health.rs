@@ -12,6 +12,8 @@ use super::clean;
 pub const MAX_ROLES: usize = 200;
 /// A role not checked for this many seconds reads as unknown.
 pub const STALE_S: i64 = 900;
+/// A document that only repeats what is stored is stored again after this many seconds, long before its roles are stale.
+pub const REPEATED_S: i64 = 300;
 /// The role that tells how the agent's start went; only its own report replaces it.
 pub const STARTUP_ROLE: &str = "system_heartbeat";
 
@@ -215,6 +217,21 @@ impl Document {
         self
     }
 
+    /// Whether nothing but the times differs from what is stored, and that is young.
+    #[must_use]
+    pub fn repeats(&self, stored: &Self) -> bool {
+        let timeless = |document: &Self| {
+            let roles = document.roles.iter().map(|role| Role { last_checked_at: 0, ..role.clone() }).collect();
+            Self { roles, reported_at: 0, ..document.clone() }
+        };
+        let ages = |from: i64, to: i64| (0..REPEATED_S).contains(&(to - from));
+        let times = |document: &Self| {
+            let checked = document.roles.iter().map(|role| role.last_checked_at);
+            std::iter::once(document.reported_at).chain(checked).collect::<Vec<_>>()
+        };
+        timeless(self) == timeless(stored) && times(stored).into_iter().zip(times(self)).all(|(from, to)| ages(from, to))
+    }
+
     /// Replaces single roles, by id.
     #[must_use]
     pub fn with(mut self, role: Role, now: i64) -> Self {
@@ -348,5 +365,19 @@ mod tests {
         let many: Vec<Value> = (0..500).map(|n| json!({"role": format!("r{n}"), "message": "x".repeat(10_000)})).collect();
         let read = Document::read(&Value::Array(many), "system", 1);
         assert_eq!((read.roles.len(), read.roles[0].detail.chars().count()), (MAX_ROLES, MAX_TEXT_CHARS));
+    }
+
+    #[test]
+    fn a_report_that_only_repeats_is_stored_again_from_time_to_time() {
+        let document = |status: &str, at: i64| {
+            let roles = json!([{"role": "script_exec_system", "status": status, "last_checked_at": at}, {"role": "macro", "status": "ok"}]);
+            Document::read(&json!({"roles": roles, "reported_at": at}), "system", at)
+        };
+        let stored = document("ok", 1_000);
+        assert!(document("ok", 1_020).repeats(&stored));
+        assert!(!document("failed", 1_020).repeats(&stored));
+        assert!(!document("ok", 1_000 + REPEATED_S).repeats(&stored), "or its roles would go stale");
+        assert!(!document("ok", 900).repeats(&stored), "a clock that was set back");
+        assert!(!Document::default().repeats(&stored) && !stored.repeats(&Document::default()));
     }
 }

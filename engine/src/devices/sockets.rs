@@ -12,8 +12,8 @@ use crate::{
     names,
 };
 
-/// How often an API process says that it lives.
-pub const HEARTBEAT: Duration = Duration::from_secs(3);
+/// How often an API process says that it lives, at most; a process is missed after [`PROCESS_SILENCE_S`].
+pub const HEARTBEAT: Duration = Duration::from_secs(4);
 /// After this silence, in seconds, a process owns no sockets any more.
 pub const PROCESS_SILENCE_S: f64 = 15.0;
 
@@ -405,9 +405,13 @@ pub async fn operators(pool: &Pool, sessions: &[Uuid], idle_s: u32) -> Result<Ve
 /// # Errors
 /// When the database is away.
 pub async fn heartbeat(pool: &Pool, process: Uuid) -> Result<()> {
-    sqlx::query!("INSERT INTO api_processes (id) VALUES ($1) ON CONFLICT (id) DO UPDATE SET last_seen_at = now()", process)
-        .execute(pool)
-        .await?;
+    // An update alone writes half of what an insert that meets its row does.
+    let known = sqlx::query!("UPDATE api_processes SET last_seen_at = now() WHERE id = $1", process).execute(pool).await?;
+    if known.rows_affected() == 0 {
+        sqlx::query!("INSERT INTO api_processes (id) VALUES ($1) ON CONFLICT (id) DO UPDATE SET last_seen_at = now()", process)
+            .execute(pool)
+            .await?;
+    }
     Ok(())
 }
 

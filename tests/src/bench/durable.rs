@@ -138,8 +138,7 @@ pub async fn run(options: &Options) -> Report {
     if let Some(drivers) = &options.peers {
         // They have the machine to themselves, as ours had.
         drop((environment, bench));
-        let ours =
-            peers::Ours { runs_per_s: median(rounds.values(STEPS)) / 5.0, alone_ms: median(rounds.values(ALONE)) };
+        let ours = peers::Ours { runs_per_s: median(rounds.values(STEPS)) / 5.0, alone_ms: median(rounds.values(ALONE)) };
         peers::durable(drivers, ours, &mut report).await;
     }
     report

@@ -6,7 +6,7 @@
 //! * [`reference`]: what the machine can do at best: `pgbench -N`.
 //! * [`stand`]: an engine with machines; [`load`]: requests at a fixed rate; [`plain`]: the plainest programs beside it.
 //! * [`statements`]: where Postgres' time went.
-//! * one file per bench: [`durable`], [`dispatch`], [`scheduler`], [`agents`], [`api`], [`recovery`], [`waits`].
+//! * one file per bench: [`durable`], [`dispatch`], [`scheduler`], [`agents`], [`api`], [`recovery`], [`waits`], [`idle`].
 //! * [`peers`]: other systems beside ours.
 
 pub mod access;
@@ -15,6 +15,7 @@ pub mod api;
 pub mod dispatch;
 pub mod durable;
 pub mod environment;
+pub mod idle;
 pub mod load;
 pub mod peers;
 pub mod plain;

@@ -48,16 +48,26 @@ pub async fn begin(pool: &Pool) {
 /// # Panics
 /// When the database is away.
 pub async fn print(pool: &Pool, window: &str) {
+    print_by(pool, window, "total_exec_time + total_plan_time").await;
+}
+
+/// Ends it, and prints the statements with the most of `measure`, an expression over `pg_stat_statements`.
+///
+/// # Panics
+/// When the database is away.
+pub async fn print_by(pool: &Pool, window: &str, measure: &'static str) {
     if !are_wanted() {
         return;
     }
-    let sql = "SELECT calls, total_exec_time, total_plan_time, rows, shared_blks_hit + shared_blks_read AS pages,
-                      left(regexp_replace(query, '\\s+', ' ', 'g'), 150) AS query
-               FROM pg_stat_statements ORDER BY total_exec_time + total_plan_time DESC LIMIT $1";
-    let rows: Vec<(i64, f64, f64, i64, i64, String)> =
-        sqlx::query_as(sql).bind(SHOWN).fetch_all(pool).await.expect("the statements");
-    eprintln!("  statements of {window}: calls, ms, ms of planning, rows, pages");
-    for (calls, ms, planning, rows, pages, query) in rows {
-        eprintln!("  {calls:>8} {ms:>9.1} {planning:>8.1} {rows:>8} {pages:>9}  {query}");
+    let sql = format!(
+        "SELECT calls, total_exec_time, total_plan_time, rows, shared_blks_hit + shared_blks_read AS pages, wal_bytes::bigint,
+                left(regexp_replace(query, '\\s+', ' ', 'g'), 150) AS query
+         FROM pg_stat_statements ORDER BY {measure} DESC LIMIT $1"
+    );
+    let rows: Vec<(i64, f64, f64, i64, i64, i64, String)> =
+        sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(SHOWN).fetch_all(pool).await.expect("the statements");
+    eprintln!("  statements of {window}: calls, ms, ms of planning, rows, pages, bytes of write-ahead log");
+    for (calls, ms, planning, rows, pages, wal, query) in rows {
+        eprintln!("  {calls:>8} {ms:>9.1} {planning:>8.1} {rows:>8} {pages:>9} {wal:>10}  {query}");
     }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use borealis_tests::bench::{
-    Report, access, agents, api, dispatch, durable, plain, recovery, report, scheduler, statements, waits,
+    Report, access, agents, api, dispatch, durable, idle, plain, recovery, report, scheduler, statements, waits,
 };
 use clap::{Parser, Subcommand};
 
@@ -39,6 +39,8 @@ enum Bench {
     Recovery(recovery::Options),
     /// 100,000 runs that wait.
     Waits(waits::Options),
+    /// What an engine without work writes.
+    Idle(idle::Options),
     /// All of these in turn, each as it is without options, and one report.
     All {
         /// The folder of the drivers of other systems.
@@ -56,7 +58,7 @@ enum Bench {
 }
 
 /// What `all` is.
-const ALL: [&str; 8] = ["durable", "recovery", "waits", "scheduler", "dispatch", "agents", "api", "access"];
+const ALL: [&str; 9] = ["durable", "recovery", "waits", "idle", "scheduler", "dispatch", "agents", "api", "access"];
 /// Those that take `--peers`.
 const WITH_PEERS: [&str; 2] = ["durable", "agents"];
 
@@ -71,6 +73,7 @@ async fn run(bench: &Bench) -> Option<Report> {
         Bench::Access(options) => access::run(options).await,
         Bench::Recovery(options) => recovery::run(options).await,
         Bench::Waits(options) => waits::run(options).await,
+        Bench::Idle(options) => idle::run(options).await,
         Bench::All { .. } | Bench::Plain { .. } => return None,
     })
 }

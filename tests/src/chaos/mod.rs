@@ -9,7 +9,7 @@
 
 mod clocks;
 mod faults;
-mod real;
+pub(crate) mod real;
 mod reckoning;
 mod work;
 

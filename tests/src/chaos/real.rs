@@ -36,11 +36,16 @@ pub struct RealAgent {
 impl RealAgent {
     /// Starts it, has it admitted and waits for its socket.
     pub async fn admitted(processes: &mut Processes, admin: &Actor, site: i64) -> Self {
+        Self::named(processes, admin, site, HOSTNAME).await
+    }
+
+    /// The same for one of another name; nothing else may wait to be admitted.
+    pub async fn named(processes: &mut Processes, admin: &Actor, site: i64, hostname: &str) -> Self {
         let folder = tempfile::Builder::new().prefix("borealis-agent-").tempdir().expect("a folder");
         processes
             .set("BOREALIS_AGENT_SERVER_URL", admin.base.as_str())
             .set("BOREALIS_AGENT_STATE_DIR", folder.path().join("state").display().to_string())
-            .set("BOREALIS_AGENT_HOSTNAME", HOSTNAME)
+            .set("BOREALIS_AGENT_HOSTNAME", hostname)
             .set("BOREALIS_AGENT_ENROLLMENT_CODE", enrollment_code(admin, site).await);
         let effects = folder.path().join("effects");
         std::fs::write(&effects, "").expect("a file for the effects");
@@ -53,7 +58,7 @@ impl RealAgent {
         .await;
         let _ = admin.post(&format!("/api/admin/device-approvals/{approval}/approve"), json!({})).await.ok();
         eventually("the real agent is online", SOON, async || {
-            admin.get("/api/agents").await.ok().to_string().contains(HOSTNAME).then_some(())
+            admin.get("/api/agents").await.ok().to_string().contains(hostname).then_some(())
         })
         .await;
         agent
