@@ -21,6 +21,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 pub use document::{Script, Variable, VariableKind};
+pub(crate) use paths::fold_anew as fold_paths_anew;
 pub use paths::{Reference, resolve};
 pub use run::{Prepared, RunMode, ScriptRequest, Source, prepare, source};
 pub use transfer::{ImportBody, export, import};
@@ -30,6 +31,7 @@ use crate::{
     db::Pool,
     error::{Error, Kind, Result},
     json::{self, Limits},
+    names::{Name, Rule},
     quotas,
     scope::{Actor, Caller},
     work,
@@ -256,6 +258,16 @@ fn bounded(field: &str, text: Option<&str>, max: usize) -> Result<Option<String>
     Ok(Some(text.to_owned()))
 }
 
+/// Reads a display name; empty for none of its own.
+fn display_name(text: Option<&str>) -> Result<Option<String>> {
+    let rule = Rule { field: "display_name", code: "invalid_field", max_chars: TEXT_MAX, in_paths: false };
+    match text.map(str::trim) {
+        None => Ok(None),
+        Some("") => Ok(Some(String::new())),
+        Some(text) => Name::parse(text, &rule).map(|name| Some(name.into_string())),
+    }
+}
+
 fn check_domain(domain: Option<&str>, admin: bool) -> Result<()> {
     match domain {
         Some("user") => Ok(()),
@@ -352,7 +364,7 @@ pub async fn create(pool: &Pool, caller: Caller<'_>, body: AssemblyBody) -> Resu
     let guid = new_guid(body.assembly_guid.as_deref(), caller.is_admin())?;
     check_domain(body.domain.as_deref().map(str::trim), caller.is_admin())?;
     check_type(body.assembly_type.as_deref())?;
-    let display_name = bounded("display_name", body.display_name.as_deref(), TEXT_MAX)?;
+    let display_name = display_name(body.display_name.as_deref())?;
     let summary = bounded("summary", body.summary.as_deref(), SUMMARY_MAX)?.unwrap_or_default();
     let subtype = bounded("assembly_subtype", body.assembly_subtype.as_deref(), TEXT_MAX)?.map(|text| text.to_lowercase());
     let source_repo = bounded("source_repo", body.source_repo.as_deref(), SUMMARY_MAX)?;
@@ -492,7 +504,7 @@ fn check_unchangeable(body: &AssemblyBody, seen: &Seen, guid: &str) -> Result<()
 }
 
 async fn checked_update(body: &Arc<AssemblyBody>, seen: &Seen, guid: &str) -> Result<Checked> {
-    let display_name = bounded("display_name", body.display_name.as_deref(), TEXT_MAX)?;
+    let display_name = display_name(body.display_name.as_deref())?;
     let display_name = display_name.or_else(|| Some(seen.display_name.clone()));
     let summary = bounded("summary", body.summary.as_deref(), SUMMARY_MAX)?.unwrap_or_else(|| seen.summary.clone());
     // A new document brings its own type along.

@@ -117,6 +117,10 @@ async fn before_keys() -> TestDatabase {
         "INSERT INTO users (username, role) VALUES ('Ädä', 'Admin'), ('bob', 'User'), ('äDÄ', 'User')",
         "INSERT INTO sites (name, enrollment_code) VALUES ('Köln', '1'), ('KÖLN', '2'), ('Bonn', '3')",
         "INSERT INTO credentials (name) VALUES ('Éclair'), ('éCLAIR')",
+        "INSERT INTO assemblies (guid, domain, display_name, assembly_type, payload, content_hash, path, path_key, base_key)
+         VALUES ('a', 'user', 'É', 'script', '', '', 'Scripts/É', 'scripts/É', 'scripts/É'),
+                ('b', 'user', 'é', 'script', '', '', 'Scripts/é', 'scripts/é', 'scripts/é'),
+                ('c', 'user', 'Ö', 'script', '', '', 'Scripts/Ö', 'scripts/Ö', 'scripts/Ö')",
         "INSERT INTO devices (guid, hostname, site_id, fingerprint, public_key)
          SELECT gen_random_uuid(), 'MÜNCHEN-' || n, 1, n::text, '' FROM generate_series(1, 2500) n",
     ] {
@@ -153,6 +157,16 @@ async fn names_from_before_get_their_keys_and_collisions_are_reported() {
         .await
         .expect("a count");
     assert_eq!(unkeyed, 0);
+    let paths: Vec<(String, String, String)> = sqlx::query_as("SELECT path, path_key, base_key FROM assemblies ORDER BY guid")
+        .fetch_all(&database.pool)
+        .await
+        .expect("assemblies");
+    let expected = [
+        ("Scripts/É~a", "scripts/é~a", "scripts/é"),
+        ("Scripts/é", "scripts/é", "scripts/é"),
+        ("Scripts/Ö", "scripts/ö", "scripts/ö"),
+    ];
+    assert_eq!(paths, expected.map(|(path, key, base)| (path.to_owned(), key.to_owned(), base.to_owned())));
     // Each is found where it is spelled exactly so, and any other spelling is the older one.
     for (typed, found) in [("äDÄ", "äDÄ"), ("Ädä", "Ädä"), ("ÄDÄ", "Ädä"), ("BOB", "bob")] {
         let id = borealis_engine::access::users::id_of(&database.pool, typed).await.expect("a user");
@@ -180,6 +194,7 @@ async fn names_people_read_hide_nothing_and_names_in_paths_can_be_reached() {
     for hidden in ["\u{202e}", "\u{200b}", "\u{feff}", "\u{2067}", "\u{7f}"] {
         let name = format!("a{hidden}b");
         let job = json!({"name": name, "components": [{"kind": "script", "assembly_guid": script}], "targets": [{"kind": "all_devices"}], "schedule": {"type": "daily"}});
+        let assembly = json!({"domain": "user", "display_name": name, "payload": {"type": "bash", "script": "true"}});
         for (path, body, code) in [
             ("/api/sites", json!({"name": name}), "invalid_name"),
             ("/api/sites/rename", json!({"id": site, "new_name": name}), "invalid_name"),
@@ -189,6 +204,7 @@ async fn names_people_read_hide_nothing_and_names_in_paths_can_be_reached() {
             ("/api/auth/tokens", json!({"name": name, "scopes": ["read"]}), "invalid_name"),
             ("/api/directory/providers", json!({"name": name}), "invalid_text"),
             ("/api/scheduled_jobs", job, "invalid_name"),
+            ("/api/assemblies", assembly, "invalid_field"),
         ] {
             let reply = admin.post(path, body).await.error(400, code);
             let code_point = format!("U+{:04X}", u32::from(hidden.chars().next().expect("a character")));

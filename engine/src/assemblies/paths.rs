@@ -6,10 +6,11 @@
 
 use serde_json::{Value, json};
 use sqlx::PgConnection;
-use unicode_normalization::UnicodeNormalization;
 
 use crate::{
+    db::Pool,
     error::{Error, Kind, Result},
+    names,
     scope::Scope,
 };
 
@@ -44,10 +45,46 @@ pub(super) fn base(assembly_type: &str, display_name: &str, source_path: Option<
     format!("{folder}{}", display_name.chars().map(safe).collect::<String>())
 }
 
-/// A path as it is compared: without regard to case and composition, with `/`, without one in front.
+/// A path as it is compared: as names are, with `/`, without one in front.
 pub(super) fn key(path: &str) -> String {
-    let path: String = path.trim().nfc().collect::<String>().to_lowercase().nfc().collect();
-    path.replace('\\', "/").trim_start_matches('/').to_owned()
+    names::key(path.trim()).replace('\\', "/").trim_start_matches('/').to_owned()
+}
+
+/// Computes the keys of paths anew that were computed in SQL, which folds letters as the locale of the database does. Where another
+/// assembly has the key already, the path gets the guid behind it, as that of a new assembly would. Can be repeated.
+///
+/// # Errors
+/// When the database refuses.
+pub(crate) async fn fold_anew(pool: &Pool) -> Result<()> {
+    let mut tx = pool.begin().await?;
+    lock(&mut tx).await?;
+    let rows = sqlx::query!(
+        "SELECT guid, assembly_type, display_name, source_path, path, path_key, base_key FROM assemblies
+         WHERE octet_length(path || path_key || base_key) > length(path || path_key || base_key) ORDER BY created_at, guid"
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    for row in rows {
+        let base_key = key(&base(&row.assembly_type, &row.display_name, row.source_path.as_deref()));
+        let mut path = row.path;
+        if key(&path) == row.path_key && base_key == row.base_key {
+            continue;
+        }
+        if taken(&mut tx, &row.guid, &key(&path)).await? {
+            path = format!("{path}~{}", row.guid);
+        }
+        sqlx::query!(
+            "UPDATE assemblies SET path = $2, path_key = $3, base_key = $4 WHERE guid = $1",
+            row.guid,
+            path,
+            key(&path),
+            base_key
+        )
+        .execute(&mut *tx)
+        .await?;
+    }
+    tx.commit().await?;
+    Ok(())
 }
 
 /// The path given to an assembly.

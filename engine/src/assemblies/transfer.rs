@@ -7,6 +7,7 @@ use super::{AssemblyBody, Detail, SUMMARY_MAX, TEXT_MAX, create, get, update};
 use crate::{
     db::Pool,
     error::{Error, Kind, Result},
+    names,
     scope::Caller,
     work,
 };
@@ -83,7 +84,7 @@ pub async fn import(pool: &Pool, caller: Caller<'_>, body: ImportBody) -> Result
         |text: String, max: usize| -> String { text.chars().filter(|c| !c.is_control() || *c == '\n').take(max).collect() };
     let summary = text(&document, &["description", "summary"]).map(|text| shortened(text, SUMMARY_MAX));
     let mut change = AssemblyBody {
-        display_name: name.map(|text| shortened(text, TEXT_MAX)),
+        display_name: name.map(|text| names::visible(&text, TEXT_MAX)).filter(|name| !name.is_empty()),
         summary,
         payload: Some(Value::Object(document)),
         ..AssemblyBody::default()

@@ -4,7 +4,7 @@
 use sqlx::AssertSqlSafe;
 
 use super::key;
-use crate::{db, error::Result};
+use crate::{assemblies, db, error::Result};
 
 /// Rows updated in one statement.
 const BATCH: i64 = 1000;
@@ -53,6 +53,7 @@ pub async fn run(pool: &db::Pool) -> Result<Vec<Collision>> {
     for column in &REPEATED {
         repeated(pool, column).await?;
     }
+    assemblies::fold_paths_anew(pool).await?;
     let mut collisions = Vec::new();
     for column in &UNIQUE {
         collisions.extend(unique(pool, column).await?);
