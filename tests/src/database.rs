@@ -62,24 +62,6 @@ impl TestDatabase {
         database
     }
 
-    /// Makes one as an engine left it that knew no migration from `version` on.
-    pub async fn before(version: i64) -> Self {
-        let database = Self::create(server().await, "TEMPLATE template0").await;
-        database.apply(|migration| migration < version).await;
-        database
-    }
-
-    /// Runs the migrations of these versions, and nothing else.
-    ///
-    /// # Panics
-    /// When Postgres refuses one.
-    pub async fn apply(&self, wanted: impl Fn(i64) -> bool) {
-        for migration in MIGRATIONS.iter().filter(|migration| wanted(migration.version)) {
-            let done = sqlx::raw_sql(migration.sql.clone()).execute(&self.pool).await;
-            let _ = done.unwrap_or_else(|error| panic!("migration {}: {error}", migration.version));
-        }
-    }
-
     async fn create(admin: Url, how: &str) -> Self {
         let mut connection = connect(&admin).await;
         let name = format!("borealis_x_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
@@ -99,21 +81,13 @@ impl TestDatabase {
     /// # Panics
     /// When one of them cannot be applied.
     pub async fn before(version: i64) -> Self {
-        let admin = server().await;
-        let mut connection = connect(&admin).await;
-        let name = format!("borealis_x_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        execute(&mut connection, format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).await;
-        execute(&mut connection, format!("CREATE DATABASE {name}")).await;
-        let _ = connection.close().await;
-        let url = at(&admin, &name);
-        let pool = db::connect(&db::Options { url: url.to_string(), max_connections: 8, application_name: "tests".into() })
-            .expect("a readable database URL");
+        let database = Self::create(server().await, "TEMPLATE template0").await;
         let earlier = sqlx::migrate::Migrator {
             migrations: MIGRATIONS.iter().filter(|migration| migration.version < version).cloned().collect(),
             ..sqlx::migrate::Migrator::DEFAULT
         };
-        earlier.run(&pool).await.unwrap_or_else(|error| panic!("the migrations before {version}: {error}"));
-        Self { url, pool, admin, name }
+        earlier.run(&database.pool).await.unwrap_or_else(|error| panic!("the migrations before {version}: {error}"));
+        database
     }
 
     /// What somebody with all rights over the database can do: a statement that no trigger stops.

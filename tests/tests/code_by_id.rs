@@ -370,10 +370,11 @@ async fn jobs_that_named_a_path_are_bound_to_what_it_meant_or_reported() {
             event(3, "resolved", json!(["moved"])),
         ]
     );
-    let site: i64 = sqlx::query_scalar("INSERT INTO sites (name, enrollment_code) VALUES ('north', 'N') RETURNING id")
-        .fetch_one(pool)
-        .await
-        .expect("a site");
+    let site: i64 =
+        sqlx::query_scalar("INSERT INTO sites (name, name_key, enrollment_code) VALUES ('north', 'north', 'N') RETURNING id")
+            .fetch_one(pool)
+            .await
+            .expect("a site");
     device(pool, site).await;
     assert_eq!(dispatched(pool, ids[0]).await, Ok("one".to_owned()));
     for id in [ids[1], ids[2]] {
@@ -398,7 +399,8 @@ async fn jobs_that_named_a_path_are_bound_to_what_it_meant_or_reported() {
 
 async fn device(pool: &Pool, site: i64) -> Uuid {
     let guid = Uuid::new_v4();
-    let insert = "INSERT INTO devices (guid, hostname, site_id, fingerprint, public_key) VALUES ($1, 'host', $2, $1::text, '')";
+    let insert = "INSERT INTO devices (guid, hostname, hostname_key, site_id, fingerprint, public_key)
+                  VALUES ($1, 'host', 'host', $2, $1::text, '')";
     sqlx::query(insert).bind(guid).bind(site).execute(pool).await.expect("a device");
     guid
 }
@@ -453,9 +455,9 @@ impl World {
     async fn new() -> Self {
         let database = TestDatabase::start().await;
         let pool = &database.pool;
-        let ids = "INSERT INTO sites (name, enrollment_code) VALUES ('north', 'N'), ('south', 'S') RETURNING id";
+        let ids = "INSERT INTO sites (name, name_key, enrollment_code) VALUES ('north', 'north', 'N'), ('south', 'south', 'S') RETURNING id";
         let sites: Vec<i64> = sqlx::query_scalar(ids).fetch_all(pool).await.expect("sites");
-        let ids = "INSERT INTO users (username, role) VALUES ('root', 'Admin'), ('op', 'User') RETURNING id";
+        let ids = "INSERT INTO users (username, username_key, role) VALUES ('root', 'root', 'Admin'), ('op', 'op', 'User') RETURNING id";
         let users: Vec<i64> = sqlx::query_scalar(ids).fetch_all(pool).await.expect("users");
         let device = device(pool, sites[1]).await;
         let quotas = Quotas { jobs: 1_000_000, assemblies: 1_000_000, ..Quotas::default() };

@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use borealis_engine::names::{self, backfill};
+use borealis_engine::{
+    db,
+    names::{self, backfill},
+};
 use borealis_protocol::{CONTEXT_SYSTEM, agent_id, events::QuickJobRun};
 use borealis_tests::{
     Actor, Device, TestDatabase, TestEngine,
@@ -126,7 +129,6 @@ async fn before_keys() -> TestDatabase {
     ] {
         sqlx::query(sql).execute(&database.pool).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
     }
-    database.apply(|migration| migration == 46).await;
     database
 }
 
@@ -137,12 +139,15 @@ async fn user_keys(database: &TestDatabase) -> Vec<(String, String)> {
 #[tokio::test]
 async fn names_from_before_get_their_keys_and_collisions_are_reported() {
     let database = before_keys().await;
-    // Killed after some of the work, and run by two processes at once.
-    sqlx::query("UPDATE users SET username_key = 'bob' WHERE username = 'bob'").execute(&database.pool).await.expect("an update");
-    sqlx::query("UPDATE devices SET hostname_key = 'münchen-' || substr(hostname, 9) WHERE hostname LIKE '%1'")
-        .execute(&database.pool)
-        .await
-        .expect("an update");
+    db::migrate(&database.pool).await.expect("a migration");
+    // As if it had been killed after some of the work, and two processes did the rest at once.
+    for sql in [
+        "UPDATE users SET username_key = chr(31) || username WHERE username <> 'bob'",
+        "UPDATE sites SET name_key = chr(31) || name",
+        "UPDATE devices SET hostname_key = chr(31) || hostname WHERE hostname LIKE '%1'",
+    ] {
+        sqlx::query(sql).execute(&database.pool).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+    }
     let (one, other) = tokio::join!(backfill::run(&database.pool), backfill::run(&database.pool));
     let _ = (one.expect("a back-fill"), other.expect("a back-fill"));
 
