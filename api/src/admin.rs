@@ -193,6 +193,7 @@ async fn pool(store: &Store) -> Result<db::Pool> {
             })?
         }
     };
+    db::check(&url).await?;
     let pool = db::connect(&db::Options { url, max_connections: POOL, application_name: "borealis admin".to_owned() })?;
     db::ready(&pool).await?;
     Ok(pool)

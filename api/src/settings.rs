@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use borealis_engine::{
     Error, Result, Secret,
     access::{self, aegis, sessions::Lifetimes},
-    egress,
+    db, egress,
     quotas::Quotas,
     sites::CODE_MAX_DAYS,
 };
@@ -290,8 +290,8 @@ impl Environment {
 impl Environment {
     /// The policy with the doors of this engine closed.
     fn egress(&self) -> egress::Policy {
-        let database = self.store.database_url().and_then(|url| Url::parse(url).ok());
-        let database = database.and_then(|url| Some((url.host_str()?.to_owned(), url.port().unwrap_or(5432))));
+        let database = self.store.database_url().and_then(|url| db::Address::parse(url).ok());
+        let database = database.and_then(|address| address.host_and_port().map(|(host, port)| (host.to_owned(), port)));
         let listeners = [self.listen, self.internal_listen].into_iter().chain(self.exports.metrics_listen.0);
         let own = listeners.map(|at| (at.ip().to_string(), at.port()));
         own.chain(database).fold(self.egress_allow.clone(), |policy, (host, port)| policy.closed(host, port))

@@ -5,7 +5,10 @@ use std::time::Duration;
 use sqlx::postgres::PgListener;
 use tokio::sync::mpsc;
 
-use crate::{Result, db::Pool};
+use crate::{
+    Result,
+    db::{Cause, Pool},
+};
 
 /// The longest payload Postgres carries is 7,999 bytes; this leaves room for a wrapper.
 pub const PAYLOAD_LIMIT_BYTES: usize = 7_500;
@@ -33,7 +36,7 @@ pub async fn listen(pool: Pool, channels: Vec<String>, heard: mpsc::Sender<Heard
     while !heard.is_closed() {
         match listen_once(&pool, &channels, &heard).await {
             Ok(()) => return,
-            Err(error) => tracing::warn!(%error, "listening to Postgres was interrupted"),
+            Err(error) => tracing::warn!(error = Cause::text(&error), "listening to Postgres was interrupted"),
         }
         tokio::select! {
             () = tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))) => {}

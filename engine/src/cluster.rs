@@ -26,6 +26,7 @@ use tokio::{
 };
 
 use crate::{
+    db::Cause,
     error::{Error, Kind, Result},
     state_dir::{self, unusable},
 };
@@ -105,6 +106,17 @@ enum Process {
     TakenOver(Pid),
 }
 
+/// Ends a server whose start is given up half-way.
+struct Begun(Option<Pid>);
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        if let Some(pid) = self.0 {
+            let _ = kill(pid, Signal::SIGINT);
+        }
+    }
+}
+
 /// Why a start did not succeed.
 enum Failed {
     /// The server ended before it answered; another try may help.
@@ -150,6 +162,8 @@ impl Cluster {
 
     async fn try_start(paths: &Paths, durability: Durability) -> Result<Self, Failed> {
         state_dir::own(&paths.folder)?;
+        // Before anything is started: a folder that cannot be used must not leave a server behind.
+        let socket = socket::reachable(&paths.data.join(socket::FOLDER))?;
         let process = match running(&paths.data).await? {
             Some(pid) => {
                 tracing::info!(pid = pid.as_raw(), "going on with the postgres that runs already");
@@ -157,13 +171,26 @@ impl Cluster {
             }
             None => launch(paths, durability).await?,
         };
-        let socket = socket::reachable(&paths.data.join(socket::FOLDER))?;
         let mut cluster = Self { paths: paths.clone(), process, socket, _warden: None };
-        if durability != Durability::Full {
-            cluster._warden = Some(warden(cluster.pid())?);
+        let mut begun = Begun((!cluster.taken_over()).then(|| cluster.pid()));
+        let ready = async {
+            if durability != Durability::Full {
+                cluster._warden = Some(warden(cluster.pid())?);
+            }
+            cluster.until_ready().await
+        };
+        let ready = ready.await;
+        let begun = begun.0.take();
+        match ready {
+            Ok(()) => Ok(cluster),
+            Err(Failed::Fatal(error)) if begun.is_some() => {
+                if let Err(error) = cluster.stop().await {
+                    tracing::error!(%error, "the postgres of a failed start cannot be stopped");
+                }
+                Err(Failed::Fatal(error))
+            }
+            Err(failed) => Err(failed),
         }
-        cluster.until_ready().await?;
-        Ok(cluster)
     }
 
     /// How to reach a database of this cluster.
@@ -261,7 +288,7 @@ impl Cluster {
                         "postgres_does_not_answer",
                         format!("PostgreSQL runs but does not answer; its log is {}.", self.paths.log.display()),
                     );
-                    timeout.source = Some(Box::new(error));
+                    timeout.source = Some(Box::new(Cause(error)));
                     return Err(timeout.into());
                 }
                 Err(_) => {}
@@ -319,9 +346,9 @@ fn refused(paths: &Paths, error: sqlx::Error) -> Error {
     let mut refused = Error::new(
         Kind::Unavailable,
         "postgres_refuses",
-        format!("The PostgreSQL on {} does not let this user in: {error}", paths.data.display()),
+        format!("The PostgreSQL on {} does not let this user in.", paths.data.display()),
     );
-    refused.source = Some(Box::new(error));
+    refused.source = Some(Box::new(Cause(error)));
     refused
 }
 

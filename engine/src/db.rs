@@ -1,7 +1,6 @@
 //! The connection to Postgres and the one history of migrations.
 
 use std::{
-    str::FromStr,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -9,15 +8,24 @@ use std::{
     time::Duration,
 };
 
-use sqlx::{
-    Connection,
-    postgres::{PgConnectOptions, PgPoolOptions},
-};
+use sqlx::{AssertSqlSafe, Connection, Executor, postgres::PgPoolOptions};
 
 use crate::{
     error::{Error, Result},
     names, schema,
 };
+
+mod address;
+mod cause;
+mod check;
+mod former;
+
+pub use address::Address;
+pub use cause::Cause;
+pub use check::{check, check_at_start};
+
+/// The setting that names the database.
+pub const SETTING: &str = "DATABASE_URL";
 
 /// The pool every store function takes.
 pub type Pool = sqlx::PgPool;
@@ -32,7 +40,7 @@ pub(crate) static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrati
 /// How a process connects.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// A `postgres://` URL; a unix socket folder goes into its `host` parameter.
+    /// A `postgres://` URL, as [`Address`] reads it.
     pub url: String,
     /// The most connections this process opens.
     pub max_connections: u32,
@@ -45,24 +53,24 @@ pub struct Options {
 /// # Errors
 /// When the URL cannot be read.
 pub fn connect(options: &Options) -> Result<Pool> {
-    let connect = PgConnectOptions::from_str(&options.url)
-        .map_err(|error| Error::invalid("invalid_database_url", format!("DATABASE_URL cannot be read: {error}")))?
-        .application_name(&options.application_name)
-        // A process that froze inside a transaction must not keep its locks for longer than its leases.
-        .options([("idle_in_transaction_session_timeout", "10s")])
-        .options(VANISHED);
-    Ok(pool(options.max_connections).connect_lazy_with(connect))
+    let connect = Address::parse(&options.url)?.connect_options();
+    // A pooler takes no parameter it does not know; floating-point numbers are read in binary, and need no further digits.
+    let connect = connect.application_name(&options.application_name).extra_float_digits(None);
+    Ok(pool(options.max_connections, &[]).connect_lazy_with(connect))
 }
 
-/// A second, small pool to the same database, with settings of its own, for what must not wait behind requests or steps.
+/// A second, small pool to the same database, for what must not wait behind requests or steps. `settings` are set on each of its
+/// connections, beside those every connection of the engine has; they are not taken from `main`.
 #[must_use]
 pub fn sibling(main: &Pool, max_connections: u32, settings: &[(&str, &str)]) -> Pool {
-    let connect = (*main.connect_options()).clone().options(settings.iter().copied());
-    pool(max_connections).connect_lazy_with(connect)
+    pool(max_connections, settings).connect_lazy_with((*main.connect_options()).clone())
 }
 
 /// A connection that was used a moment ago is used again without asking; one that has been idle may be gone and is tried.
-fn pool(max_connections: u32) -> PgPoolOptions {
+fn pool(max_connections: u32, settings: &[(&str, &str)]) -> PgPoolOptions {
+    // Set on the connection and not asked for in its startup message, where a pooler refuses them.
+    let sql: String =
+        LIMITS.iter().chain(settings).map(|(name, value)| format!("SET {name} = '{}';", value.replace('\'', "''"))).collect();
     PgPoolOptions::new()
         .max_connections(max_connections)
         .acquire_timeout(Duration::from_secs(5))
@@ -70,6 +78,10 @@ fn pool(max_connections: u32) -> PgPoolOptions {
         .acquire_time_level(log::LevelFilter::Trace)
         .idle_timeout(Duration::from_secs(300))
         .test_before_acquire(false)
+        .after_connect(move |connection, _| {
+            let sql = AssertSqlSafe(sql.clone());
+            Box::pin(async move { connection.execute(sqlx::raw_sql(sql)).await.map(|_| ()) })
+        })
         .before_acquire(|connection, about| {
             Box::pin(async move {
                 if about.idle_for > TRUSTED_FOR {
@@ -149,10 +161,16 @@ pub fn timeouts() -> u64 {
     TIMEOUTS.load(Ordering::Relaxed)
 }
 
-/// How Postgres notices a process of ours that has vanished without a word, so that it holds no locks for long. Without effect
-/// on a unix socket.
-const VANISHED: [(&str, &str); 4] =
-    [("tcp_user_timeout", "15s"), ("tcp_keepalives_idle", "10"), ("tcp_keepalives_interval", "5"), ("tcp_keepalives_count", "3")];
+/// What is set on every connection. A process that froze inside a transaction must not keep its locks for longer than its leases.
+/// The others have Postgres notice a process that has vanished without a word, so that it holds no locks for long; they are
+/// without effect on a unix socket, and behind a pooler they watch the pooler.
+const LIMITS: [(&str, &str); 5] = [
+    ("idle_in_transaction_session_timeout", "10s"),
+    ("tcp_user_timeout", "15s"),
+    ("tcp_keepalives_idle", "10"),
+    ("tcp_keepalives_interval", "5"),
+    ("tcp_keepalives_count", "3"),
+];
 /// How long a connection that is tried may take to answer.
 const PING_LIMIT: Duration = Duration::from_secs(2);
 /// How long an idle connection is taken to be alive.
@@ -181,6 +199,7 @@ pub async fn plan_afresh(conn: &mut sqlx::PgConnection) -> Result<()> {
 /// # Errors
 /// When Postgres is away, or its history is not a prefix of ours.
 pub async fn migrate(pool: &Pool) -> Result<()> {
+    former::accept(pool).await?;
     if let Err(error) = MIGRATOR.run(pool).await {
         return Err(schema::not_migrated(pool, error).await);
     }

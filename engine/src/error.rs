@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::db::Cause;
+
 /// Shorthand for results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -127,8 +129,8 @@ impl Error {
     /// The name of the violated constraint, when a database constraint is the cause.
     #[must_use]
     pub fn constraint(&self) -> Option<&str> {
-        let source = self.source.as_deref()?.downcast_ref::<sqlx::Error>()?;
-        source.as_database_error()?.constraint()
+        let source = self.source.as_deref()?.downcast_ref::<Cause>()?;
+        source.0.as_database_error()?.constraint()
     }
 
     /// Replaces the error when the constraint `name` was violated: how a unique key becomes a client error.
@@ -172,7 +174,7 @@ impl From<sqlx::Error> for Error {
         } else {
             Error::new(Kind::Bug, "internal_error", "Something went wrong on our side.")
         };
-        mapped.source = Some(Box::new(error));
+        mapped.source = Some(Box::new(Cause(error)));
         mapped
     }
 }

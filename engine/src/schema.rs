@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use sqlx::migrate::MigrateError;
 
 use crate::{
-    db::{MIGRATOR, Pool},
+    db::{Cause, MIGRATOR, Pool},
     error::{Error, Kind, Result},
 };
 
@@ -101,7 +101,7 @@ async fn explained(pool: &Pool, error: sqlx::Error) -> Error {
     }
     let right = missing_right(pool).await.ok().flatten();
     let mut lacks = lacks(&right.unwrap_or_else(|| "a right".to_owned()));
-    lacks.source = Some(Box::new(error));
+    lacks.source = Some(Box::new(Cause(error)));
     lacks
 }
 
@@ -113,6 +113,7 @@ pub(crate) async fn not_migrated(pool: &Pool, error: MigrateError) -> Error {
             return if version > ours { Error { kind: Kind::Conflict, ..newer(version, ours) } } else { Error::bug(error) };
         }
         MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => error,
+        MigrateError::VersionMismatch(version) => return modified(version),
         other => return Error::bug(other),
     };
     if code(&error).as_deref() != Some(INSUFFICIENT_PRIVILEGE) {
@@ -120,8 +121,17 @@ pub(crate) async fn not_migrated(pool: &Pool, error: MigrateError) -> Error {
     }
     let right = missing_right_to_create(pool).await.ok().flatten();
     // A table of ours that another role owns, for one.
-    let right = right.unwrap_or_else(|| format!("a right that migrations need ({error})"));
-    Error { kind: Kind::Conflict, source: Some(Box::new(error)), ..lacks(&right) }
+    let right = right.unwrap_or_else(|| format!("a right that migrations need ({})", Cause::text(&error)));
+    Error { kind: Kind::Conflict, source: Some(Box::new(Cause(error))), ..lacks(&right) }
+}
+
+/// A migration that reads otherwise than the database remembers.
+fn modified(version: i64) -> Error {
+    let why = format!(
+        "Migration {version} was run on this database by a version of the engine that was never published. Go on with that version, \
+         or restore a backup from before it."
+    );
+    Error::new(Kind::Conflict, "migration_modified", why)
 }
 
 fn code(error: &sqlx::Error) -> Option<String> {

@@ -62,6 +62,11 @@ impl TestDatabase {
         database
     }
 
+    /// Makes one without tables.
+    pub async fn empty() -> Self {
+        Self::create(server().await, "TEMPLATE template0").await
+    }
+
     async fn create(admin: Url, how: &str) -> Self {
         let mut connection = connect(&admin).await;
         let name = format!("borealis_x_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
@@ -88,6 +93,16 @@ impl TestDatabase {
         };
         earlier.run(&database.pool).await.unwrap_or_else(|error| panic!("the migrations before {version}: {error}"));
         database
+    }
+
+    /// Executes statements.
+    ///
+    /// # Panics
+    /// When Postgres refuses one.
+    pub async fn execute(&self, sql: impl Into<String>) {
+        let mut connection = connect(&self.url).await;
+        execute(&mut connection, sql.into()).await;
+        let _ = connection.close().await;
     }
 
     /// What somebody with all rights over the database can do: a statement that no trigger stops.

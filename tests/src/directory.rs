@@ -53,7 +53,8 @@ impl Certificates {
         &self.key
     }
 
-    fn write(&self, folder: &Path) {
+    /// Writes `authority.pem`, `server.pem` and `key.pem`, the last for its owner only.
+    pub fn write(&self, folder: &Path) {
         for (file, text) in [("authority.pem", &self.authority), ("server.pem", &self.server), ("key.pem", &self.key)] {
             std::fs::write(folder.join(file), text).expect("a file");
         }

@@ -71,7 +71,7 @@ pub async fn run(
     if options.duties {
         let wakeup = wakeup::Wakeup::spawn(pool.clone(), [wakeup::SCHEDULE_CHANGED.to_owned()], stop.clone());
         // A connection of its own: what is due must not wait behind steps.
-        let scheduling = db::sibling(&pool, 1, &[]);
+        let scheduling = db::sibling(&pool, 1, &worker::PLANS);
         duties.push(tokio::spawn(scheduler::keep(scheduling, wakeup, name.clone(), stop.clone())));
         duties.push(tokio::spawn(housekeeping::keep(services.clone(), options.history_days, stop.clone())));
     }

@@ -7,7 +7,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use borealis_engine::db::{self, Pool};
+use borealis_engine::db::{self, Cause, Pool};
 use sqlx::postgres::PgListener;
 use tokio::sync::{Notify, futures::Notified, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -81,7 +81,7 @@ impl Wakeup {
                 let heard = stop.run_until_cancelled(receive(&names, &own, &mut asks)).await;
                 tokio::spawn(async move { own.close().await });
                 let Some(Err(error)) = heard else { return };
-                tracing::warn!(%error, "LISTEN connection lost; polling until it is back");
+                tracing::warn!(error = Cause::text(&error), "LISTEN connection lost; polling until it is back");
                 if stop.run_until_cancelled(away(&mut asks)).await.is_none() {
                     return;
                 }
