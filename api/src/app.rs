@@ -42,6 +42,7 @@ pub fn build(app: &App) -> (Router, OpenApi, Vec<Entry>) {
     describe(&mut document, &table);
     let router = router
         .merge(crate::sockets::routes())
+        .merge(routes::docs::shortcuts())
         .fallback(|| async { ApiError(Error::new(Kind::NotFound, "not_found", "There is no such route.")) })
         .method_not_allowed_fallback(method_not_allowed)
         .layer(Extension(Document::new(&document)))

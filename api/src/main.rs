@@ -8,8 +8,8 @@ use borealis_api::{
     up,
 };
 use borealis_engine::{Error, Result, db, secret::keep_out_of_core_dumps, state_dir};
-use borealis_telemetry::{Exports, log::Format};
-use clap::{Parser, Subcommand};
+use borealis_telemetry::{Exports, log::Format, settings as given};
+use clap::{CommandFactory, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
 
 /// Borealis Engine: remote management and automation on durable workflows.
@@ -52,7 +52,7 @@ const POOL: u32 = 32;
 const ALREADY_RUNNING: u8 = 75;
 
 fn main() -> ExitCode {
-    let line = Line::parse();
+    let line: Line = given::parse();
     keep_out_of_core_dumps();
     match run(line) {
         Ok(()) => ExitCode::SUCCESS,
@@ -83,13 +83,18 @@ fn run(Line { verb, log, log_format }: Line) -> Result<()> {
         };
         let telemetry = borealis_telemetry::start("borealis-api", env!("CARGO_PKG_VERSION"), &log, log_format, &exports)
             .map_err(|error| Error::invalid("invalid_setting", error.to_string()))?;
+        let misspelled = given::misspelled(&Line::command());
+        for (name, meant) in &misspelled {
+            tracing::warn!("there is no setting {name}; did you mean {meant}?");
+        }
+        let ignored: Vec<String> = misspelled.into_iter().map(|(name, _)| name).collect();
         let ended = match verb {
             Verb::Serve(environment) => {
                 serve::raise_open_files();
                 serve(&environment).await
             }
-            Verb::Up(environment) => up::up(&environment.settings()?, environment.store.database_url()).await,
-            Verb::Migrate(environment) => borealis_workflows::setup(&pool(&environment, "borealis migrate")?).await,
+            Verb::Up(environment) => up::up(&environment.settings()?, environment.store.database_url(), &ignored).await,
+            Verb::Migrate(environment) => migrate(&environment).await,
             Verb::Admin(line) => admin::run(line).await,
             Verb::Openapi => openapi().await,
         };
@@ -100,9 +105,15 @@ fn run(Line { verb, log, log_format }: Line) -> Result<()> {
 
 async fn serve(environment: &Environment) -> Result<()> {
     let pool = pool(environment, "borealis-api")?;
+    db::check_at_start(database_url(environment)?).await?;
     let (stop, _) = up::on_signals()?;
     serve::serve(environment.settings()?, pool, stop).await?.wait().await;
     Ok(())
+}
+
+async fn migrate(environment: &Environment) -> Result<()> {
+    db::check(database_url(environment)?).await?;
+    borealis_workflows::setup(&pool(environment, "borealis migrate")?).await
 }
 
 /// Prints the document of a service that serves nobody: on free ports, in a folder of its own, with no database behind it.
@@ -141,8 +152,12 @@ async fn openapi() -> Result<()> {
 }
 
 fn pool(environment: &Environment, name: &str) -> Result<db::Pool> {
-    let url = environment.store.database_url().ok_or_else(|| {
-        Error::field("invalid_setting", "DATABASE_URL", "it is not set; `borealis-api up` starts a private Postgres by itself.")
-    })?;
-    db::connect(&db::Options { url: url.to_owned(), max_connections: POOL, application_name: name.to_owned() })
+    let url = database_url(environment)?.to_owned();
+    db::connect(&db::Options { url, max_connections: POOL, application_name: name.to_owned() })
+}
+
+fn database_url(environment: &Environment) -> Result<&str> {
+    environment.store.database_url().ok_or_else(|| {
+        Error::field("invalid_setting", db::SETTING, "it is not set; `borealis-api up` starts a private Postgres by itself.")
+    })
 }

@@ -85,12 +85,13 @@ fn ignores_hangup() -> bool {
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 == 1)
 }
 
-/// Runs Postgres (unless `database_url` names one), the API and a worker until a signal asks to stop.
+/// Runs Postgres (unless `database_url` names one), the API and a worker until a signal asks to stop. These do not get the `ignored`
+/// variables of the environment.
 ///
 /// # Errors
 /// `already_running` when another supervisor runs on this state folder, and whatever keeps the start from succeeding. What
 /// ends after the start is started again and is no error.
-pub async fn up(settings: &Settings, database_url: Option<&str>) -> Result<()> {
+pub async fn up(settings: &Settings, database_url: Option<&str>, ignored: &[String]) -> Result<()> {
     let (stop, hurry) = on_signals()?;
     state_dir::own(&settings.state_dir)?;
     let _lock = state_dir::lock(&settings.state_dir)?;
@@ -112,7 +113,7 @@ pub async fn up(settings: &Settings, database_url: Option<&str>) -> Result<()> {
         (None, Some(url)) => url.to_owned(),
         (None, None) => return Err(Error::bug("neither a cluster nor a URL")),
     };
-    let ended = run(settings, &url, cluster.as_mut(), &stop, &hurry).await;
+    let ended = run(settings, &url, ignored, cluster.as_mut(), &stop, &hurry).await;
     if let Some(cluster) = cluster {
         say(format_args!("stopping Postgres"));
         cluster.stop().await?;
@@ -126,6 +127,7 @@ pub async fn up(settings: &Settings, database_url: Option<&str>) -> Result<()> {
 async fn run(
     settings: &Settings,
     url: &str,
+    ignored: &[String],
     cluster: Option<&mut Cluster>,
     stop: &CancellationToken,
     hurry: &CancellationToken,
@@ -137,7 +139,7 @@ async fn run(
     // Before the children: both need them, and a key that cannot be used is an error of the start.
     Keys::load_or_create(&settings.state_dir.join("secrets"), Some(&settings.engine_secret_file))?;
     let mut children = JoinSet::new();
-    for role in roles(settings, url)? {
+    for role in roles(settings, url, ignored)? {
         children.spawn(keep(role, stop.clone(), hurry.clone()));
     }
     let greeting = tokio::spawn(greet(settings.clone()));
@@ -160,10 +162,14 @@ async fn migrate(url: &str) -> Result<()> {
     let pool = db::connect(&options)?;
     let mut pause = FIRST_PAUSE;
     loop {
-        match borealis_workflows::setup(&pool).await {
+        let prepared = async {
+            db::check(url).await?;
+            borealis_workflows::setup(&pool).await
+        };
+        match prepared.await {
             Err(error) if error.kind == Kind::Unavailable => {
-                let why = error.source.as_ref().map_or_else(|| error.to_string(), ToString::to_string);
-                say(format_args!("the database does not answer yet, trying again: {why}"));
+                let cause = error.source.as_ref().map_or_else(String::new, |cause| format!(" ({cause})"));
+                say(format_args!("trying again in {} s: {}{cause}", pause.as_secs_f64(), error.message));
                 sleep(pause).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
             }
@@ -182,9 +188,10 @@ struct Role {
     program: PathBuf,
     arguments: Vec<&'static str>,
     environment: Vec<(&'static str, OsString)>,
+    ignored: Vec<String>,
 }
 
-fn roles(settings: &Settings, url: &str) -> Result<[Role; 2]> {
+fn roles(settings: &Settings, url: &str, ignored: &[String]) -> Result<[Role; 2]> {
     let own = std::env::current_exe().map_err(Error::bug)?;
     let worker = own.with_file_name("borealis-worker");
     if !worker.exists() {
@@ -237,9 +244,10 @@ fn roles(settings: &Settings, url: &str) -> Result<[Role; 2]> {
         role.push(("BOREALIS_METRICS_LISTEN", listen.to_string().into()));
         role.push(("BOREALIS_OTLP_ENDPOINT", settings.exports.otlp_endpoint.to_string().into()));
     }
+    let ignored = ignored.to_vec();
     Ok([
-        Role { name: "api", program: own, arguments: vec!["serve"], environment: api },
-        Role { name: "worker", program: worker, arguments: Vec::new(), environment: work },
+        Role { name: "api", program: own, arguments: vec!["serve"], environment: api, ignored: ignored.clone() },
+        Role { name: "worker", program: worker, arguments: Vec::new(), environment: work, ignored },
     ])
 }
 
@@ -249,6 +257,9 @@ impl Role {
     fn start(&self) -> std::io::Result<Child> {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "TERM", "--"]).arg(&self.program);
+        for name in &self.ignored {
+            command.env_remove(name);
+        }
         command.args(&self.arguments).envs(self.environment.iter().cloned()).stdin(Stdio::null()).process_group(0);
         command.spawn()
     }

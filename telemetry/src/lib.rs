@@ -6,11 +6,13 @@
 //! * [`meter`]: declaring counters, gauges and histograms.
 //! * [`listener`]: `/metrics`, on a listener of its own.
 //! * [`log`]: text or JSON.
+//! * [`settings`]: the command line and the environment.
 //! * [`trace`]: spans over OTLP/HTTP, off unless an endpoint is set. The id of a run is the id of its trace.
 
 pub mod listener;
 pub mod log;
 pub mod meter;
+pub mod settings;
 pub mod trace;
 
 use std::{

@@ -50,6 +50,12 @@ impl Processes {
         self
     }
 
+    /// What [`Self::set`] gave a variable.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<String> {
+        self.environment.get(name).cloned()
+    }
+
     /// Leaves it out for the processes started from now on.
     pub fn unset(&mut self, name: &str) -> &mut Self {
         self.environment.remove(name);

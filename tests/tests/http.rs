@@ -238,6 +238,10 @@ async fn the_docs_page_comes_from_the_engine_alone() {
         let _ = engine.anonymous().get(asset).await.expect(200);
     }
     let _ = engine.anonymous().get("/api/docs/other.js").await.error(404, "not found");
+    // The bare address, and the path with a slash at its end, lead there.
+    for (path, status) in [("/", 303), ("/api/docs/", 308)] {
+        assert_eq!(engine.anonymous().get(path).await.expect(status).header("location"), Some("/api/docs"), "{path}");
+    }
 }
 
 #[tokio::test]

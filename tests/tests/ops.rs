@@ -214,48 +214,94 @@ async fn a_setting_that_cannot_be_is_named() {
         assert_eq!(up.wait(SOON).await.code(), Some(1));
         assert!(up.output().contains(name), "{}", up.output());
     }
-    machine.processes.set("BOREALIS_LISTEN", "nonsense");
-    let mut up = machine.start();
-    assert_eq!(up.wait(SOON).await.code(), Some(2));
+    // By the variable it came from, not by an option that nobody has typed.
+    for (variable, value) in
+        [("BOREALIS_LISTEN", "nonsense"), ("BOREALIS_UNSEAL", "perhaps"), ("BOREALIS_ENROLL_PER_MINUTE", "0")]
+    {
+        let before = machine.processes.get(variable);
+        let mut up = machine.processes.set(variable, value).start("borealis-api", &["up"]);
+        assert_eq!(up.wait(SOON).await.code(), Some(2));
+        let said = up.output();
+        assert!(said.contains(&format!("{variable} is '{value}'")) && !said.contains("--listen"), "{said}");
+        match before {
+            Some(before) => machine.processes.set(variable, before),
+            None => machine.processes.unset(variable),
+        };
+    }
+    let mut typed = machine.processes.start("borealis-api", &["up", "--listen", "nonsense"]);
+    assert_eq!(typed.wait(SOON).await.code(), Some(2));
+    assert!(typed.output().contains("--listen"), "{}", typed.output());
+    machine.processes.set("BOREALIS_WORKER_CONCURRENCY", "many");
+    let mut worker = machine.processes.start("borealis-worker", &["run"]);
+    assert_eq!(worker.wait(SOON).await.code(), Some(2));
+    assert!(worker.output().contains("BOREALIS_WORKER_CONCURRENCY is 'many'"), "{}", worker.output());
+    machine.processes.unset("BOREALIS_WORKER_CONCURRENCY");
+
+    // A misspelled one is noticed, once for all processes of `up`.
+    machine.processes.set("BOREALIS_MFA_ISUER", "Example");
+    let up = machine.start();
+    machine.is_ready().await;
+    let said = up.output();
+    assert_eq!(said.matches("there is no setting BOREALIS_MFA_ISUER; did you mean BOREALIS_MFA_ISSUER?").count(), 1, "{said}");
+    assert_eq!(up.terminate().await.code(), Some(0));
 }
 
 #[tokio::test]
-async fn a_crash_leaves_no_core_dump_with_secrets_in_it() {
-    use std::os::unix::process::ExitStatusExt;
-    let folder = tempfile::tempdir().unwrap();
-    let crash = |script: String| {
-        let mut command = std::process::Command::new("sh");
-        command.arg("-c").arg(format!("ulimit -c unlimited; exec {script}")).current_dir(folder.path()).env_clear();
-        command.env("DATABASE_URL", "postgres://nobody@127.0.0.1:1/none").env("BOREALIS_STATE_DIR", folder.path());
-        command.env("BOREALIS_ENGINE_SECRET_FILE", folder.path().join("secrets/engine.secret")).env("PATH", "/usr/bin:/bin");
-        let port = free_port();
-        command.env("BOREALIS_LISTEN", format!("127.0.0.1:{port}"));
-        command.env("BOREALIS_INTERNAL_LISTEN", format!("127.0.0.1:{}", free_port()));
-        command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
-        (command.spawn().unwrap(), port)
-    };
-    let dumped = |mut child: std::process::Child| {
-        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGABRT).unwrap();
-        let status = child.wait().unwrap();
-        assert_eq!(status.signal(), Some(Signal::SIGABRT as i32));
-        status.core_dumped()
-    };
-    // Without our care there is one, where this machine makes any.
-    let (sleeper, _) = crash("sleep 60".to_owned());
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    let made_here = dumped(sleeper);
-    let (api, port) = crash(format!("{} serve", borealis_tests::processes::built("borealis-api").display()));
-    eventually("the API listens", SOON, async || tokio::net::TcpStream::connect(("127.0.0.1", port)).await.ok()).await;
-    let limited = |child: &std::process::Child| {
-        let limits = std::fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
-        let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
-        assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"], "{core}");
-    };
-    limited(&api);
-    assert!(!dumped(api), "a core dump of the API");
-    let (worker, _) = crash(format!("{} run", borealis_tests::processes::built("borealis-worker").display()));
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    limited(&worker);
-    assert!(!dumped(worker), "a core dump of the worker");
-    eprintln!("this machine makes core dumps: {made_here}");
+async fn every_program_says_its_own_name() {
+    let mut processes = Processes::new();
+    for program in ["borealis-api", "borealis-worker", "borealis-agent"] {
+        let mut child = processes.start(program, &["--version"]);
+        assert_eq!(child.wait(SOON).await.code(), Some(0));
+        assert_eq!(child.output().trim(), format!("{program} {}", env!("CARGO_PKG_VERSION")));
+    }
+}
+
+/// As root only: the folder of links to sockets is taken from another user.
+#[tokio::test]
+async fn a_failed_start_leaves_no_postgres_behind() {
+    use std::os::unix::fs::chown;
+    const OTHER: u32 = 54_321;
+    if !nix::unistd::Uid::effective().is_root() {
+        return;
+    }
+    // Postgres needs a name for its user, and this one must not have a folder in /run.
+    let Some(nobody) = nix::unistd::User::from_name("nobody").unwrap() else { return };
+    let taken = PathBuf::from(format!("/tmp/borealis-{}", nobody.uid));
+    if taken.exists() {
+        return;
+    }
+    let folder = tempfile::Builder::new().prefix("borealis-ops-").tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let programs = folder.path().join("bin");
+    std::fs::create_dir(&programs).unwrap();
+    for program in ["borealis-api", "borealis-worker"] {
+        std::fs::copy(borealis_tests::processes::built(program), programs.join(program)).unwrap();
+    }
+    let state = folder.path().join("a".repeat(100));
+    std::fs::create_dir(&state).unwrap();
+    chown(&state, Some(nobody.uid.as_raw()), None).unwrap();
+    std::fs::create_dir(&taken).unwrap();
+    chown(&taken, Some(OTHER), None).unwrap();
+
+    let mut processes = Processes::new();
+    processes
+        .set("BOREALIS_STATE_DIR", state.to_str().unwrap())
+        .set("BOREALIS_LISTEN", format!("127.0.0.1:{}", free_port()))
+        .set("BOREALIS_INTERNAL_LISTEN", format!("127.0.0.1:{}", free_port()));
+    let user = [format!("--reuid={}", nobody.uid), "--regid=65534".to_owned()];
+    let program = programs.join("borealis-api");
+    let mut up = processes.start_program(
+        Path::new("/usr/bin/setpriv"),
+        &[&user[0], &user[1], "--clear-groups", "--", program.to_str().unwrap(), "up"],
+    );
+    let status = up.wait(SOON).await;
+    std::fs::remove_dir(&taken).unwrap();
+    assert_eq!(status.code(), Some(1), "{}", up.output());
+    assert!(up.output().contains("too long for a unix socket"), "{}", up.output());
+    let note = std::fs::read_to_string(state.join("postgres/data/postmaster.pid")).unwrap_or_default();
+    let left = note.lines().next().and_then(|pid| pid.trim().parse().ok()).map(Pid::from_raw).filter(|pid| lives(*pid));
+    if let Some(pid) = left {
+        let _ = kill(pid, Signal::SIGQUIT);
+        panic!("its Postgres {pid} runs on");
+    }
 }

@@ -3,15 +3,15 @@
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use borealis_engine::{db, secret::keep_out_of_core_dumps};
-use borealis_telemetry::{Exports, log::Format};
+use borealis_telemetry::{Exports, log::Format, settings};
 use borealis_workers::api_client::ApiClient;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// Runs the durable workflows of Borealis Engine.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "borealis-worker", version)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
@@ -53,7 +53,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = settings::parse::<Arguments>();
     if let Some(Command::Workflows { dot }) = arguments.command {
         let registry = borealis_workflows::registry();
         if dot {
@@ -82,13 +82,18 @@ async fn run(arguments: Arguments) -> Result<(), String> {
         &arguments.exports,
     )
     .map_err(|error| error.to_string())?;
+    for (name, meant) in settings::misspelled(&Arguments::command()) {
+        tracing::warn!("there is no setting {name}; did you mean {meant}?");
+    }
     let url = arguments
         .database_url
+        .filter(|url| !url.trim().is_empty())
         .ok_or("DATABASE_URL is not set. `./borealis up` sets it; a worker elsewhere needs the same database as the API.")?;
     let secret_file = arguments
         .engine_secret_file
         .ok_or("BOREALIS_ENGINE_SECRET_FILE is not set. It names a copy of the API's <state>/secrets/engine.secret.")?;
     let id = uuid::Uuid::new_v4();
+    db::check_at_start(&url).await.map_err(|error| error.message)?;
     let pool = db::connect(&db::Options { url, max_connections: 16, application_name: "borealis-worker".to_owned() })
         .map_err(|error| error.message)?;
     let agents = ApiClient::new(arguments.internal_url, &secret_file, id).map_err(|error| error.message)?;

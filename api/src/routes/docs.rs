@@ -1,15 +1,17 @@
 //! The OpenAPI document and a page that shows it, both from the binary: nothing is fetched from elsewhere.
 
 use axum::{
-    Extension,
+    Extension, Router,
     http::{HeaderValue, header},
-    response::{IntoResponse, Response},
+    response::{IntoResponse, Redirect, Response},
+    routing::get,
 };
 use borealis_engine::Error;
 use utoipa_axum::routes;
 
 use crate::{access::Routes, app::Document, body::Path, errors::Result, state::App};
 
+const DOCS: &str = "/api/docs";
 const PAGE: &str = include_str!("docs/page.html");
 const SCRIPT: &str = include_str!("docs/page.js");
 const STYLE: &str = include_str!("docs/page.css");
@@ -21,6 +23,11 @@ const PAGE_POLICY: HeaderValue = HeaderValue::from_static(
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone()).anonymous(routes!(document)).anonymous(routes!(page)).anonymous(routes!(asset))
+}
+
+/// What leads a person with a browser to the page. It is no part of the API, so the document does not list it.
+pub(crate) fn shortcuts() -> Router<App> {
+    Router::new().route("/", get(async || Redirect::to(DOCS))).route("/api/docs/", get(async || Redirect::permanent(DOCS)))
 }
 
 /// This API as an OpenAPI 3.1 document.
