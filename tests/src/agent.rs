@@ -31,8 +31,27 @@ pub async fn open(addr: std::net::SocketAddr, path: &str, headers: &[(&str, &str
         let name = tungstenite::http::HeaderName::try_from(*name).expect("a header name");
         request.headers_mut().insert(name, value.parse().expect("a header value"));
     }
-    match tokio_tungstenite::connect_async(request).await {
-        Ok((stream, _)) => {
+    opened(tokio_tungstenite::connect_async(request).await.map(|(stream, _)| stream)).await
+}
+
+/// Opens an agent's socket below a `wss://` URL whose certificate one of these authorities has signed.
+///
+/// # Errors
+/// The HTTP status of a refusal.
+pub async fn open_agent_over_tls(base: &str, roots: &rustls::RootCertStore, token: &str) -> Result<Socket, u16> {
+    let mut request = format!("{base}/socket.io/?EIO=4&transport=websocket").into_client_request().expect("a request");
+    for (name, value) in [("authorization", format!("Bearer {token}")), ("x-borealis-agent-context", "SYSTEM".into())] {
+        request.headers_mut().insert(name, value.parse().expect("a header value"));
+    }
+    let tls = rustls::ClientConfig::builder().with_root_certificates(roots.clone()).with_no_client_auth();
+    let tls = Some(tokio_tungstenite::Connector::Rustls(std::sync::Arc::new(tls)));
+    let connected = tokio_tungstenite::connect_async_tls_with_config(request, None, false, tls).await;
+    opened(connected.map(|(stream, _)| stream)).await
+}
+
+async fn opened(connected: tungstenite::Result<WebSocketStream<MaybeTlsStream<TcpStream>>>) -> Result<Socket, u16> {
+    match connected {
+        Ok(stream) => {
             let mut socket = Socket { stream, next_ack: 0 };
             assert!(matches!(socket.frame().await, Some(Frame::Open(_))), "an open packet comes first");
             socket.send(&Frame::Connect(None)).await;
