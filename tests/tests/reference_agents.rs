@@ -121,7 +121,8 @@ async fn job_run(engine: &TestEngine, operator: &Actor, device: &Device, script:
         .await
         .expect("an occurrence");
     occurrence::freeze(&mut tx, occurrence).await.expect("targets");
-    occurrence::prepare(&mut tx, occurrence).await.expect("dispatches");
+    let scripts = occurrence::scripts(&engine.database.pool, occurrence).await.expect("scripts");
+    assert!(occurrence::prepare(&mut tx, occurrence, &scripts).await.expect("dispatches"));
     let run: i64 = sqlx::query_scalar("SELECT id FROM scheduled_job_runs WHERE occurrence_id = $1")
         .bind(occurrence)
         .fetch_one(&mut *tx)
