@@ -275,6 +275,19 @@ impl Peer {
         }
     }
 
+    /// Keeps the agent connected until something is so.
+    pub async fn attend(&mut self, what: &str, mut so: impl FnMut() -> bool) {
+        let mut ping = tokio::time::interval(Duration::from_millis(300));
+        let deadline = Instant::now() + SOON;
+        while !so() {
+            assert!(Instant::now() < deadline, "{what}");
+            tokio::select! {
+                message = self.socket.next() => assert!(matches!(message, Some(Ok(_))), "the socket is up: {message:?}"),
+                _ = ping.tick() => self.send(&Frame::Ping(String::new())).await,
+            }
+        }
+    }
+
     pub async fn event(&mut self) -> Option<(Option<u64>, String, Value)> {
         loop {
             if let Frame::Event { id, name, mut args } = self.frame().await? {
