@@ -1,5 +1,6 @@
-//! The unit of docs/operations.md under a real systemd, in a container on a layer above this machine's files: it starts the engine
-//! and stops it in order. As root only, for a container needs that.
+//! The units of engine and agent under a real systemd, in a container on a layer above this machine's files. The one of
+//! docs/operations.md starts the engine and stops it in order; the agent installs and removes its own. As root only, for a container
+//! needs that.
 
 use std::{
     os::unix::fs::PermissionsExt,
@@ -153,4 +154,51 @@ async fn the_documented_unit_stops_the_engine_in_order() {
     let postgres = machine.read("var/lib/borealis/state/logs/postgres.log");
     assert!(postgres.contains("received fast shutdown request") && !postgres.contains("smart shutdown"), "{postgres}");
     assert!(postgres.contains("database system is shut down") && !postgres.contains("FATAL"), "{postgres}");
+}
+
+#[tokio::test]
+async fn the_agent_is_installed_replaced_and_removed_and_what_it_started_stays() {
+    if !Uid::effective().is_root() {
+        return;
+    }
+    let machine = Machine::start(|root| {
+        for (folder, mode) in [("root/new", 0o755), ("opt/open", 0o777)] {
+            let folder = root.join(folder);
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(mode)).unwrap();
+            std::fs::copy(built("borealis-agent"), folder.join("borealis-agent")).unwrap();
+            std::fs::set_permissions(folder.join("borealis-agent"), std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
+    })
+    .await;
+    let text = |output: &Output| [output.stdout.as_slice(), &output.stderr].map(String::from_utf8_lossy).concat();
+    let ok = |line: &[&str]| {
+        let output = machine.run(line);
+        assert!(output.status.success(), "{line:?}: {}", text(&output));
+        text(&output)
+    };
+    // What others could have put there does not become a service of root's.
+    let refused = machine.run(&["/opt/open/borealis-agent", "install", "--server-url", "http://127.0.0.1:9"]);
+    assert!(!refused.status.success() && text(&refused).contains("others may write to /opt/open"), "{}", text(&refused));
+    assert!(!machine.root.join("etc/borealis-agent").exists());
+
+    let new = "/root/new/borealis-agent";
+    let _ = ok(&[new, "install", "--server-url", "http://127.0.0.1:9", "--enrollment-code", "nobody-hears-it"]);
+    let levels = "journalctl -u borealis-agent -o json | grep -o '\"PRIORITY\":\"4\"'";
+    eventually("a warning is one in the journal", SOON, async || machine.run(&["sh", "-c", levels]).status.success().then_some(()))
+        .await;
+    // A daemon among the processes of the service, as a script leaves it.
+    let daemon = "setsid sleep 600 & echo $! >/run/daemon; \
+                  echo $! >\"$(find /sys/fs/cgroup -path '*borealis-agent.service/cgroup.procs' | head -n 1)\"; \
+                  grep -q borealis-agent.service /proc/$!/cgroup";
+    let _ = ok(&["sh", "-ec", daemon]);
+    // The same program again, over the one that runs.
+    let _ = ok(&[new, "install"]);
+    let _ = ok(&["systemctl", "is-active", "borealis-agent"]);
+    let _ = ok(&["sh", "-c", "kill -0 $(cat /run/daemon)"]);
+
+    let _ = ok(&["/usr/local/bin/borealis-agent", "uninstall", "--purge"]);
+    let _ = ok(&["sh", "-c", "kill $(cat /run/daemon)"]);
+    let left = machine.run(&["find", "/etc", "/var/lib", "/usr/local", "/run", "-name", "*borealis-agent*"]);
+    assert_eq!(String::from_utf8_lossy(&left.stdout), "", "nothing is left");
 }
