@@ -185,8 +185,10 @@ async fn the_agent_is_installed_replaced_and_removed_and_what_it_started_stays()
     let new = "/root/new/borealis-agent";
     let _ = ok(&[new, "install", "--server-url", "http://127.0.0.1:9", "--enrollment-code", "nobody-hears-it"]);
     let levels = "journalctl -u borealis-agent -o json | grep -o '\"PRIORITY\":\"4\"'";
-    eventually("a warning is one in the journal", SOON, async || machine.run(&["sh", "-c", levels]).status.success().then_some(()))
-        .await;
+    eventually("a warning is one in the journal", SOON, async || {
+        machine.run(&["sh", "-c", levels]).status.success().then_some(())
+    })
+    .await;
     // A daemon among the processes of the service, as a script leaves it.
     let daemon = "setsid sleep 600 & echo $! >/run/daemon; \
                   echo $! >\"$(find /sys/fs/cgroup -path '*borealis-agent.service/cgroup.procs' | head -n 1)\"; \
