@@ -2,6 +2,8 @@
 //!
 //! Who may read the engine's database and state folder may do all of this anyway; here it is done right, and audited.
 
+mod hold;
+
 use std::{
     io::{BufRead, IsTerminal, Read, Write},
     path::PathBuf,
@@ -17,6 +19,7 @@ use borealis_engine::{
     cluster::{self, DATABASE, Paths},
     db,
     keys::rotation::{Role, Rotation, State, What},
+    time_zones,
 };
 use chrono::{DateTime, SecondsFormat, Utc};
 use clap::{Args, Subcommand, ValueEnum};
@@ -97,6 +100,20 @@ enum Verb {
         #[arg(long)]
         stolen: bool,
     },
+    /// Holds the engine: nothing is scheduled and nothing is dispatched until it is released. Agents stay connected.
+    ///
+    /// For the time before a backup is restored, or when jobs must not run. An engine that finds its database restored holds itself.
+    Hold,
+    /// Shows what would happen next, and releases the engine.
+    Release {
+        /// Skip what is due: missed instants leave a record and do not run. In a restored database, scripts that wait for their
+        /// devices are not sent either.
+        #[arg(long)]
+        skip_missed: bool,
+        /// Release it without a question.
+        #[arg(long)]
+        yes: bool,
+    },
     /// Ends the secret store and everything sealed in it: for when its cipher is lost and nobody can sign in.
     ///
     /// Needs neither the cipher nor an account. Everybody is signed out and has neither password nor second factor; passkeys are removed;
@@ -143,6 +160,7 @@ enum AuditVerb {
 }
 
 struct Console {
+    state_dir: PathBuf,
     secrets_dir: PathBuf,
     engine_secret_file: PathBuf,
     pool: db::Pool,
@@ -156,10 +174,12 @@ struct Console {
 /// # Errors
 /// With a sentence for the person at the console.
 pub async fn run(line: Line) -> Result<()> {
+    time_zones::load(line.store.zoneinfo())?;
     let account = User::from_uid(Uid::effective()).ok().flatten();
     let account = account.map_or_else(|| Uid::effective().to_string(), |user| user.name);
     let console = Console {
         secrets_dir: line.store.state_dir()?.join("secrets"),
+        state_dir: line.store.state_dir()?,
         engine_secret_file: line.store.engine_secret_file()?,
         pool: pool(&line.store).await?,
         unseal: line.store.unseal()?,
@@ -173,6 +193,8 @@ pub async fn run(line: Line) -> Result<()> {
         Verb::EndSessions { username, .. } => console.end_sessions(username.as_deref()).await,
         Verb::RotateCipher => console.rotate_cipher().await,
         Verb::RotateKeys { key, step, stolen } => console.rotate_keys(key, step, stolen).await,
+        Verb::Hold => console.hold().await,
+        Verb::Release { skip_missed, yes } => console.release(skip_missed, yes).await,
         Verb::ForceReset { yes } => console.force_reset(yes).await,
         Verb::Audit(AuditVerb::Check) => console.audit_check().await,
         Verb::Audit(AuditVerb::Export) => console.audit_export().await,

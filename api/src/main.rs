@@ -138,6 +138,7 @@ async fn openapi() -> Result<()> {
         github_api_url: github::DEFAULT_URL.parse().map_err(Error::bug)?,
         exports: Exports::default(),
         worker_metrics_listen: None,
+        zoneinfo: None,
     };
     let nowhere = format!("postgres://nobody@localhost/none?host={}", folder.display());
     let pool = db::connect(&db::Options { url: nowhere, max_connections: 1, application_name: String::new() })?;

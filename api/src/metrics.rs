@@ -33,6 +33,7 @@ pub(crate) struct Meters {
     pub results_waiting: IntGauge,
     pub errors_delivery: IntCounter,
     pub errors_results: IntCounter,
+    pub held: IntGauge,
     pub audit_broken: IntGauge,
     pub audit_webhook_behind: IntGauge,
     sockets: IntGaugeVec,
@@ -74,6 +75,7 @@ pub(crate) static METERS: LazyLock<Meters> = LazyLock::new(|| {
         results_waiting: meter::gauge("borealis_results_waiting", "Reports of agents that wait to be applied."),
         errors_delivery: errors.with_label_values(&["delivery"]),
         errors_results: errors.with_label_values(&["results"]),
+        held: meter::gauge("borealis_held", "1 while the engine is held: nothing is scheduled and nothing is dispatched."),
         audit_broken: meter::gauge(
             "borealis_audit_broken",
             "1 when the daily check of the audit by this process has found that it was tampered with.",

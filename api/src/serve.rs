@@ -11,7 +11,9 @@ use borealis_engine::{
     },
     audit::chain,
     db::{self, Pool},
+    hold::Guard,
     keys::Keys,
+    time_zones,
 };
 use tokio::{net::TcpListener, task::JoinSet, time::sleep};
 use tokio_util::sync::CancellationToken;
@@ -38,6 +40,12 @@ const SYNC_LOOK_EVERY: Duration = Duration::from_secs(10);
 const FOLLOW_EVERY: Duration = Duration::from_secs(1);
 /// How often the keys on disk are read again; a rotation waits for that.
 pub const KEYS_EVERY: Duration = Duration::from_secs(2);
+/// How often it is looked whether the engine is held.
+const EPOCH_EVERY: Duration = Duration::from_secs(1);
+/// How often the log says that the engine is held.
+const HELD_SAID_EVERY: Duration = Duration::from_secs(60);
+/// How often the rules of time zones are read again.
+const TIME_ZONES_EVERY: Duration = Duration::from_secs(60);
 /// How long after a failure the unseal key is asked for again; it doubles up to [`UNSEAL_LONGEST_PAUSE`].
 const UNSEAL_FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause before the unseal key is asked for again.
@@ -86,11 +94,13 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
     if settings.public_base_url.port() == Some(0) && settings.public_base_url.set_port(Some(addr.port())).is_err() {
         return Err(Error::invalid("invalid_setting", "The public base URL cannot have a port."));
     }
+    time_zones::load(settings.zoneinfo.clone())?;
     let keys = Keys::load_or_create(&settings.state_dir.join("secrets"), Some(&settings.engine_secret_file))?;
     let app = App::new(Inner {
         pool,
         process_id: uuid::Uuid::now_v7(),
         shutdown: shutdown.clone(),
+        guard: Arc::new(Guard::new(&settings.state_dir)),
         vault: Vault::new(settings.unseal.clone()),
         settings,
         keys,
@@ -107,6 +117,8 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
     tasks.spawn(prepare(app.clone(), shutdown.clone()));
     tasks.spawn(keep_open(app.clone(), shutdown.clone()));
     tasks.spawn(read_keys(app.clone(), shutdown.clone()));
+    tasks.spawn(watch_epoch(app.clone(), shutdown.clone()));
+    tasks.spawn(read_time_zones(shutdown.clone()));
     tasks.spawn(seal_audit(app.clone(), shutdown.clone()));
     tasks.spawn(check_audit(app.clone(), shutdown.clone()));
     if let Some(webhook) = app.settings.audit_webhook.clone() {
@@ -130,6 +142,57 @@ async fn prepare(app: App, shutdown: CancellationToken) {
             () = shutdown.cancelled() => return,
             () = sleep(Duration::from_secs(PREPARE_RETRY_S)) => {}
         }
+    }
+}
+
+/// Watches over the epoch, and says in the log when the engine is held, and again every minute.
+async fn watch_epoch(app: App, shutdown: CancellationToken) {
+    let mut every = tokio::time::interval(EPOCH_EVERY);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let (mut said, mut trouble) = (None, None);
+    while shutdown.run_until_cancelled(every.tick()).await.is_some() {
+        let standing = match app.guard.look(&app.pool).await {
+            Ok(standing) => standing,
+            Err(error) => {
+                // That the database is away is said elsewhere.
+                if error.kind != Kind::Unavailable || error.code == "state_folder_unusable" {
+                    if trouble.as_ref() != Some(&error.message) {
+                        tracing::error!(%error, source = ?error.source, "nothing is scheduled and nothing is dispatched by this process");
+                    }
+                    trouble = Some(error.message);
+                }
+                continue;
+            }
+        };
+        trouble = None;
+        metrics::METERS.held.set(i64::from(standing.held.is_some()));
+        match standing.held {
+            Some(held) if said.is_none_or(|at: tokio::time::Instant| at.elapsed() >= HELD_SAID_EVERY) => {
+                tracing::error!(
+                    since = %held.since, why = %held.reason, by = held.by,
+                    "THE ENGINE IS HELD: nothing is scheduled and nothing is dispatched. `borealis-api admin release` shows what would \
+                     happen, and releases it"
+                );
+                said = Some(tokio::time::Instant::now());
+            }
+            Some(_) => {}
+            None => {
+                if said.take().is_some() {
+                    tracing::info!(epoch = standing.at_least, "the engine is released");
+                }
+            }
+        }
+    }
+}
+
+/// Follows updates of the rules of time zones.
+async fn read_time_zones(shutdown: CancellationToken) {
+    let mut every = tokio::time::interval(TIME_ZONES_EVERY);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    every.reset();
+    while shutdown.run_until_cancelled(every.tick()).await.is_some() {
+        // What it finds is in the log; reading files is not for this thread.
+        let _ = tokio::task::spawn_blocking(time_zones::refresh).await;
     }
 }
 

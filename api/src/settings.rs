@@ -52,6 +52,8 @@ pub struct Settings {
     pub exports: Exports,
     /// Where the worker of `up` does.
     pub worker_metrics_listen: Option<SocketAddr>,
+    /// The folder of compiled time zones, when it is not to be the newest of this machine.
+    pub zoneinfo: Option<PathBuf>,
 }
 
 /// Where everything is kept, and how the secrets in it are opened.
@@ -91,6 +93,9 @@ pub struct Store {
     /// The secret that API and workers share [default: <state>/secrets/engine.secret].
     #[arg(long, global = true, env = "BOREALIS_ENGINE_SECRET_FILE", value_name = "FILE")]
     pub engine_secret_file: Option<PathBuf>,
+    /// A folder of compiled time zones, as /usr/share/zoneinfo [default: the system's, or the built-in copy where that is newer].
+    #[arg(long, global = true, env = "BOREALIS_ZONEINFO", value_name = "FOLDER", default_value = "", hide_default_value = true)]
+    pub zoneinfo: String,
     /// How long a session lives without a request, in seconds.
     #[arg(long, global = true, env = "BOREALIS_SESSION_IDLE_SECONDS", value_name = "N", default_value_t = Lifetimes::default().idle_s, value_parser = clap::value_parser!(u32).range(60..=31_536_000))]
     pub session_idle_seconds: u32,
@@ -213,6 +218,12 @@ impl Store {
         }
     }
 
+    /// The folder of compiled time zones, when one is named; an empty variable names none.
+    #[must_use]
+    pub fn zoneinfo(&self) -> Option<PathBuf> {
+        Some(self.zoneinfo.trim()).filter(|folder| !folder.is_empty()).map(PathBuf::from)
+    }
+
     /// How a process opens the secret store by itself. An empty variable is none.
     ///
     /// # Errors
@@ -282,6 +293,7 @@ impl Environment {
             github_api_url: github_api(self.github_api_url.clone())?,
             exports: self.exports.clone(),
             worker_metrics_listen: self.worker_metrics_listen.0,
+            zoneinfo: self.store.zoneinfo(),
             state_dir,
         })
     }

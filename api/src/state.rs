@@ -5,6 +5,7 @@ use std::sync::Arc;
 use borealis_engine::{
     access::{Access, aegis::Vault},
     db,
+    hold::Guard,
     keys::Keys,
 };
 use tokio_util::sync::CancellationToken;
@@ -27,6 +28,8 @@ pub struct Inner {
     pub process_id: uuid::Uuid,
     /// Cancelled when this process stops: event streams and background tasks end with it.
     pub shutdown: CancellationToken,
+    /// Whether the engine is held, and how far it has come.
+    pub guard: Arc<Guard>,
     /// What seals and opens secrets.
     pub vault: Vault,
     /// Signing keys.

@@ -18,7 +18,7 @@ use borealis_engine::{
     cluster::{Cluster, DATABASE, Durability, Paths},
     db,
     keys::Keys,
-    state_dir,
+    state_dir, time_zones,
 };
 use borealis_telemetry::Optional;
 use nix::{
@@ -95,6 +95,7 @@ pub async fn up(settings: &Settings, database_url: Option<&str>, ignored: &[Stri
     let (stop, hurry) = on_signals()?;
     state_dir::own(&settings.state_dir)?;
     let _lock = state_dir::lock(&settings.state_dir)?;
+    time_zones::load(settings.zoneinfo.clone())?;
     ports(settings, &stop).await?;
 
     let mut cluster = match database_url {
@@ -205,6 +206,7 @@ fn roles(settings: &Settings, url: &str, ignored: &[String]) -> Result<[Role; 2]
         ("DATABASE_URL", OsString::from(url)),
         ("BOREALIS_STATE_DIR", settings.state_dir.clone().into()),
         ("BOREALIS_ENGINE_SECRET_FILE", settings.engine_secret_file.clone().into()),
+        ("BOREALIS_ZONEINFO", settings.zoneinfo.clone().unwrap_or_default().into()),
     ];
     let (mut command, mut key_file) = (String::new(), OsString::new());
     match &settings.unseal {

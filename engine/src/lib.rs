@@ -13,6 +13,7 @@ pub mod devices;
 pub mod egress;
 pub mod enrollment;
 pub mod error;
+pub mod hold;
 pub mod idempotency;
 pub mod instants;
 pub mod internal;
@@ -26,6 +27,7 @@ pub mod scope;
 pub mod secret;
 pub mod sites;
 pub mod state_dir;
+pub mod time_zones;
 pub mod work;
 
 pub use error::{Error, Kind, Result};

@@ -241,6 +241,21 @@ pub struct StoppedCluster {
 }
 
 impl StoppedCluster {
+    /// Starts a copy of it as a standby that waits to be promoted.
+    ///
+    /// # Panics
+    /// When it cannot be copied.
+    pub async fn standby(&self) -> TestCluster {
+        let folder = tempfile::Builder::new().prefix("borealis-standby-").tempdir().expect("a folder");
+        let paths = Paths::under(folder.path());
+        let copied =
+            std::process::Command::new("cp").arg("-a").arg(self._folder.path().join("postgres")).arg(folder.path()).status();
+        assert!(copied.is_ok_and(|status| status.success()), "the data folder cannot be copied");
+        std::fs::write(paths.data().join("standby.signal"), "").expect("a file in the data folder");
+        let cluster = start(&paths, self.durability).await;
+        TestCluster { cluster, paths, durability: self.durability, _folder: folder }
+    }
+
     /// Starts it again.
     pub async fn start(self) -> TestCluster {
         let Self { paths, durability, _folder } = self;

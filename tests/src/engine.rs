@@ -98,6 +98,7 @@ pub fn settings(state_dir: PathBuf) -> Settings {
         github_api_url: Url::parse("http://127.0.0.1:9/").expect("a URL"),
         exports: Default::default(),
         worker_metrics_listen: None,
+        zoneinfo: None,
     }
 }
 

@@ -444,6 +444,8 @@ impl World {
                 with(path, json!({}), Rule::Device)
             }
 
+            ("GET", "/api/engine/hold") => with(path, Value::Null, Rule::Anyone),
+
             ("GET", "/api/devices") => list(path, guid),
             ("GET", "/api/agents") => {
                 self.connected().await;

@@ -14,6 +14,7 @@ use borealis_workflows::{
         wakeup::{Sleep, Wakeup},
         worker,
     },
+    hold::Gate,
     request_cancel, retry, signal, start,
 };
 use serde_json::{Value, json};
@@ -53,7 +54,7 @@ impl Bench {
         .unwrap();
         let services = Services { pool, agents: Arc::new(probe::NoAgents) };
         let stop = CancellationToken::new();
-        let options = worker::Options { name: name.to_owned(), concurrency: 8, poll_every };
+        let options = worker::Options { name: name.to_owned(), concurrency: 8, poll_every, gate: Gate::open() };
         let running = worker::run(probe::registry(), services, options, stop.clone());
         self.stops.push((stop, tokio::spawn(async move { running.await.unwrap() })));
         self

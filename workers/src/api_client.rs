@@ -18,7 +18,7 @@ use borealis_telemetry::{
     meter::{self, HistogramVec, IntCounter},
     trace,
 };
-use borealis_workflows::Agents;
+use borealis_workflows::{Agents, hold::Confirmed};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use url::Url;
@@ -38,6 +38,7 @@ const EVENTS: usize = 5_000;
 const PREFIX: &str = "/api/internal/job-scheduler/";
 const HOST_SERVICE_EVENT: &str = "host-service-event";
 const PUBLIC_BASE_URL: &str = "public-base-url";
+const EPOCH: &str = "epoch";
 
 static REQUESTS: LazyLock<HistogramVec> = LazyLock::new(|| {
     meter::histograms(
@@ -55,7 +56,7 @@ static EVENTS_ASKED: LazyLock<IntCounter> = LazyLock::new(|| {
 /// Shows the meters from the start, at nought.
 pub(crate) fn show() {
     LazyLock::force(&EVENTS_ASKED);
-    for route in [HOST_SERVICE_EVENT, PUBLIC_BASE_URL] {
+    for route in [HOST_SERVICE_EVENT, PUBLIC_BASE_URL, EPOCH] {
         for result in ["ok", "refused", "away"] {
             REQUESTS.with_label_values(&[route, result]);
         }
@@ -283,5 +284,15 @@ impl Agents for ApiClient {
             .collect();
         self.host_service_events(&events).await?;
         Ok(())
+    }
+    async fn confirm(&self) -> Result<Confirmed> {
+        #[derive(Deserialize)]
+        struct Answer {
+            epoch: i64,
+            may_act: bool,
+        }
+        // Once: it is asked again in a second.
+        let Answer { epoch, may_act } = serde_json::from_value(self.any("GET", EPOCH, &[]).await?)?;
+        Ok(Confirmed { epoch, may_act })
     }
 }

@@ -9,7 +9,7 @@ use borealis_engine::{Result, db};
 use borealis_workflows::{
     Agents, Services,
     durable::{POLL_EVERY, definition::Registry, wakeup, worker},
-    housekeeping, metrics, scheduler,
+    hold, housekeeping, metrics, scheduler,
 };
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -67,16 +67,17 @@ pub async fn run(
     let pool = db::sibling(&pool, pool.options().get_max_connections(), &worker::PLANS);
     let services = Services { pool: pool.clone(), agents };
     tracing::info!(name, concurrency = options.concurrency, "worker starts");
-    let mut duties = Vec::new();
+    let (keeper, gate) = hold::closed();
+    let mut duties = vec![tokio::spawn(keeper.keep(pool.clone(), services.agents.clone(), stop.clone()))];
     if options.duties {
         let wakeup = wakeup::Wakeup::spawn(pool.clone(), [wakeup::SCHEDULE_CHANGED.to_owned()], stop.clone());
         // A connection of its own: what is due must not wait behind steps.
         let scheduling = db::sibling(&pool, 1, &worker::PLANS);
-        duties.push(tokio::spawn(scheduler::keep(scheduling, wakeup, name.clone(), stop.clone())));
-        duties.push(tokio::spawn(housekeeping::keep(services.clone(), options.history_days, stop.clone())));
+        duties.push(tokio::spawn(scheduler::keep(scheduling, wakeup, name.clone(), gate.clone(), stop.clone())));
+        duties.push(tokio::spawn(housekeeping::keep(services.clone(), options.history_days, gate.clone(), stop.clone())));
     }
     duties.push(tokio::spawn(presence(pool.clone(), options.id, name.clone(), stop.clone())));
-    let options = worker::Options { name, concurrency: options.concurrency, poll_every: POLL_EVERY };
+    let options = worker::Options { name, concurrency: options.concurrency, poll_every: POLL_EVERY, gate };
     worker::run(registry, services, options, stop).await?;
     for duty in duties {
         let _ = tokio::time::timeout(Duration::from_secs(2), duty).await;

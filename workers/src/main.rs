@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
-use borealis_engine::{db, secret::keep_out_of_core_dumps};
+use borealis_engine::{db, secret::keep_out_of_core_dumps, time_zones};
 use borealis_telemetry::{Exports, log::Format, settings};
 use borealis_workers::api_client::ApiClient;
 use clap::{CommandFactory, Parser, Subcommand};
@@ -30,6 +30,9 @@ struct Arguments {
     /// How long finished runs are kept, in days.
     #[arg(long, env = "BOREALIS_JOB_HISTORY_DAYS", default_value_t = 30, value_parser = clap::value_parser!(i32).range(1..=3650), global = true)]
     history_days: i32,
+    /// A folder of compiled time zones, as /usr/share/zoneinfo [default: the system's, or the built-in copy where that is newer].
+    #[arg(long, env = "BOREALIS_ZONEINFO", default_value = "", hide_default_value = true, global = true)]
+    zoneinfo: String,
     /// Log filter, as `info` or `borealis_workflows=debug,info`.
     #[arg(long, env = "BOREALIS_LOG", default_value = "info", global = true)]
     log: String,
@@ -92,6 +95,8 @@ async fn run(arguments: Arguments) -> Result<(), String> {
     let secret_file = arguments
         .engine_secret_file
         .ok_or("BOREALIS_ENGINE_SECRET_FILE is not set. It names a copy of the API's <state>/secrets/engine.secret.")?;
+    let zoneinfo = Some(arguments.zoneinfo.trim()).filter(|folder| !folder.is_empty());
+    time_zones::load(zoneinfo.map(PathBuf::from)).map_err(|error| error.message)?;
     let id = uuid::Uuid::new_v4();
     db::check_at_start(&url).await.map_err(|error| error.message)?;
     let pool = db::connect(&db::Options { url, max_connections: 16, application_name: "borealis-worker".to_owned() })

@@ -15,6 +15,7 @@ use uuid::Uuid;
 use crate::{
     Services,
     durable::start,
+    hold::Gate,
     metrics,
     scheduled_run::{self, RESULTS},
 };
@@ -27,12 +28,15 @@ const PASSES_BETWEEN_SWEEPS: u32 = 60;
 const BATCH: i64 = 2_000;
 
 /// Keeps house until `stop`.
-pub async fn keep(services: Services, history_days: i32, stop: CancellationToken) {
+pub async fn keep(services: Services, history_days: i32, gate: Gate, stop: CancellationToken) {
     let mut every = tokio::time::interval(DEADLINES_EVERY);
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut pass = 0_u32;
     let mut behind = false;
     while stop.run_until_cancelled(every.tick()).await.is_some() {
+        if !gate.is_open() {
+            continue;
+        }
         if let Err(error) = deadlines(&services, pass.is_multiple_of(PASSES_BETWEEN_SWEEPS)).await {
             metrics::failed_pass("deadlines");
             tracing::warn!(?error, "deadlines not enforced");

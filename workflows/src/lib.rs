@@ -1,6 +1,7 @@
 //! How long work gets done: the durable runtime on apalis, and one file per workflow.
 
 pub mod durable;
+pub mod hold;
 pub mod housekeeping;
 pub mod metrics;
 pub mod runs;
@@ -42,6 +43,11 @@ pub trait Agents: Send + Sync {
     /// Asks the API to send what is ready for these devices, and to pass on cancels. It may be asked again at will: what
     /// was sent is marked, so a repetition sends nothing twice.
     async fn deliver(&self, devices: &[Uuid]) -> Result<()>;
+
+    /// Asks an API process whether this worker may act. A runtime without API processes may.
+    async fn confirm(&self) -> Result<hold::Confirmed> {
+        Ok(hold::Confirmed { epoch: borealis_engine::hold::NO_EPOCH, may_act: true })
+    }
 }
 
 /// Prepares a database: the engine's migrations, and the queue's.

@@ -11,12 +11,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use borealis_engine::{Result, db, db::Pool};
+use borealis_engine::{Result, db, db::Pool, time_zones};
 use borealis_telemetry::{
     listener,
     meter::{self, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec},
     trace,
 };
+use chrono::Utc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -237,6 +238,8 @@ pub(crate) fn count(commits: &[Commit], written: &[Written]) {
 struct Looked {
     connections: IntGaugeVec,
     timeouts: IntCounter,
+    zones_version: IntGauge,
+    zones_age: Gauge,
     up: IntGauge,
     failures: IntCounter,
     seconds: Gauge,
@@ -258,6 +261,14 @@ static LOOKED: LazyLock<Looked> = LazyLock::new(|| Looked {
         &["pool", "state"],
     ),
     timeouts: meter::counter("borealis_pool_timeouts_total", "How often no connection came free within 5 s."),
+    zones_version: meter::gauge(
+        "borealis_time_zones_version",
+        "The version of the rules of time zones as year and number of its letter: 202606 is 2026f. 0 when it is not known.",
+    ),
+    zones_age: meter::measure(
+        "borealis_time_zones_age_seconds",
+        "How old the rules of time zones are at least; more than a year when it is not known.",
+    ),
     up: meter::gauge("borealis_postgres_up", "1 when Postgres answered the last look at the tables."),
     failures: meter::counter("borealis_tables_failures_total", "Looks at the tables for metrics that failed or took too long."),
     seconds: meter::measure("borealis_tables_seconds", "How long the last look at the tables took."),
@@ -362,6 +373,9 @@ impl Tables {
             }
         }
         LOOKED.timeouts.inc_by(db::timeouts().saturating_sub(LOOKED.timeouts.get()));
+        let zones = time_zones::current();
+        LOOKED.zones_version.set(zones.version_number());
+        LOOKED.zones_age.set(zones.age(Utc::now()).as_seconds_f64());
         // Whoever comes while somebody looks sees what that one has found.
         let mut next = self.next.lock().await;
         if next.is_some_and(|next| Instant::now() < next) {

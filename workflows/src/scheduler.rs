@@ -3,15 +3,20 @@
 //! One worker process leads by a lease in the database, any number stand by. Leadership is for economy only: what is due is
 //! taken under row locks and decided in the transaction that moves the job's cursor, so two leaders would do no harm.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use borealis_engine::{
     Result,
-    db::Pool,
+    db::{Pool, Tx},
     jobs::{
         cursor::{self, DueJob, Move},
-        occurrence::{self, Decision, Plan, Standing},
+        occurrence::{self, Decision, Fate, Plan, Settled, Standing},
+        zone_changes,
     },
+    time_zones,
 };
 use chrono::{DateTime, Utc};
 use tokio_util::sync::CancellationToken;
@@ -19,6 +24,7 @@ use uuid::Uuid;
 
 use crate::{
     durable::wakeup::{SCHEDULE_CHANGED, Wakeup},
+    hold::Gate,
     metrics::{self, METERS},
     scheduled_run,
 };
@@ -29,16 +35,22 @@ const LEAD: &str = "5 seconds";
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// The most jobs decided in one transaction.
 const BATCH: i64 = 1_000;
+/// How often the rules of time zones are read again.
+const READ_ZONES_EVERY: Duration = Duration::from_secs(60);
+/// How often jobs are held against the rules of their time zones when these have not changed: another process may have saved a job by
+/// other rules.
+const FOLLOW_ZONES_EVERY: Duration = Duration::from_secs(3600);
 
 /// Schedules until `stop`. `worker` names this process.
-pub async fn keep(pool: Pool, wakeup: Wakeup, worker: String, stop: CancellationToken) {
+pub async fn keep(pool: Pool, wakeup: Wakeup, worker: String, gate: Gate, stop: CancellationToken) {
     let token = Uuid::new_v4();
+    let mut zones = Zones::default();
     let work = async {
         loop {
             let changed = wakeup.listen(SCHEDULE_CHANGED);
             tokio::pin!(changed);
             changed.as_mut().enable();
-            let sleep = match tick(&pool, &worker, token).await {
+            let sleep = match pass(&pool, &worker, token, &gate, &mut zones).await {
                 Ok(next) => next,
                 Err(error) => {
                     metrics::failed_pass("scheduler");
@@ -54,19 +66,74 @@ pub async fn keep(pool: Pool, wakeup: Wakeup, worker: String, stop: Cancellation
     let _ = step_down(&pool, token).await;
 }
 
+/// When the rules of time zones were last read, and jobs last held against them.
+#[derive(Debug, Default)]
+struct Zones {
+    read: Option<Instant>,
+    followed: Option<Instant>,
+}
+
+async fn pass(pool: &Pool, worker: &str, token: Uuid, gate: &Gate, zones: &mut Zones) -> Result<Duration> {
+    if !gate.is_open() {
+        METERS.leads.set(0);
+        return Ok(LONGEST_SLEEP);
+    }
+    if !leads(pool, worker, token).await? {
+        // Who leads meanwhile may leave jobs by other rules.
+        zones.followed = None;
+        return Ok(LONGEST_SLEEP);
+    }
+    if zones.read.is_none_or(|at| at.elapsed() >= READ_ZONES_EVERY) {
+        zones.read = Some(Instant::now());
+        if tokio::task::spawn_blocking(time_zones::refresh).await.unwrap_or(false) {
+            zones.followed = None;
+        }
+    }
+    if zones.followed.is_none_or(|at| at.elapsed() >= FOLLOW_ZONES_EVERY) {
+        follow_time_zones(pool).await?;
+        zones.followed = Some(Instant::now());
+    }
+    decide(pool, gate.at_least()).await
+}
+
+/// Moves the jobs whose time zones have other rules than when their next instants were computed. Answers how many moved.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn follow_time_zones(pool: &Pool) -> Result<usize> {
+    let (mut after, mut moved) = (i64::MIN, 0);
+    loop {
+        let mut tx = pool.begin().await?;
+        let followed = zone_changes::follow(&mut tx, after, BATCH).await?;
+        tx.commit().await?;
+        moved += followed.moved;
+        let Some(last) = followed.last_id else { break };
+        after = last;
+    }
+    if moved > 0 {
+        tracing::warn!(jobs = moved, "the next instants of jobs moved with the rules of their time zones");
+    }
+    Ok(moved)
+}
+
 /// One pass, if the holder of `token` leads: decides all that is due and answers how long to sleep.
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn tick(pool: &Pool, worker: &str, token: Uuid) -> Result<Duration> {
-    let leads = lead(pool, worker, token).await;
-    METERS.leads.set(i64::from(matches!(leads, Ok(true))));
-    if !leads? {
-        return Ok(LONGEST_SLEEP);
-    }
-    while advance(pool, BATCH).await? == usize::try_from(BATCH).unwrap_or(usize::MAX) {}
+pub async fn tick(pool: &Pool, worker: &str, token: Uuid, at_least: i64) -> Result<Duration> {
+    if leads(pool, worker, token).await? { decide(pool, at_least).await } else { Ok(LONGEST_SLEEP) }
+}
+
+async fn decide(pool: &Pool, at_least: i64) -> Result<Duration> {
+    while advance(pool, BATCH, at_least).await? == usize::try_from(BATCH).unwrap_or(usize::MAX) {}
     let nearest = cursor::nearest(&mut *pool.acquire().await?).await?;
     Ok(nearest.map_or(LONGEST_SLEEP, |seconds| Duration::from_secs_f64(seconds.clamp(0.0, LONGEST_SLEEP.as_secs_f64()))))
+}
+
+async fn leads(pool: &Pool, worker: &str, token: Uuid) -> Result<bool> {
+    let leads = lead(pool, worker, token).await;
+    METERS.leads.set(i64::from(matches!(leads, Ok(true))));
+    leads
 }
 
 /// Takes or keeps the lead. The lease is written when less than half of it is left, and not by one who stands by.
@@ -103,32 +170,18 @@ async fn step_down(pool: &Pool, token: Uuid) -> Result<()> {
     Ok(())
 }
 
-/// Decides up to `limit` jobs whose cursor has come, and answers how many. Any number of processes may do it at once.
+/// Decides up to `limit` jobs whose cursor has come, and answers how many. Any number of processes may do it at once. None while the
+/// engine is held, or the database is behind the epoch `at_least`.
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn advance(pool: &Pool, limit: i64) -> Result<usize> {
+pub async fn advance(pool: &Pool, limit: i64, at_least: i64) -> Result<usize> {
     let mut tx = pool.begin().await?;
-    let (now, jobs) = cursor::due(&mut tx, limit).await?;
+    let (now, jobs) = cursor::due(&mut tx, limit, Some(at_least)).await?;
     if jobs.is_empty() {
         return Ok(0);
     }
-    let plans: Vec<_> = jobs.iter().filter_map(|job| Some((job, plan(job, now)?))).collect();
-    let instants: Vec<_> =
-        plans.iter().flat_map(|(job, plan)| plan.decisions.iter().map(|decision| (job.id, decision.at()))).collect();
-    let standings = occurrence::standings(&mut tx, &instants).await?;
-    let nothing = Standing::default();
-    let settled: Vec<_> = plans
-        .iter()
-        .flat_map(|(job, plan)| {
-            occurrence::settle(job.id, &plan.decisions, job.overlap_policy, standings.get(&job.id).unwrap_or(&nothing))
-        })
-        .collect();
-    let open = occurrence::write(&mut tx, &settled).await?;
-    scheduled_run::start_occurrences(&mut tx, &open).await?;
-    let planned: HashMap<i64, &Plan> = plans.iter().map(|(job, plan)| (job.id, plan)).collect();
-    let moves: Vec<_> = jobs.iter().map(|job| moved(job, planned.get(&job.id).copied())).collect();
-    cursor::advance(&mut tx, &moves).await?;
+    let settled = decide_these(&mut tx, &jobs, now, |decision| decision).await?;
     tx.commit().await?;
     for job in &jobs {
         METERS.jobs_decided.inc();
@@ -138,6 +191,100 @@ pub async fn advance(pool: &Pool, limit: i64) -> Result<usize> {
         METERS.instants.with_label_values(&[settled.fate.as_str()]).inc();
     }
     Ok(jobs.len())
+}
+
+/// Decides these jobs, as `turned`: writes what becomes of their instants and moves their cursors.
+async fn decide_these(
+    tx: &mut Tx<'_>,
+    jobs: &[DueJob],
+    now: DateTime<Utc>,
+    turned: impl Fn(Decision) -> Decision,
+) -> Result<Vec<Settled>> {
+    let mut plans: Vec<_> = jobs.iter().filter_map(|job| Some((job, plan(job, now)?))).collect();
+    for (_, plan) in &mut plans {
+        plan.decisions = std::mem::take(&mut plan.decisions).into_iter().map(&turned).collect();
+    }
+    let settled = settle(tx, &plans).await?;
+    let open = occurrence::write(tx, &settled).await?;
+    scheduled_run::start_occurrences(tx, &open).await?;
+    let planned: HashMap<i64, &Plan> = plans.iter().map(|(job, plan)| (job.id, plan)).collect();
+    let moves: Vec<_> = jobs.iter().map(|job| moved(job, planned.get(&job.id).copied())).collect();
+    cursor::advance(tx, &moves).await?;
+    Ok(settled)
+}
+
+/// What becomes of the decisions of these plans, given what their jobs have.
+async fn settle(tx: &mut Tx<'_>, plans: &[(&DueJob, Plan)]) -> Result<Vec<Settled>> {
+    let instants: Vec<_> =
+        plans.iter().flat_map(|(job, plan)| plan.decisions.iter().map(|decision| (job.id, decision.at()))).collect();
+    let standings = occurrence::standings(tx, &instants).await?;
+    let nothing = Standing::default();
+    let of_job = |(job, plan): &(&DueJob, Plan)| {
+        occurrence::settle(job.id, &plan.decisions, job.overlap_policy, standings.get(&job.id).unwrap_or(&nothing))
+    };
+    Ok(plans.iter().flat_map(of_job).collect())
+}
+
+/// What the scheduler would do with a due job now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Foreseen {
+    /// The job.
+    pub job_id: i64,
+    /// Its name.
+    pub name: String,
+    /// Its first due instant.
+    pub due_at: DateTime<Utc>,
+    /// How many occurrences are opened.
+    pub runs: usize,
+    /// How many due instants do not run.
+    pub skipped: i64,
+    /// When it is due after that.
+    pub next_due_at: Option<DateTime<Utc>>,
+}
+
+/// What the scheduler would do now, if the engine were not held: up to `limit` jobs, the longest due first. Changes nothing.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn foresee(pool: &Pool, limit: i64) -> Result<Vec<Foreseen>> {
+    let mut tx = pool.begin().await?;
+    let (now, jobs) = cursor::due(&mut tx, limit, None).await?;
+    let plans: Vec<_> = jobs.iter().filter_map(|job| Some((job, plan(job, now)?))).collect();
+    let settled = settle(&mut tx, &plans).await?;
+    tx.rollback().await?;
+    let runs = |job_id| settled.iter().filter(|one| one.job_id == job_id && !matches!(one.fate, Fate::Skip { .. })).count();
+    let foreseen = plans.iter().map(|(job, plan)| {
+        let runs = runs(job.id);
+        Foreseen {
+            job_id: job.id,
+            name: job.name.clone(),
+            due_at: job.next_due_at,
+            runs,
+            skipped: plan.used - i64::try_from(runs).unwrap_or(plan.used),
+            next_due_at: plan.next_due_at,
+        }
+    });
+    Ok(foreseen.collect())
+}
+
+/// Skips what is due now, whatever the jobs' policies: each instant leaves a record and does not run. Answers how many jobs.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn skip_missed(tx: &mut Tx<'_>) -> Result<usize> {
+    let mut skipped = 0;
+    loop {
+        let (now, jobs) = cursor::due(tx, BATCH, None).await?;
+        if jobs.is_empty() {
+            return Ok(skipped);
+        }
+        skipped += jobs.len();
+        let skip = |decision| match decision {
+            Decision::Fire { at, .. } => Decision::Skip { at, reason: "misfire", more: 0 },
+            skip => skip,
+        };
+        decide_these(tx, &jobs, now, skip).await?;
+    }
 }
 
 /// What to do with the due instants of a job; none when its schedule cannot be read.
@@ -158,9 +305,11 @@ fn plan(job: &DueJob, now: DateTime<Utc>) -> Option<Plan> {
 /// Where the cursor of a decided job goes; without a plan the job is stopped.
 fn moved(job: &DueJob, plan: Option<&Plan>) -> Move {
     let fired = |decision: &&Decision| matches!(decision, Decision::Fire { .. });
+    let next_due_at = plan.and_then(|plan| plan.next_due_at);
     Move {
         job_id: job.id,
-        next_due_at: plan.and_then(|plan| plan.next_due_at),
+        next_due_at,
+        next_due_wall: next_due_at.and_then(|next| job.schedule.as_ref().ok()?.wall_of(next)),
         used: plan.map_or(0, |plan| plan.used),
         last: plan.map_or(Some(job.next_due_at), |plan| plan.decisions.iter().rfind(fired).map(Decision::at)),
     }

@@ -15,6 +15,7 @@ use axum::{
 use borealis_engine::{
     Error, Kind,
     devices::sockets,
+    hold::EVERY_EPOCH,
     internal::{self, Signed},
 };
 use borealis_workflows::durable::definition::Registry;
@@ -46,7 +47,8 @@ pub struct Entry {
 }
 
 /// Every route of this listener.
-pub const TABLE: [Entry; 3] = [
+pub const TABLE: [Entry; 4] = [
+    Entry { method: "GET", path: "/api/internal/job-scheduler/epoch" },
     Entry { method: "GET", path: "/api/internal/job-scheduler/public-base-url" },
     Entry { method: "POST", path: "/api/internal/job-scheduler/host-service-event" },
     Entry { method: "POST", path: "/api/internal/job-scheduler/workflow/start" },
@@ -58,8 +60,9 @@ pub struct Worker(pub Uuid);
 
 /// Builds the service of the internal listener; `registry` holds the workflows a worker may start.
 pub fn router(app: &App, registry: Registry) -> Router {
-    let [base_url, event, start] = TABLE;
+    let [epoch, base_url, event, start] = TABLE;
     Router::new()
+        .route(epoch.path, get(confirm))
         .route(base_url.path, get(public_base_url))
         .route(event.path, post(host_service_event))
         .route(start.path, post(workflow::start))
@@ -136,6 +139,12 @@ fn one(headers: &HeaderMap, name: &str) -> Option<String> {
 
 fn unsigned() -> ApiError {
     ApiError(Error::new(Kind::Unauthenticated, "unauthorized", "The request is not signed by a known key."))
+}
+
+/// Whether a worker may act: this process has judged the database, and the engine is not held.
+async fn confirm(State(app): State<App>) -> JsonBody<Value> {
+    let epoch = app.guard.at_least();
+    JsonBody(json!({"epoch": epoch, "may_act": epoch != EVERY_EPOCH}))
 }
 
 /// The URL people and agents use.

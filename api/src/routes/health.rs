@@ -1,7 +1,8 @@
 //! Liveness and readiness.
 
 use axum::{Json, extract::State};
-use borealis_engine::db;
+use borealis_engine::{db, time_zones};
+use chrono::{NaiveDate, Utc};
 use utoipa::ToSchema;
 use utoipa_axum::routes;
 
@@ -24,9 +25,33 @@ async fn health() -> Json<Probe> {
     Json(Probe { status: "ok" })
 }
 
+/// The answer of `/ready`.
+#[derive(Debug, serde::Serialize, ToSchema)]
+struct Ready {
+    /// `ok`.
+    status: &'static str,
+    /// Whether the engine is held: agents stay connected, and nothing is scheduled and nothing is dispatched.
+    held: bool,
+    /// The rules of time zones this process uses.
+    time_zones: TimeZones,
+}
+
+/// Rules of time zones.
+#[derive(Debug, serde::Serialize, ToSchema)]
+struct TimeZones {
+    /// Their version, as `2026f`; `unknown` for a folder that does not say.
+    version: String,
+    /// The latest day on which they can have been released.
+    released: Option<NaiveDate>,
+    /// Whether they are older than a year, or of unknown age.
+    old: bool,
+}
+
 /// Readiness: Postgres answers and is migrated. 503 with the reason otherwise.
-#[utoipa::path(get, path = "/ready", tag = "Core", responses((status = 200, body = Probe), (status = 503, description = "Not ready, with the reason")))]
-async fn ready(State(app): State<App>) -> Result<Json<Probe>> {
+#[utoipa::path(get, path = "/ready", tag = "Core", responses((status = 200, body = Ready), (status = 503, description = "Not ready, with the reason")))]
+async fn ready(State(app): State<App>) -> Result<Json<Ready>> {
     db::ready(&app.pool).await?;
-    Ok(Json(Probe { status: "ok" }))
+    let zones = time_zones::current();
+    let time_zones = TimeZones { version: zones.version(), released: zones.released(), old: zones.is_old(Utc::now()) };
+    Ok(Json(Ready { status: "ok", held: app.guard.standing().held.is_some(), time_zones }))
 }

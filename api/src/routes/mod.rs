@@ -17,6 +17,7 @@ pub mod device_labels;
 pub mod devices;
 pub mod directory;
 pub mod docs;
+pub mod engine;
 pub mod enrollment;
 pub mod github;
 pub mod health;
@@ -45,6 +46,7 @@ pub fn all(app: &App) -> Routes {
         .merge(devices::routes(app))
         .merge(directory::routes(app))
         .merge(docs::routes(app))
+        .merge(engine::routes(app))
         .merge(enrollment::routes(app))
         .merge(github::routes(app))
         .merge(health::routes(app))

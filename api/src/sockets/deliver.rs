@@ -136,8 +136,9 @@ async fn send(running: &Running, devices: &[Uuid], reconnected: bool) -> (usize,
 async fn take(running: &Running, devices: &[Uuid], reconnected: bool) -> Result<Batch> {
     running.wanted.settle_doubts(&running.pool).await?;
     let mut tx = db::begin_wide(&running.pool).await?;
-    let cancels = delivery::take_cancels(&mut tx, running.process_id, devices, reconnected).await?;
-    let taken = delivery::take_ready(&mut tx, running.process_id, devices, reconnected).await?;
+    let at_least = running.guard.at_least();
+    let cancels = delivery::take_cancels(&mut tx, running.process_id, devices, reconnected, at_least).await?;
+    let taken = delivery::take_ready(&mut tx, running.process_id, devices, reconnected, at_least).await?;
     if let Err(error) = tx.commit().await {
         // The answer may have been lost and not the commit.
         running.wanted.doubt(Doubt::about(&taken, &cancels));

@@ -27,6 +27,7 @@ use borealis_engine::{
     bus::Heard,
     db::Pool,
     devices::sockets::{self, Finding, Mode},
+    hold::Guard,
     internal,
     jobs::delivery,
     keys::Keys,
@@ -92,6 +93,7 @@ impl std::fmt::Debug for Hub {
 
 /// A hub that has been started.
 struct Running {
+    guard: Arc<Guard>,
     pool: Pool,
     /// Connections that no request and no sweep waits for.
     hub_pool: Pool,
@@ -325,6 +327,7 @@ impl Running {
         let (people_service, people) = server("borealis-operators", OPERATOR_MESSAGE_BYTES, 1024, PING_TIMEOUT);
         let (events, waiting_events) = mpsc::channel(EVENTS);
         Self {
+            guard: app.guard.clone(),
             pool: app.pool.clone(),
             hub_pool,
             bus,
@@ -512,7 +515,7 @@ impl Running {
                 for gone in sockets::bury(&self.pool).await? {
                     self.tell_presence(&gone.hostname, gone.device, gone.site_id, false);
                 }
-                let due = delivery::due(&self.pool, self.process_id).await?;
+                let due = delivery::due(&self.pool, self.process_id, self.guard.at_least()).await?;
                 if !due.is_empty() {
                     self.wanted.look(due);
                 }

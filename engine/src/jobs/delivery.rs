@@ -151,19 +151,22 @@ pub struct Cancel {
     pub reason: String,
 }
 
-/// Devices with a socket at `process` for which something is ready or to be cancelled: the poll behind the notifications.
+/// Devices with a socket at `process` for which something is ready or to be cancelled: the poll behind the notifications. As all here:
+/// nothing while the engine is held, or the database is behind the epoch `at_least` that the process has seen.
 ///
 /// # Errors
 /// When the database is away.
-pub async fn due(pool: &Pool, process: Uuid) -> Result<Vec<Uuid>> {
+pub async fn due(pool: &Pool, process: Uuid, at_least: i64) -> Result<Vec<Uuid>> {
     let devices = sqlx::query_scalar!(
         "SELECT DISTINCT s.device_guid FROM device_sockets s JOIN activity_history a ON a.device_guid = s.device_guid
          WHERE s.api_process = $1 AND a.delivery IN ('ready', 'sent', 'accepted')
+           AND (SELECT e.held_since IS NULL AND e.epoch >= $2 FROM engine_epoch e)
            AND ((a.delivery = 'ready' AND a.cancel_requested_at IS NULL AND (a.deliver_until IS NULL OR a.deliver_until > now())
                  AND (a.offer_after IS NULL OR a.offer_after <= now()))
              OR (a.delivery <> 'ready' AND a.cancel_requested_at IS NOT NULL AND a.cancel_sent_at IS NULL
                  AND coalesce(s.capabilities -> 'cancel' = 'true', false)))",
-        process
+        process,
+        at_least
     )
     .fetch_all(&mut *db::begin_wide(pool).await?)
     .await?;
@@ -176,7 +179,7 @@ pub async fn due(pool: &Pool, process: Uuid) -> Result<Vec<Uuid>> {
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconnected: bool) -> Result<Taken> {
+pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconnected: bool, at_least: i64) -> Result<Taken> {
     let rows = sqlx::query!(
         r#"WITH picked AS (
                SELECT a.id, s.socket_id, s.dedup, s.cancels, a.delivery <> 'ready' AS again, r.occurrence_id, c.occurrence_id IS NOT NULL AS shares,
@@ -199,7 +202,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
                LEFT JOIN occurrence_scripts c ON c.occurrence_id = r.occurrence_id AND c.component_index = a.component_index
                LEFT JOIN quick_run_scripts q ON q.id = a.quick_run_script_id
                WHERE a.device_guid = ANY($2) AND a.delivery IN ('ready', 'sent', 'accepted') AND s.api_process = $1
-                 AND a.cancel_requested_at IS NULL
+                 AND a.cancel_requested_at IS NULL AND (SELECT e.held_since IS NULL AND e.epoch >= $6 FROM engine_epoch e)
                  AND ((a.delivery = 'ready' AND (a.deliver_until IS NULL OR a.deliver_until > now())
                       AND (a.offer_after IS NULL OR a.offer_after <= now()))
                    OR ($3 AND a.delivery IN ('sent', 'accepted') AND s.dedup AND a.sent_at < s.connected_at))
@@ -220,6 +223,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
         reconnected,
         DELIVERIES,
         DELIVERY_BYTES as f64,
+        at_least,
     )
     .fetch_all(&mut **tx)
     .await?;
@@ -356,13 +360,20 @@ pub async fn undo(pool: &Pool, doubt: &Doubt) -> Result<()> {
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn take_cancels(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconnected: bool) -> Result<Vec<Cancel>> {
+pub async fn take_cancels(
+    tx: &mut Tx<'_>,
+    process: Uuid,
+    devices: &[Uuid],
+    reconnected: bool,
+    at_least: i64,
+) -> Result<Vec<Cancel>> {
     let cancels = sqlx::query_as!(
         Cancel,
         r#"WITH picked AS (
                SELECT a.id, s.socket_id FROM activity_history a
                JOIN device_sockets s ON s.device_guid = a.device_guid AND s.service_mode = 'system' AND s.api_process = $1
                WHERE a.device_guid = ANY($2) AND a.delivery IN ('sent', 'accepted') AND a.cancel_requested_at IS NOT NULL
+                 AND (SELECT e.held_since IS NULL AND e.epoch >= $5 FROM engine_epoch e)
                  AND (a.cancel_sent_at IS NULL OR ($3 AND a.cancel_sent_at < s.connected_at))
                  AND coalesce(s.capabilities -> 'cancel' = 'true', false)
                ORDER BY a.id LIMIT $4 FOR UPDATE OF a SKIP LOCKED)
@@ -372,7 +383,8 @@ pub async fn take_cancels(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reco
         process,
         devices,
         reconnected,
-        BATCH
+        BATCH,
+        at_least
     )
     .fetch_all(&mut **tx)
     .await?;

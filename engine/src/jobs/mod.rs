@@ -11,3 +11,4 @@ pub mod spec;
 pub mod store;
 pub mod targets;
 pub mod view;
+pub mod zone_changes;

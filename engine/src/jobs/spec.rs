@@ -259,7 +259,7 @@ impl JobSpec {
         let input = schedule_input(body)?;
         let rescheduled = input.is_some();
         if let Some(input) = input {
-            self.schedule = Schedule::parse(&input, now)?;
+            self.schedule = Schedule::parse(&input, now)?.keeping_wall_of(&self.schedule);
             if defaulted {
                 self.expiration = self.schedule.default_expiration();
             }

@@ -70,11 +70,12 @@ pub async fn create(conn: &mut PgConnection, caller: Caller<'_>, body: &JobBody)
         sites
     });
     let schedule = &spec.schedule;
+    let first = schedule.first(now);
     let id = sqlx::query_scalar!(
         "INSERT INTO scheduled_jobs (name, job_kind, components, targets, schedule_type, start_at, start_wall, timezone, cron, end_at,
              max_occurrences, misfire_policy, overlap_policy, duration_stop_enabled, expiration, stop_after, execution_context,
-             enabled, owner_user_id, editor_user_id, scope_site_ids, next_due_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $19, $20, $21) RETURNING id",
+             enabled, owner_user_id, editor_user_id, scope_site_ids, next_due_at, next_due_wall)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $19, $20, $21, $22) RETURNING id",
         spec.name,
         spec.job_kind,
         serde_json::to_value(&spec.components)?,
@@ -95,7 +96,8 @@ pub async fn create(conn: &mut PgConnection, caller: Caller<'_>, body: &JobBody)
         spec.enabled,
         caller.user_id,
         scope_site_ids.as_deref(),
-        schedule.first(now),
+        first,
+        first.and_then(|first| schedule.wall_of(first)),
     )
     .fetch_one(&mut *conn)
     .await?;
@@ -137,6 +139,7 @@ pub async fn update(conn: &mut PgConnection, caller: Caller<'_>, id: i64, body: 
              timezone = $8, cron = $9, end_at = $10, max_occurrences = $11, misfire_policy = $12, overlap_policy = $13,
              duration_stop_enabled = $14, expiration = $15, stop_after = $16, execution_context = $17, enabled = $18,
              next_due_at = CASE WHEN $19 THEN $20 ELSE next_due_at END,
+             next_due_wall = CASE WHEN $19 THEN $23 ELSE next_due_wall END,
              schedule_revision = schedule_revision + CASE WHEN $19 THEN 1 ELSE 0 END, updated_at = now(),
              -- Who saves a job whose owner or last editor is gone takes it over.
              owner_user_id = coalesce(owner_user_id, $21),
@@ -164,6 +167,7 @@ pub async fn update(conn: &mut PgConnection, caller: Caller<'_>, id: i64, body: 
         next_due_at,
         caller.user_id,
         edited,
+        next_due_at.and_then(|next| schedule.wall_of(next)),
     )
     .fetch_one(&mut *conn)
     .await?;
@@ -188,10 +192,12 @@ pub async fn toggle(conn: &mut PgConnection, caller: Caller<'_>, id: i64, enable
     let next_due_at = next_due(&job.spec, job.occurrences_used, now);
     sqlx::query!(
         "UPDATE scheduled_jobs SET enabled = $2, next_due_at = CASE WHEN $2 THEN $3 ELSE next_due_at END,
+             next_due_wall = CASE WHEN $2 THEN $4 ELSE next_due_wall END,
              schedule_revision = schedule_revision + 1, updated_at = now() WHERE id = $1",
         id,
         enabled,
         next_due_at,
+        next_due_at.and_then(|next| job.spec.schedule.wall_of(next)),
     )
     .execute(&mut *conn)
     .await?;

@@ -7,6 +7,7 @@ use std::{
 
 use borealis_engine::{
     db::{Pool, Tx},
+    hold::NO_EPOCH,
     jobs::cursor,
 };
 use borealis_workflows::{
@@ -899,7 +900,7 @@ impl World {
     async fn schedule(&mut self) {
         let Some(at) = self.awake() else { return };
         let (name, token) = (self.workers[at].name.clone(), self.workers[at].scheduler);
-        let next = scheduler::tick(&self.pool, &name, token).await;
+        let next = scheduler::tick(&self.pool, &name, token, NO_EPOCH).await;
         self.answer(&format!("{name} schedules"), next).await;
     }
 
@@ -907,9 +908,9 @@ impl World {
     /// first is deciding is left to it. Then the first dies.
     async fn schedule_twice(&mut self) {
         let Ok(mut tx) = self.pool.begin().await else { return };
-        let due = cursor::due(&mut tx, ALL_JOBS).await;
+        let due = cursor::due(&mut tx, ALL_JOBS, Some(NO_EPOCH)).await;
         let due = self.answer("a slow scheduler", due).await.map_or(0, |(_, jobs)| jobs.len());
-        let decided = scheduler::advance(&self.pool, ALL_JOBS).await;
+        let decided = scheduler::advance(&self.pool, ALL_JOBS, NO_EPOCH).await;
         let decided = self.answer("a second scheduler", decided).await.unwrap_or(0);
         if due > 0 {
             self.tell(format!("a slow scheduler is at {due} jobs, a second one decides {decided}"));

@@ -11,7 +11,7 @@ use super::{World, complain, is_error};
 /// A valid body for a route of the internal listener; null for none.
 fn body(world: &World, route: &str) -> Option<Value> {
     match route {
-        "GET /api/internal/job-scheduler/public-base-url" => Some(Value::Null),
+        "GET /api/internal/job-scheduler/epoch" | "GET /api/internal/job-scheduler/public-base-url" => Some(Value::Null),
         "POST /api/internal/job-scheduler/host-service-event" => {
             Some(json!({"device_guid": world.device.guid, "event_name": "quick_job_run"}))
         }

@@ -25,7 +25,10 @@ use super::{
     CLAIM_BATCH, POLL_EVERY,
     wakeup::{Sleep, Wakeup},
 };
-use crate::metrics::{self, METERS};
+use crate::{
+    hold::Gate,
+    metrics::{self, METERS},
+};
 
 /// A leased run whose present step this process may run.
 #[derive(Debug)]
@@ -235,16 +238,18 @@ pub(super) struct Fetcher {
     pub slots: Arc<Semaphore>,
     pub wakeup: Wakeup,
     pub poll_every: Duration,
+    pub gate: Gate,
 }
 
 impl Fetcher {
     /// Claims for as long as there is something to claim, then sleeps until a writer of a hint wakes it. It falls asleep only
     /// when no such writer is under way, and looks once more then.
     async fn fetch(&self, claims: &mpsc::Sender<Claim>) {
-        let Self { pool, queue, worker, slots, wakeup, poll_every } = self;
+        let Self { pool, queue, worker, slots, wakeup, poll_every, gate } = self;
         let (took, leased) = (METERS.claims.with_label_values(&[queue]), METERS.claimed.with_label_values(&[queue]));
         let mut pause = FIRST_PAUSE;
         loop {
+            gate.opened().await;
             let woken = wakeup.listen(queue);
             tokio::pin!(woken);
             woken.as_mut().enable();

@@ -8,7 +8,10 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{MAX_WORKER_DEATHS, RECOVER_BATCH, RECOVER_EVERY, commit::children_ended, definition::Registry, start::wake_up};
-use crate::metrics::{self, METERS};
+use crate::{
+    hold::Gate,
+    metrics::{self, METERS},
+};
 
 /// How many passes lie between two steps of the search for lost hints.
 const PASSES_BETWEEN_STEPS: u32 = 4;
@@ -16,11 +19,14 @@ const PASSES_BETWEEN_STEPS: u32 = 4;
 const STEP_RUNS: i64 = 1_000;
 
 /// Recovers until `stop`.
-pub async fn keep(pool: Pool, registry: Registry, stop: CancellationToken) {
+pub async fn keep(pool: Pool, registry: Registry, gate: Gate, stop: CancellationToken) {
     let mut every = tokio::time::interval(RECOVER_EVERY);
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut pass, mut search) = (0_u32, Search::default());
     while stop.run_until_cancelled(every.tick()).await.is_some() {
+        if !gate.is_open() {
+            continue;
+        }
         let done = async {
             while expired_leases(&pool, &registry).await? == usize::try_from(RECOVER_BATCH).unwrap_or(usize::MAX) {}
             while ended_waits(&pool).await? == usize::try_from(RECOVER_BATCH).unwrap_or(usize::MAX) {}

@@ -34,6 +34,7 @@ use super::{
 };
 use crate::{
     Services,
+    hold::Gate,
     metrics::{self, METERS},
 };
 
@@ -66,6 +67,8 @@ pub struct Options {
     pub concurrency: usize,
     /// How often a queue is looked at when nothing is announced; [`super::POLL_EVERY`] but in tests.
     pub poll_every: Duration,
+    /// Whether this process may act.
+    pub gate: Gate,
 }
 
 /// What all queues of a process share.
@@ -79,6 +82,7 @@ struct Process {
     slots: Arc<Semaphore>,
     wakeup: Wakeup,
     poll_every: Duration,
+    gate: Gate,
     drain: CancellationToken,
     running: TaskTracker,
 }
@@ -110,11 +114,11 @@ impl IntoWorkerService<PostgresStorage<Vec<u8>>, DurableService> for DurableFlow
     type Backend = DurableBackend;
 
     fn into_service(self, storage: PostgresStorage<Vec<u8>>) -> WorkerService<DurableBackend, DurableService> {
-        let Process { name: worker, claims, slots, wakeup, poll_every, drain, .. } = self.process.clone();
+        let Process { name: worker, claims, slots, wakeup, poll_every, gate, drain, .. } = self.process.clone();
         let queue = storage.config().queue.to_string();
         let pool = claims.of(&self.workflow);
         WorkerService {
-            backend: DurableBackend::spawn(Fetcher { pool, queue, worker, slots, wakeup, poll_every }, drain),
+            backend: DurableBackend::spawn(Fetcher { pool, queue, worker, slots, wakeup, poll_every, gate }, drain),
             service: DurableService { workflow: self.workflow, process: self.process },
         }
     }
@@ -280,13 +284,14 @@ pub async fn run(registry: Registry, services: Services, options: Options, stop:
         slots: Arc::new(Semaphore::new(options.concurrency.max(1))),
         wakeup: Wakeup::spawn(vital.clone(), queues, drain.clone()),
         poll_every: options.poll_every,
+        gate: options.gate.clone(),
         drain: drain.clone(),
         running: TaskTracker::new(),
         services: Arc::new(services),
         name: options.name,
     };
     let renewing = tokio::spawn(process.leases.clone().keep(vital.clone(), after.clone()));
-    let recovering = tokio::spawn(recovery::keep(vital, registry.clone(), drain.clone()));
+    let recovering = tokio::spawn(recovery::keep(vital, registry.clone(), options.gate.clone(), drain.clone()));
     let mut workers = Vec::new();
     for workflow in registry.iter() {
         let storage =
