@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn names_in_paths_can_be_reached() {
-        for good in ["web-1.example.org", "MÜLLER x", "o'brien+x@example.org", "SRV$", "PC (2)", "ni\u{303}o", "हिन्दी", "..a"]
+        for good in ["web-1.example.org", "MÜLLER x", "o'brien+x@b.example", "SRV$", "PC (2)", "ni\u{303}o", "हिन्दी", "..a"]
         {
             assert_eq!(Name::parse(good, &IN_PATH).unwrap().as_str(), good);
         }
