@@ -1,9 +1,6 @@
 //! A device's numbered metadata fields, as its agent reads them. They are written with heartbeats.
 
-use axum::{
-    Json,
-    extract::{Path, State},
-};
+use axum::{Json, extract::State};
 use borealis_engine::devices::metadata;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -11,6 +8,7 @@ use utoipa_axum::routes;
 
 use crate::{
     access::{Device, Routes},
+    body::Path,
     errors::Result,
     state::App,
 };
