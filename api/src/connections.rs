@@ -37,11 +37,6 @@ const SEND_BUFFER: usize = 512 * 1024;
 /// The most that waits in the kernel to be sent, in bytes. A peer that does not read is held to this, and one that does is not slowed:
 /// what is on its way does not count.
 const UNSENT: u32 = 64 * 1024;
-/// What an address is told that has too many connections.
-const TOO_MANY: &[u8] =
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\nContent-Type: application/json\r\n\
-Content-Length: 91\r\n\r\n{\"error\":\"too_many_connections\",\"message\":\"Too many connections are open from this address.\"}";
-
 /// Who may connect to a listener, and what of their word is believed.
 #[derive(Debug, Clone, Default)]
 pub struct Door {
@@ -96,9 +91,23 @@ pub async fn accept(listener: TcpListener, router: Router, door: Door, shutdown:
     }
 }
 
-/// Says why and closes, without waiting for anything.
+/// The answer to an address that has too many connections.
+fn too_many() -> String {
+    let body = serde_json::json!({
+        "error": "too_many_connections",
+        "message": "Too many connections are open from this address.",
+    })
+    .to_string();
+    let length = body.len();
+    format!(
+        "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\nContent-Type: application/json\r\n\
+         Content-Length: {length}\r\n\r\n{body}"
+    )
+}
+
+/// Sends the reason and closes, without waiting for the peer.
 async fn turn_away(mut stream: TcpStream) {
-    let _ = timeout(Duration::from_millis(100), stream.write_all(TOO_MANY)).await;
+    let _ = timeout(Duration::from_millis(100), stream.write_all(too_many().as_bytes())).await;
 }
 
 /// Has the kernel forget at once what a peer did not take, which it would else keep and offer for minutes.
@@ -157,10 +166,11 @@ async fn connection(
 #[cfg(test)]
 mod tests {
     #[test]
-    fn what_is_said_to_too_many_is_whole() {
-        let text = std::str::from_utf8(super::TOO_MANY).unwrap();
+    fn the_answer_to_too_many_connections_is_whole() {
+        let text = super::too_many();
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
-        assert!(head.contains(&format!("Content-Length: {}", body.len())), "{}", body.len());
+        assert!(head.ends_with(&format!("Content-Length: {}", body.len())), "{head}");
+        assert!(head.lines().all(|line| !line.starts_with(' ')), "{head}");
         assert!(serde_json::from_str::<serde_json::Value>(body).is_ok());
     }
 }

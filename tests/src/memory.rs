@@ -32,14 +32,20 @@ pub fn forget_peak(pid: u32) {
     std::fs::write(format!("/proc/{pid}/clear_refs"), "5").expect("a process of ours");
 }
 
-/// What the kernel holds for TCP on this machine, in bytes.
+/// What waits in the kernel on our side of the connections to a port of this machine, to be sent or to be read, in bytes.
 ///
 /// # Panics
 /// Where the kernel does not tell.
 #[must_use]
-pub fn of_tcp() -> usize {
-    let counts = std::fs::read_to_string("/proc/net/sockstat").expect("the kernel's counts");
-    let tcp = counts.lines().find(|line| line.starts_with("TCP:")).expect("a line for TCP");
-    let pages = tcp.split_whitespace().skip_while(|word| *word != "mem").nth(1).expect("its memory");
-    pages.parse::<usize>().expect("a number of pages") * 4096
+pub fn queued(port: u16) -> usize {
+    let table = std::fs::read_to_string("/proc/net/tcp").expect("the kernel's table of connections");
+    let local = format!(":{port:04X}");
+    let queues = table.lines().filter_map(|line| {
+        let mut columns = line.split_whitespace().skip(1);
+        let ours = columns.next()?.ends_with(&local);
+        let (send, receive) = columns.nth(2)?.split_once(':')?;
+        let bytes = |hex: &str| usize::from_str_radix(hex, 16).ok();
+        ours.then_some(bytes(send)? + bytes(receive)?)
+    });
+    queues.sum()
 }

@@ -7,7 +7,7 @@ use std::{
 
 use borealis_api::connections::WRITE_STALL;
 use borealis_tests::{
-    Actor, House, Reply, TestDatabase, TestEngine, actor::Credential, agent, engine::PASSWORD, eventually, memory, raw,
+    Actor, House, Processes, Reply, TestDatabase, TestEngine, actor::Credential, agent, engine::PASSWORD, eventually, memory, raw,
 };
 use serde_json::{Value, json};
 use tokio::{
@@ -58,7 +58,11 @@ fn with_bodies(document: &Value) -> Vec<(String, String, bool, Vec<String>, usiz
 async fn no_body_makes_a_process_large() {
     let database = TestDatabase::start().await;
     let url = database.url.clone();
-    let mut house = House::open(database, &[url], &[]).await;
+    // Passkeys need a name.
+    let named = |_, processes: &mut Processes| {
+        processes.set("BOREALIS_PUBLIC_BASE_URL", "http://localhost:1");
+    };
+    let mut house = House::open_with(database, &[url], &[], named).await;
     let device = house.device().await;
     let document = house.admin.get("/api/openapi.json").await.ok();
     let mut operations = with_bodies(&document);
@@ -174,13 +178,12 @@ async fn never_reads(addr: SocketAddr) -> TcpStream {
 async fn clients_that_never_read_are_cut_and_hold_little() {
     const CLIENTS: usize = 200;
     let engine = TestEngine::start().await;
-    let before = memory::of_tcp();
     let started = Instant::now();
     let streams = futures::future::join_all((0..CLIENTS).map(|_| never_reads(engine.addr))).await;
     let begun = Instant::now();
     let (mut most, mut open) = (0, streams);
     while !open.is_empty() {
-        most = most.max(memory::of_tcp().saturating_sub(before));
+        most = most.max(memory::queued(engine.addr.port()));
         let mut left = Vec::new();
         for stream in open {
             // A reset shows without reading.
