@@ -952,7 +952,7 @@ async fn reports_change_the_devices_own_row_and_nothing_else() {
     assert_eq!((&row["software"][0]["name"], &row["services"]), (&json!("bash"), &json!([])));
     assert_eq!((&row["summary"]["last_user"], &row["domain"]), (&json!("bob"), &json!("corp")), "replaced and kept");
     assert_eq!((&row["summary"]["x"], &row["summary"]["y"]), (&Value::Null, &Value::Null), "what nobody knows is not kept");
-    assert_eq!(row["hostname"], "db");
+    assert_eq!((&row["hostname"], &row["reported_hostname"]), (&json!("web"), &json!("db")));
     assert_eq!(admin.get(&format!("/api/devices/{}", other.guid)).await.ok()["software"], json!([]));
     let _ = device.post("/api/agent/details", json!({"details": []})).await.error(400, "invalid payload");
     let _ = device
