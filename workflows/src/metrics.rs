@@ -424,8 +424,8 @@ impl Tables {
         LOOKED.leased.with_label_values(&[] as &[&str]).set(now.leased);
         LOOKED.lease_overdue.with_label_values(&[] as &[&str]).set(now.lease.unwrap_or(0.0));
         self.ready().await?;
-        self.activities().await?;
-        self.devices().await
+        self.devices().await?;
+        self.activities().await
     }
 
     /// The oldest of what is ready, in the order of its index.
