@@ -44,8 +44,8 @@ enum Rule {
     Public(u16),
     /// The same, but it would end a session, so it is tried by who has none.
     Leaving,
-    /// A device gets 200, about itself.
-    Device,
+    /// A device gets this status, about itself.
+    Device(u16),
 }
 
 struct World {
@@ -441,8 +441,11 @@ impl World {
             }
 
             ("POST", "/api/agent/heartbeat" | "/api/agent/status" | "/api/agent/details" | "/api/agent/script/request") => {
-                with(path, json!({}), Rule::Device)
+                with(path, json!({}), Rule::Device(200))
             }
+            ("GET", "/api/agent/metadata/{number}") => with("/api/agent/metadata/1", Value::Null, Rule::Device(200)),
+            // There are no tunnels yet, which is told to devices alone.
+            ("POST", "/api/agent/vpn/ensure") => with(path, json!({}), Rule::Device(503)),
 
             ("GET", "/api/engine/hold") => with(path, Value::Null, Rule::Anyone),
 
@@ -632,7 +635,7 @@ async fn check(world: &World, route: &str, method: &str, class: Class, call: Cal
         (class, &call.rule),
         (Class::Anonymous, Rule::Public(_) | Rule::Leaving)
             | (Class::Admin, Rule::Admin(_))
-            | (Class::Device, Rule::Device)
+            | (Class::Device, Rule::Device(_))
             | (
                 Class::Operator,
                 Rule::Thing { .. } | Rule::Named { .. } | Rule::List { .. } | Rule::Anyone | Rule::Own | Rule::Others(_)
@@ -667,14 +670,14 @@ async fn check(world: &World, route: &str, method: &str, class: Class, call: Cal
                 complain(faults, route, "admin", &status.to_string(), &reply);
             }
         }
-        Rule::Device => {
+        Rule::Device(status) => {
             for device in [&world.device, &world.other_device] {
                 let mut body = call.body.clone().unwrap_or_default();
                 body["hostname"] = device.hostname.as_str().into();
                 body["details"]["summary"]["hostname"] = device.hostname.as_str().into();
                 let reply = device.call(method, &call.path, Some(&body)).await;
-                if reply.status != 200 {
-                    complain(faults, route, &device.name, "200", &reply);
+                if reply.status != *status {
+                    complain(faults, route, &device.name, &status.to_string(), &reply);
                 }
             }
         }
