@@ -24,7 +24,7 @@ END $$;
 -- A fetcher that has found nothing wants to sleep. What its session holds already: the mark of a sleeper, the keeping of
 -- borealis.hint. Answers
 --   busy    a transaction that has written a hint has not ended: look again in a moment. The mark is not held.
---   sleeps  whoever writes a hint from now on notifies, and those who did before have ended. Another session sees to it.
+--   sleeps  each transaction that writes a hint from now on notifies, and those that did before have ended. Another session sees to it.
 --   keeps   the same, and this session sees to it.
 CREATE FUNCTION workflow_sleep(queue text, marked boolean, kept boolean) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE

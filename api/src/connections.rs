@@ -138,7 +138,7 @@ async fn connection(
             let (parts, incoming) = request.into_parts();
             let (body, rest) = body::lend(incoming);
             let Ok(mut response) = router.oneshot(hyper::Request::from_parts(parts, Body::new(body))).await;
-            if !rest.is_read(waits).await {
+            if !rest.read_on(waits).await {
                 response.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
             }
             Ok::<_, Infallible>(response)

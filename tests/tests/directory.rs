@@ -564,7 +564,7 @@ async fn the_filter_of_a_provider_decides_who_is_found() {
         let pending = world.sign_in(typed, ADA).await.ok();
         assert_eq!(pending["username"], "ada", "{typed}: {pending}");
     }
-    // A domain of somebody else's is part of the name.
+    // A domain that is not the provider's is part of the name.
     for typed in ["bob@elsewhere.example", "ELSEWHERE\\bob"] {
         let _ = world.sign_in(typed, BOB).await.error(401, "invalid username or password");
         assert_eq!(world.refusals().await[0], "unknown to the directory", "{typed}");

@@ -62,7 +62,7 @@ impl<B: Body + Unpin> Drop for Lent<B> {
 
 impl<B: Body<Data = Bytes> + Unpin> Rest<B> {
     /// Reads what is left; whether the connection can go on behind it. A peer that `waits` to be told to send its body is not told now.
-    pub async fn is_read(mut self, waits: bool) -> bool {
+    pub async fn read_on(mut self, waits: bool) -> bool {
         // Nothing came back when it was read to its end, or when somebody still reads it.
         let Some((mut body, polled)) = self.0.take().and_then(|mut rest| rest.try_recv().ok()) else { return true };
         if waits && !polled || body.size_hint().lower() > REST_BYTES {
@@ -101,7 +101,7 @@ mod tests {
     async fn what_was_read_leaves_nothing() {
         let (lent, rest) = lend(pieces(3, 10));
         assert_eq!(lent.collect().await.unwrap().to_bytes().len(), 30);
-        assert!(rest.is_read(false).await);
+        assert!(rest.read_on(false).await);
     }
 
     #[tokio::test]
@@ -109,23 +109,23 @@ mod tests {
         let (mut lent, rest) = lend(pieces(5, 10_000));
         assert!(lent.frame().await.is_some());
         drop(lent);
-        assert!(rest.is_read(false).await);
+        assert!(rest.read_on(false).await);
         let (lent, rest) = lend(pieces(50, 10_000));
         drop(lent);
-        assert!(!rest.is_read(false).await);
+        assert!(!rest.read_on(false).await);
         let (lent, rest) = lend(Full::new(Bytes::from(vec![0; 100_000])));
         drop(lent);
-        assert!(!rest.is_read(false).await, "its length is known");
+        assert!(!rest.read_on(false).await, "its length is known");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_rest_that_does_not_come_is_not_waited_for() {
         let (lent, rest) = lend(StreamBody::new(futures::stream::pending::<Result<Frame<Bytes>, std::io::Error>>()));
         drop(lent);
-        assert!(!rest.is_read(false).await);
+        assert!(!rest.read_on(false).await);
         // One that was to be asked for, and was not.
         let (lent, rest) = lend(pieces(1, 10));
         drop(lent);
-        assert!(!rest.is_read(true).await);
+        assert!(!rest.read_on(true).await);
     }
 }

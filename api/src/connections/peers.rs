@@ -6,16 +6,19 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+/// How many connections each address has.
+type Counts = Arc<Mutex<HashMap<IpAddr, u32>>>;
+
 /// The connections of one listener by address.
 #[derive(Debug)]
 pub struct Peers {
     most: Option<u32>,
-    counts: Arc<Mutex<HashMap<IpAddr, u32>>>,
+    counts: Counts,
 }
 
 /// The place of one connection, until it is dropped.
 #[derive(Debug)]
-pub struct Place(Option<(IpAddr, Arc<Mutex<HashMap<IpAddr, u32>>>)>);
+pub struct Place(Option<(IpAddr, Counts)>);
 
 impl Drop for Place {
     fn drop(&mut self) {

@@ -147,7 +147,7 @@ fn document(Detail { item, payload, payload_json }: Detail) -> Map<String, Value
     }
     document.insert("assembly_guid".into(), item.assembly_guid.into());
     for (key, value) in [("name", item.display_name), ("description", item.description), ("type", item.assembly_subtype)] {
-        if !document.get(key).and_then(Value::as_str).is_some_and(|text| !text.trim().is_empty()) {
+        if document.get(key).and_then(Value::as_str).is_none_or(|text| text.trim().is_empty()) {
             document.insert(key.into(), value.into());
         }
     }

@@ -103,7 +103,7 @@ async fn unique(pool: &db::Pool, Column { table, id, name, key: column }: &Colum
         }
         let holder: Option<String> = sqlx::query_scalar(AssertSqlSafe(holder.clone())).bind(&key).fetch_optional(pool).await?;
         // Without one, the row itself was renamed or removed in this moment.
-        collisions.extend(holder.map(|holder| Collision { table: *table, id: id.to_string(), name, holder }));
+        collisions.extend(holder.map(|holder| Collision { table, id: id.to_string(), name, holder }));
     }
     Ok(collisions)
 }
