@@ -48,11 +48,6 @@ pub struct Door {
 
 /// Serves the connections of a listener until `shutdown`, and then those that are left for [`DRAIN_S`].
 pub async fn accept(listener: TcpListener, router: Router, door: Door, shutdown: CancellationToken) {
-    // Connections inherit both from their listener.
-    let socket = socket2::SockRef::from(&listener);
-    if let Err(error) = socket.set_send_buffer_size(SEND_BUFFER).and_then(|()| socket.set_tcp_notsent_lowat(UNSENT)) {
-        tracing::warn!(%error, "what waits to be sent is not bounded");
-    }
     let peers = Peers::new(door.per_address);
     let mut connections = JoinSet::new();
     loop {
@@ -61,6 +56,7 @@ pub async fn accept(listener: TcpListener, router: Router, door: Door, shutdown:
             Some(_) = connections.join_next() => {}
             accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
                 Ok((stream, peer)) => {
+                    bound_unsent(&stream);
                     let trusted = door.proxies.trusts(peer.ip().to_canonical());
                     match peers.enter((!trusted).then(|| peer.ip())) {
                         Some(place) => {
@@ -103,6 +99,15 @@ fn too_many() -> String {
         "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\nContent-Type: application/json\r\n\
          Content-Length: {length}\r\n\r\n{body}"
     )
+}
+
+/// Bounds what waits in the kernel for a peer that does not read. Set on each connection: one that came before the listener was
+/// first asked would inherit nothing from it.
+fn bound_unsent(stream: &TcpStream) {
+    let socket = socket2::SockRef::from(stream);
+    if let Err(error) = socket.set_send_buffer_size(SEND_BUFFER).and_then(|()| socket.set_tcp_notsent_lowat(UNSENT)) {
+        tracing::debug!(%error, "what waits to be sent is not bounded");
+    }
 }
 
 /// Sends the reason and closes, without waiting for the peer.
