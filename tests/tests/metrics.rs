@@ -435,7 +435,7 @@ async fn what_waits_is_counted_and_a_database_in_trouble_is_told_of_and_not_aske
     // Asked a hundred times at once, the tables are looked at no more often: one look is five seconds after another.
     let looked = async || -> f64 {
         let sql = "SELECT extract(epoch FROM max(query_start))::float8 FROM pg_stat_activity
-                   WHERE datname = current_database() AND query LIKE '%FROM device_presence GROUP BY%' AND pid <> pg_backend_pid()";
+                   WHERE datname = current_database() AND query LIKE '%AS \"delivery!\"%' AND pid <> pg_backend_pid()";
         sqlx::query_scalar(sql).fetch_one(&database.pool).await.expect("when it was looked last")
     };
     let before = looked().await;
