@@ -240,7 +240,8 @@ async fn jobs_follow_the_rules_of_their_time_zones() {
     assert_eq!(due(jobs[4]).await, berlin);
     assert_eq!(scheduler::follow_time_zones(&engine.database.pool).await.expect("a pass"), 0, "once");
     let events = admin.get("/api/audit?action=scheduled_job.move").await.ok();
-    let moved = events["events"].as_array().expect("events").iter().find(|event| event["object_id"] == jobs[0]);
+    let first = jobs[0].to_string();
+    let moved = events["events"].as_array().expect("events").iter().find(|event| event["object_id"] == first.as_str());
     let detail = &moved.unwrap_or_else(|| panic!("no event in {events}"))["detail"];
     assert_eq!(
         (&detail["before"]["next_due_at"], &detail["after"]["next_due_at"], &detail["time_zone_rules"]),
