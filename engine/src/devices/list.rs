@@ -301,7 +301,18 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
     let (after_name, after_guid) = filter.cursor.as_deref().map(decode_cursor).transpose()?.unzip();
     let mut rows = sqlx::query_as!(
         Row,
-        r#"SELECT d.guid, d.hostname, d.hostname_key, d.reported_hostname,
+        r#"WITH page AS MATERIALIZED (
+               SELECT d.* FROM devices AS d
+               WHERE ($1::bigint[] IS NULL OR d.site_id = ANY($1))
+                 AND ($2::uuid IS NULL OR d.guid = $2)
+                 AND ($3::text IS NULL OR d.hostname_key = $3)
+                 AND ($4::text IS NULL OR lower(d.connection_type COLLATE "C") = lower($4 COLLATE "C"))
+                 AND (NOT $5 OR d.connection_type = '')
+                 AND ($6::text IS NULL OR (d.hostname_key, d.guid) > ($6, $7))
+               ORDER BY d.hostname_key, d.guid
+               LIMIT $9
+           )
+           SELECT d.guid, d.hostname, d.hostname_key, d.reported_hostname,
                   CASE WHEN d.reported_hostname_key IN ('', d.hostname_key) THEN NULL
                        WHEN EXISTS (SELECT FROM devices o WHERE o.hostname_key = d.reported_hostname_key AND o.guid <> d.guid
                                     AND o.site_id IS NOT DISTINCT FROM d.site_id) THEN 'conflict'
@@ -317,18 +328,11 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
                   x.processes AS "processes?: Json<Box<RawValue>>", x.role_health AS "role_health?", x.agent_update AS "agent_update?",
                   x.services_reported_at AS "services_reported_at?", x.sessions_reported_at AS "sessions_reported_at?",
                   x.processes_reported_at AS "processes_reported_at?"
-           FROM devices AS d
+           FROM page AS d
            JOIN device_presence AS p ON p.guid = d.guid
            LEFT JOIN sites AS s ON s.id = d.site_id
            LEFT JOIN device_details AS x ON x.device_guid = d.guid AND NOT $8
-           WHERE ($1::bigint[] IS NULL OR d.site_id = ANY($1))
-             AND ($2::uuid IS NULL OR d.guid = $2)
-             AND ($3::text IS NULL OR d.hostname_key = $3)
-             AND ($4::text IS NULL OR lower(d.connection_type COLLATE "C") = lower($4 COLLATE "C"))
-             AND (NOT $5 OR d.connection_type = '')
-             AND ($6::text IS NULL OR (d.hostname_key, d.guid) > ($6, $7))
-           ORDER BY d.hostname_key, d.guid
-           LIMIT $9"#,
+           ORDER BY d.hostname_key, d.guid"#,
         scope.site_ids(),
         filter.guid,
         filter.hostname.as_deref().map(names::key),
