@@ -192,7 +192,7 @@ async fn the_agent_is_installed_replaced_and_removed_and_what_it_started_stays()
     })
     .await;
     // A daemon among the processes of the service, as a script leaves it.
-    let daemon = "setsid sleep 600 & echo $! >/run/daemon; \
+    let daemon = "setsid sleep 600 >/dev/null 2>&1 & echo $! >/run/daemon; \
                   echo $! >\"$(find /sys/fs/cgroup -path '*borealis-agent.service/cgroup.procs' | head -n 1)\"; \
                   grep -q borealis-agent.service /proc/$!/cgroup";
     let _ = ok(&["sh", "-ec", daemon]);
