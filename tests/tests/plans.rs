@@ -38,6 +38,8 @@ struct Case {
     in_vain: i64,
     /// Whether it runs on the runtime's own connections, with their settings.
     of_runtime: bool,
+    /// Whether it runs in a transaction of `db::begin_wide`, with a plan of its own each time.
+    wide: bool,
 }
 
 fn rows() -> i64 {
@@ -195,6 +197,9 @@ fn faults(case: &Case, plan: &Value) -> Vec<String> {
 /// Runs a query as it is run for the seventh time: Postgres has then settled on a plan for these arguments or for any.
 async fn explain(connection: &mut PgConnection, case: &Case) -> Option<String> {
     let mut sql = "BEGIN; SET LOCAL jit = off;".to_owned();
+    if case.wide {
+        sql.push_str("SET LOCAL plan_cache_mode = force_custom_plan;");
+    }
     if case.of_runtime {
         for (name, value) in PLANS {
             sql.push_str(&format!("SET LOCAL {name} = {value};"));
@@ -232,7 +237,16 @@ fn repeat(value: &str, count: usize) -> String {
 
 fn cases() -> Vec<Case> {
     let (ids, tokens) = (leased(4, 100), leased(5, 100));
-    let case = |name, has, arguments: String, pages, in_vain| Case { name, has, arguments, pages, in_vain, of_runtime: false };
+    let case = |name, has, arguments: String, pages, in_vain| Case {
+        name,
+        has,
+        arguments,
+        pages,
+        in_vain,
+        of_runtime: false,
+        wide: false,
+    };
+    let wide = |name, has, arguments, pages, in_vain| Case { wide: true, ..case(name, has, arguments, pages, in_vain) };
     let runtime = |name, has, arguments, pages, in_vain| Case { of_runtime: true, ..case(name, has, arguments, pages, in_vain) };
     // As the parameters of the statements are, one element for each of the runs.
     let columns = |values: &[&str]| values.iter().map(|value| repeat(value, 100)).collect::<Vec<_>>().join(", ");
@@ -280,14 +294,14 @@ fn cases() -> Vec<Case> {
         ),
         case("due jobs", &["FROM scheduled_jobs WHERE enabled AND next_due_at <= now()"], "(100, 0)".into(), 500, 10),
         case("nearest job", &["SELECT extract(epoch FROM min(next_due_at)"], String::new(), 500, 10),
-        case(
+        wide(
             "device page",
             &["FROM devices AS d", "ORDER BY d.hostname_key, d.guid"],
             "(NULL, NULL, NULL, NULL, false, NULL, NULL, true, 101)".into(),
             1_500,
             100,
         ),
-        case(
+        wide(
             "a later device page",
             &["FROM devices AS d", "ORDER BY d.hostname_key, d.guid"],
             "(NULL, NULL, NULL, NULL, false, 'host-5', '00000001-0000-7000-8000-000000000005', true, 101)".into(),
