@@ -5,12 +5,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use borealis_protocol::keys::{self, NONCE_LEN, SigningKey, VerifyingKey};
-use borealis_protocol::normalise_guid;
 use borealis_protocol::rest::{
     EnrollRequest, EnrollResponse, FINAL_REFRESH_ERRORS, PASSING_REFRESH_ERRORS, PATH_ENROLL_POLL, PATH_ENROLL_REQUEST,
     PATH_TOKEN_REFRESH, PollRequest, PollResponse, RefreshRequest, RefreshResponse, RemoteOpsRoute, TokenCapabilities,
 };
 use borealis_protocol::succession::{self, Succession};
+use borealis_protocol::{IDENTITY_CONTESTED, IDENTITY_HELD, normalise_guid};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -32,6 +32,13 @@ const MAX_LIFETIME_SECONDS: i64 = 86_400;
 
 /// How long jobs of a script key that has passed its place on are still run, in seconds.
 const FORMER_KEY_S: i64 = 300;
+
+/// When to ask again while another machine has this identity and the engine does not say it; never later than the first.
+const HELD_AGAIN: Duration = Duration::from_secs(240);
+const CONTESTED_AGAIN: Duration = Duration::from_secs(5);
+const HELD: &str = "another machine has the identity of this agent, and an operator has to decide (see the device approvals)";
+const CONTESTED: &str = "another agent with this identity is connected, or was a moment ago";
+const HELD_STILL: &str = "waiting, as another machine has the identity of this agent";
 
 const CAPABILITIES: TokenCapabilities = TokenCapabilities { rotates: true };
 
@@ -116,6 +123,8 @@ struct Inner {
     usable_until: Instant,
     /// The disk could not take the last change.
     unsaved: bool,
+    /// Until when nothing is sent to the engine: another machine has this identity.
+    held_until: Option<Instant>,
 }
 
 /// The agent's account with the engine.
@@ -127,6 +136,10 @@ pub(crate) struct Account {
     /// One refresh at a time.
     refreshing: tokio::sync::Mutex<()>,
     key: SigningKey,
+    /// What is said of this machine.
+    machine_id: String,
+    /// What tells this run of the agent from others: see [`borealis_protocol::events::ConnectAgent::instance`].
+    instance: String,
     /// Cancelled when the engine has ended the account; replaced at the next enrollment.
     lost: Mutex<CancellationToken>,
     /// The engine refused a refresh without ending the account.
@@ -175,26 +188,31 @@ pub(crate) enum Reaction {
 /// Reads the reaction from the engine's answer. Only a JSON body whose `error` is exactly a code of the engine counts, with a status
 /// that goes with it: pages of proxies and portals may contain any word.
 pub(crate) fn reaction_to(status: u16, body: &str) -> Reaction {
-    #[derive(Deserialize)]
-    struct Refusal {
-        error: String,
-    }
     if !matches!(status, 401 | 403 | 404) {
         return Reaction::Keep;
     }
-    let Ok(refusal) = serde_json::from_str::<Refusal>(body) else { return Reaction::Keep };
-    if FINAL_REFRESH_ERRORS.contains(&refusal.error.as_str()) {
+    let code = refusal_code(body);
+    if FINAL_REFRESH_ERRORS.contains(&code.as_str()) {
         Reaction::Wipe
-    } else if PASSING_REFRESH_ERRORS.contains(&refusal.error.as_str()) {
+    } else if PASSING_REFRESH_ERRORS.contains(&code.as_str()) {
         Reaction::Refused
     } else {
         Reaction::Keep
     }
 }
 
+/// The code of a refusal; empty when the body is not one of the engine's.
+fn refusal_code(body: &str) -> String {
+    #[derive(Deserialize)]
+    struct Refusal {
+        error: String,
+    }
+    serde_json::from_str(body).map(|refusal: Refusal| refusal.error).unwrap_or_default()
+}
+
 impl Account {
     /// Reads the account from `state_dir`, making a new identity at the first start.
-    pub(crate) fn open(platform: Arc<dyn Platform>, client: Client, state_dir: &Path) -> Result<Self> {
+    pub(crate) fn open(platform: Arc<dyn Platform>, client: Client, state_dir: &Path, machine_id: String) -> Result<Self> {
         let path = account_file(state_dir);
         let stored = match Stored::read(&*platform, &path)? {
             Some(stored) => stored,
@@ -221,11 +239,13 @@ impl Account {
             platform,
             client,
             path,
-            inner: Mutex::new(Inner { stored, usable_until, unsaved: false }),
+            inner: Mutex::new(Inner { stored, usable_until, unsaved: false, held_until: None }),
             refreshing: tokio::sync::Mutex::new(()),
             key,
             lost: Mutex::new(CancellationToken::new()),
             refused: Notify::new(),
+            machine_id,
+            instance: uuid::Uuid::new_v4().to_string(),
         })
     }
 
@@ -270,6 +290,31 @@ impl Account {
         self.read(|stored| stored.remote_ops_route.clone())
     }
 
+    /// What is said of this machine: see [`borealis_protocol::machine_id`].
+    pub(crate) fn machine_id(&self) -> &str {
+        &self.machine_id
+    }
+
+    /// See [`borealis_protocol::events::ConnectAgent::instance`].
+    pub(crate) fn instance(&self) -> &str {
+        &self.instance
+    }
+
+    /// Reads a refusal of the engine. When another machine has this identity, nothing is sent until the engine may be asked again, and
+    /// then for new tokens first; what to tell people is answered.
+    pub(crate) fn hear_refusal(&self, code: &str, again: Option<Duration>) -> Option<&'static str> {
+        let (why, again) = match code {
+            IDENTITY_HELD => (HELD, again.unwrap_or(HELD_AGAIN)),
+            IDENTITY_CONTESTED => (CONTESTED, again.unwrap_or(CONTESTED_AGAIN)),
+            _ => return None,
+        };
+        if let Ok(mut inner) = self.inner.lock() {
+            inner.held_until = Some(Instant::now() + again.min(HELD_AGAIN));
+            inner.usable_until = Instant::now();
+        }
+        Some(why)
+    }
+
     pub(crate) fn fingerprint(&self) -> String {
         keys::fingerprint(&self.key.verifying_key())
     }
@@ -305,6 +350,12 @@ impl Account {
 
     fn fresh_token(&self) -> Result<Option<String>, TokenError> {
         let mut inner = self.inner.lock().map_err(|_| TokenError::NotEnrolled)?;
+        if let Some(left) = inner.held_until.map(|until| until.saturating_duration_since(Instant::now())) {
+            if !left.is_zero() {
+                return Err(TokenError::Transient { reason: HELD_STILL.to_owned(), ending: Ending::Later(left) });
+            }
+            inner.held_until = None;
+        }
         if inner.unsaved {
             inner.unsaved = files::replace_json(&*self.platform, &self.path, &inner.stored).is_err();
         }
@@ -320,6 +371,8 @@ impl Account {
                     guid: stored.guid.clone()?,
                     refresh_token: stored.tokens.as_ref()?.refresh_token.clone(),
                     capabilities: CAPABILITIES,
+                    machine_id: self.machine_id.clone(),
+                    instance: self.instance.clone(),
                 })
             })
             .ok_or(TokenError::NotEnrolled)?;
@@ -339,7 +392,12 @@ impl Account {
                     Reaction::Refused => self.refused.notify_one(),
                     Reaction::Keep => {}
                 }
-                return Err(TokenError::Transient { reason: error.to_string(), ending: error.ending() });
+                let held = match &error {
+                    CallError::Status { status: 409, body, retry_after } => self.hear_refusal(&refusal_code(body), *retry_after),
+                    _ => None,
+                };
+                let reason = held.map_or_else(|| error.to_string(), str::to_owned);
+                return Err(TokenError::Transient { reason, ending: error.ending() });
             }
         };
         if answer.access_token.is_empty() {
@@ -525,7 +583,7 @@ mod tests {
         let tls = client::tls(None).unwrap();
         let base = url::Url::parse("http://127.0.0.1:9").unwrap();
         let client = Client::new(base, &tls, Arc::new(clock::ServerClock::default())).unwrap();
-        Account::open(platform::current(), client, dir).unwrap()
+        Account::open(platform::current(), client, dir, String::new()).unwrap()
     }
 
     fn admission(refresh: &str) -> PollResponse {

@@ -14,6 +14,9 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/borealis-agent";
 /// Where an installed agent reads its settings.
 pub const DEFAULT_CONFIG_PATH: &str = "/etc/borealis-agent/config.json";
 
+/// Where a Linux system has its machine id.
+pub const MACHINE_ID_FILE: &str = "/etc/machine-id";
+
 /// Everything [`crate::run`] needs to know. It has no `Debug`, as the enrollment code is a secret.
 #[derive(Clone)]
 pub struct Config {
@@ -31,6 +34,8 @@ pub struct Config {
     pub allow_plain_http: bool,
     /// Stands in for the name of the machine; for several agents on one machine.
     pub hostname: Option<String>,
+    /// Stands in for [`MACHINE_ID_FILE`]; for several agents on one machine.
+    pub machine_id_file: Option<PathBuf>,
     /// Time between two heartbeats; up to a quarter is added at random.
     pub heartbeat_every: Duration,
     /// Time between two inventories.
@@ -49,6 +54,7 @@ impl Config {
             ca_file: None,
             allow_plain_http: false,
             hostname: None,
+            machine_id_file: None,
             heartbeat_every: Duration::from_secs(20),
             details_every: Duration::from_secs(600),
         }
@@ -71,6 +77,7 @@ impl Config {
         config.ca_file = settings.ca_file;
         config.allow_plain_http = settings.allow_plain_http;
         config.hostname = settings.hostname.filter(|name| !name.trim().is_empty());
+        config.machine_id_file = settings.machine_id_file;
         config.check()?;
         Ok(config)
     }
@@ -114,6 +121,9 @@ pub struct Settings {
     /// [`Config::hostname`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hostname: Option<String>,
+    /// [`Config::machine_id_file`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_id_file: Option<PathBuf>,
 }
 
 impl Settings {
@@ -135,6 +145,7 @@ impl Settings {
             ca_file: self.ca_file.or(others.ca_file),
             allow_plain_http: self.allow_plain_http || others.allow_plain_http,
             hostname: self.hostname.or(others.hostname),
+            machine_id_file: self.machine_id_file.or(others.machine_id_file),
         }
     }
 

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use account::identity;
-pub use config::{Config, DEFAULT_CONFIG_PATH, DEFAULT_STATE_DIR, Settings};
+pub use config::{Config, DEFAULT_CONFIG_PATH, DEFAULT_STATE_DIR, MACHINE_ID_FILE, Settings};
 pub use error::{Error, Result};
 use platform::Platform;
 use tokio::sync::watch;
@@ -91,6 +91,22 @@ struct Agent {
     _lock: files::Lock,
 }
 
+/// What is said of the machine; nothing where the system's file is absent or has no id. A file that was asked for must have one.
+fn machine_id(config: &Config) -> Result<String> {
+    match &config.machine_id_file {
+        None => Ok(std::fs::read_to_string(MACHINE_ID_FILE).map(|text| borealis_protocol::machine_id(&text)).unwrap_or_default()),
+        Some(file) => {
+            let id = std::fs::read_to_string(file).map_err(Error::file(file))?;
+            let id = borealis_protocol::machine_id(&id);
+            if id.is_empty() {
+                let reason = "it has no machine id, which is 32 hexadecimal digits".to_owned();
+                return Err(Error::Corrupt { path: file.clone(), reason });
+            }
+            Ok(id)
+        }
+    }
+}
+
 impl Agent {
     fn start(config: Config) -> Result<Self> {
         config.check()?;
@@ -105,7 +121,7 @@ impl Agent {
         let tls = client::tls(config.ca_file.as_deref())?;
         let clock = Arc::new(ServerClock::default());
         let client = Client::new(config.server_url.clone(), &tls, Arc::clone(&clock))?;
-        let account = Arc::new(Account::open(Arc::clone(&platform), client.clone(), &config.state_dir)?);
+        let account = Arc::new(Account::open(Arc::clone(&platform), client.clone(), &config.state_dir, machine_id(&config)?)?);
         status.complete("identity_loaded");
         info!(%hostname, server = %config.server_url, fingerprint = %account.fingerprint(), version = VERSION, "agent started");
         Ok(Self {

@@ -61,6 +61,9 @@ struct Options {
     /// Name to report instead of the machine's own
     #[arg(long, env = "BOREALIS_AGENT_HOSTNAME", value_name = "NAME")]
     hostname: Option<String>,
+    /// File with the id of this machine, for several agents on one machine [default: /etc/machine-id]
+    #[arg(long, env = "BOREALIS_AGENT_MACHINE_ID_FILE", value_name = "FILE")]
+    machine_id_file: Option<PathBuf>,
     /// Allow plain http to addresses that are not loopback; tokens and scripts are then readable on the network
     #[arg(long, env = "BOREALIS_AGENT_ALLOW_PLAIN_HTTP")]
     allow_plain_http: bool,
@@ -75,6 +78,7 @@ impl Options {
             ca_file: self.ca_file.clone(),
             allow_plain_http: self.allow_plain_http,
             hostname: self.hostname.clone(),
+            machine_id_file: self.machine_id_file.clone(),
         }
     }
 
@@ -186,6 +190,7 @@ fn install(options: &Options) -> Result<ExitCode> {
         ca_file: config.ca_file.as_deref().map(absolute).transpose()?,
         allow_plain_http: config.allow_plain_http,
         hostname: config.hostname.clone(),
+        machine_id_file: config.machine_id_file.as_deref().map(absolute).transpose()?,
     };
     let state_dir = settings.state_dir()?;
     let program = std::env::current_exe().map_err(|error| Error::Service(format!("cannot find my own program: {error}")))?;

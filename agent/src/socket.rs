@@ -344,6 +344,8 @@ impl Socket {
                 ..Capabilities::default()
             },
             helper_contexts: Vec::new(),
+            machine_id: self.account.machine_id().to_owned(),
+            instance: self.account.instance().to_owned(),
         };
         match session.call(CONNECT_AGENT, &hello, REGISTER_LIMIT).await {
             Ok(mut args) => {
@@ -353,7 +355,9 @@ impl Socket {
                     if matches!(error.as_str(), "token_expired" | "invalid_token" | "token_version_mismatch") {
                         self.account.distrust_access_token();
                     }
-                    return Ended::new(format!("the engine refused the agent: {error}"))
+                    let again = ack.retry_after_ms.map(Duration::from_millis);
+                    let why = self.account.hear_refusal(&error, again).map(str::to_owned);
+                    return Ended::new(why.unwrap_or_else(|| format!("the engine refused the agent: {error}")))
                         .with(Ending::of_refusal(ack.retry_after_ms));
                 }
             }

@@ -34,6 +34,8 @@ pub(crate) struct Meters {
     pub errors_delivery: IntCounter,
     pub errors_results: IntCounter,
     pub held: IntGauge,
+    pub identities_held: IntCounter,
+    pub identities_flapping: IntCounter,
     pub audit_broken: IntGauge,
     pub audit_webhook_behind: IntGauge,
     sockets: IntGaugeVec,
@@ -76,6 +78,14 @@ pub(crate) static METERS: LazyLock<Meters> = LazyLock::new(|| {
         errors_delivery: errors.with_label_values(&["delivery"]),
         errors_results: errors.with_label_values(&["results"]),
         held: meter::gauge("borealis_held", "1 while the engine is held: nothing is scheduled and nothing is dispatched."),
+        identities_held: meter::counter(
+            "borealis_identities_held_total",
+            "Sockets refused because another machine has the identity of their device.",
+        ),
+        identities_flapping: meter::counter(
+            "borealis_identities_flapping_total",
+            "Devices whose sockets displaced each other again and again: two machines may have one identity.",
+        ),
         audit_broken: meter::gauge(
             "borealis_audit_broken",
             "1 when the daily check of the audit by this process has found that it was tampered with.",

@@ -325,6 +325,54 @@ async fn a_device_that_is_away_gets_its_script_when_it_appears() {
     assert!(house.output(job).await.contains("better late"));
 }
 
+#[tokio::test]
+async fn a_copy_of_the_agents_state_on_another_machine_runs_nothing_until_an_operator_moves_the_identity() {
+    let machine = |name: &str, id: &str| {
+        let file = tempfile::Builder::new().prefix(name).tempfile().expect("a file");
+        std::fs::write(file.path(), id).expect("a machine id");
+        file
+    };
+    let (own, copy) = (machine("own", &"a".repeat(32)), machine("copy", &"b".repeat(32)));
+    let mut processes = Processes::new();
+    processes.set("BOREALIS_AGENT_MACHINE_ID_FILE", own.path().display().to_string());
+    let mut house = House::with(processes, free_port(), None).await;
+    let state = house.processes.get("BOREALIS_AGENT_STATE_DIR").expect("a folder");
+    let copied = format!("{state}-copied");
+    let done = std::process::Command::new("cp").args(["-a", &state, &copied]).status().expect("cp");
+    assert!(done.success());
+    house.processes.set("BOREALIS_AGENT_STATE_DIR", &copied).set("BOREALIS_AGENT_HOSTNAME", "copied");
+    house.processes.set("BOREALIS_AGENT_MACHINE_ID_FILE", copy.path().display().to_string());
+    let second = house.processes.start("borealis-agent", &["run"]);
+    let approval = eventually("the copy is shown", SOON, async || {
+        let found = house.admin.get("/api/admin/device-approvals?status=pending").await.ok();
+        found["approvals"].get(0).cloned()
+    })
+    .await;
+    assert_eq!((&approval["kind"], &approval["hostname_claimed"]), (&json!("identity"), &json!("copied")), "{approval}");
+
+    let trace = format!("{state}-trace");
+    let script = format!("echo x >> {trace}");
+    for _ in 0..10 {
+        let job = house.run_now(&script).await;
+        let _ = house.until(job, "Success").await;
+    }
+    assert_eq!(std::fs::read_to_string(&trace).expect("a trace").lines().count(), 10);
+    assert!(second.output().contains("an operator has to decide"), "the copy's log says why: {}", second.output());
+    // The machine it belongs to is away: its work waits for it.
+    house.agent.take().expect("an agent").kill();
+    house.online(false).await;
+    let job = house.run_now(&script).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let _ = house.until(job, "Pending").await;
+
+    // The copy may ask again after minutes; started again, it asks at once.
+    let id = id_text(&approval["id"]);
+    let _ = house.admin.post(&format!("/api/admin/device-approvals/{id}/approve"), json!({})).await.ok();
+    second.kill();
+    house.agent = Some(house.processes.start("borealis-agent", &["run"]));
+    let _ = house.until(job, "Success").await;
+}
+
 /// A small disk of its own, until it is dropped.
 struct Disk(std::path::PathBuf);
 

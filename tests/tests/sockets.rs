@@ -317,8 +317,15 @@ async fn only_an_agent_with_dedup_is_sent_a_script_again() {
         drop(first);
         let mut second = own.connect(&engine, capabilities).await;
         if again {
-            assert_eq!(second.event("quick_job_run").await["job_id"], job);
+            let sent = second.event("quick_job_run").await;
+            assert_eq!((&sent["job_id"], &sent["accepted"]), (&json!(job), &Value::Null));
             assert_eq!(row(&engine, job).await.3, 2);
+            // Accepted, it is sent as what it is: an agent that does not know it does not run it.
+            assert_eq!(second.call("quick_job_accepted", json!({"job_id": job})).await["status"], "ok");
+            drop(second);
+            let mut third = own.connect(&engine, dedup()).await;
+            let sent = third.event("quick_job_run").await;
+            assert_eq!((&sent["job_id"], &sent["accepted"]), (&json!(job), &json!(true)));
         } else {
             assert!(second.silent("quick_job_run", Duration::from_secs(5)).await);
             assert_eq!(row(&engine, job).await.3, 1);

@@ -43,7 +43,8 @@ pub const REASON_CANCELLED: &str = "cancelled";
 pub const REASON_TIMED_OUT: &str = "timed_out";
 /// [`QuickJobResult::reason`]: signature, envelope or target were wrong; nothing was run.
 pub const REASON_REFUSED: &str = "refused";
-/// [`QuickJobResult::reason`]: the agent or its machine ended while the script ran; what the script did is unknown. The status
+/// [`QuickJobResult::reason`]: the agent or its machine ended while the script ran, or the agent does not know the job any more; what
+/// the script did is unknown. The status
 /// that goes with it is [`STATUS_TIMED_OUT`], as for a script that nothing was heard of.
 pub const REASON_OUTCOME_UNKNOWN: &str = "outcome_unknown";
 /// [`QuickJobResult::reason`]: the agent was stopped and took the script with it.
@@ -79,6 +80,12 @@ pub struct ConnectAgent {
     /// `["currentuser"]` when the system service can also run scripts in user sessions.
     #[serde(default)]
     pub helper_contexts: Vec<String>,
+    /// See [`crate::machine_id`]; empty when the machine has none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub machine_id: String,
+    /// A UUID that the agent makes up at each start: two that are there at once are two agents. Empty when it says none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub instance: String,
 }
 
 impl ConnectAgent {
@@ -254,6 +261,10 @@ pub struct QuickJobRun {
     /// How the script key has passed its place on, from the first; left out where it never has.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub signing_key_successions: Vec<Succession>,
+    /// The device has accepted this job before. An agent that does not know it, as its state is older or a copy, does not run it: it
+    /// reports [`REASON_OUTCOME_UNKNOWN`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accepted: bool,
     /// Repeated verbatim in every report.
     #[serde(default)]
     pub context: Map<String, Value>,

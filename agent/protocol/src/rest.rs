@@ -156,6 +156,12 @@ pub struct RefreshRequest {
     /// How the agent handles tokens.
     #[serde(default)]
     pub capabilities: TokenCapabilities,
+    /// See [`crate::machine_id`]; empty when the machine has none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub machine_id: String,
+    /// See [`crate::events::ConnectAgent::instance`].
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub instance: String,
 }
 
 /// The answer to [`RefreshRequest`].

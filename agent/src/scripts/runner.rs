@@ -11,8 +11,8 @@ use borealis_protocol::envelope::{self, Refusal};
 use borealis_protocol::events::{
     Ack, DECLINED_DISK_ERROR, DECLINED_DISK_FULL, DECLINED_QUEUE_FULL, PROGRESS_CAP_BYTES, QUICK_JOB_ACCEPTED, QUICK_JOB_CANCEL,
     QUICK_JOB_DECLINED, QUICK_JOB_PROGRESS, QUICK_JOB_RESULT, QUICK_JOB_RUN, QuickJobAccepted, QuickJobCancel, QuickJobDeclined,
-    QuickJobProgress, QuickJobResult, QuickJobRun, REASON_AGENT_ERROR, REASON_AGENT_STOPPED, REASON_CANCELLED, REASON_REFUSED,
-    REASON_TIMED_OUT, STATUS_FAILED, STATUS_RUNNING, STATUS_SUCCESS, STATUS_TIMED_OUT,
+    QuickJobProgress, QuickJobResult, QuickJobRun, REASON_AGENT_ERROR, REASON_AGENT_STOPPED, REASON_CANCELLED,
+    REASON_OUTCOME_UNKNOWN, REASON_REFUSED, REASON_TIMED_OUT, STATUS_FAILED, STATUS_RUNNING, STATUS_SUCCESS, STATUS_TIMED_OUT,
 };
 use serde_json::{Map, Value, json};
 use tokio::sync::{Notify, watch};
@@ -37,6 +37,8 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long a stopping agent tries to get rid of results; what is left goes out at the next start.
 const FAREWELL: Duration = Duration::from_secs(5);
 
+const NOT_KNOWN: &str =
+    "this machine accepted the job before and does not know it any more (its agent's state is older, or a copy); outcome unknown";
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
 /// What the parts that handle scripts share.
@@ -126,7 +128,10 @@ impl Shared {
             warn!(job_id, why, "refused a job");
             failure(job_id, Some(run.context.clone()), &why, REASON_REFUSED)
         });
-        let declined = match self.on_disk(move |store| store.offer(&run, refusal, local_now())).await {
+        // A job that is known is answered as what it is, whatever stands here.
+        let ended = refusal
+            .or_else(|| run.accepted.then(|| failure(job_id, Some(run.context.clone()), NOT_KNOWN, REASON_OUTCOME_UNKNOWN)));
+        let declined = match self.on_disk(move |store| store.offer(&run, ended, local_now())).await {
             Ok(Offer::Ended) => {
                 self.results.notify_one();
                 return json!({"status": "refused", "job_id": job_id});

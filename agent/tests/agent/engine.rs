@@ -43,6 +43,8 @@ pub struct Seen {
     pub refuse: Option<(u16, String)>,
     /// How many were.
     pub refused: usize,
+    /// What `connect_agent` is answered, when it is refused.
+    pub refuse_hello: Option<Value>,
     /// Seconds by which the engine's clock is ahead of this machine's, when it says the time.
     pub clock_ahead: Option<i64>,
     /// What heartbeats are told of the agent's socket; nothing by an engine of the reference.
@@ -53,6 +55,8 @@ pub struct Engine {
     pub url: String,
     pub seen: Arc<Mutex<Seen>>,
     pub sockets: mpsc::Receiver<Peer>,
+    /// The machine id of its agents.
+    machine_id: tempfile::NamedTempFile,
 }
 
 impl Engine {
@@ -70,7 +74,8 @@ impl Engine {
                     let mut first = [0u8; 3];
                     while stream.peek(&mut first).await.is_ok_and(|count| count > 0 && count < 3) {}
                     if &first == b"GET" {
-                        if let Some(peer) = Peer::accept(stream).await {
+                        let answer = seen.lock().unwrap().refuse_hello.clone();
+                        if let Some(peer) = Peer::accept(stream, answer.unwrap_or_else(|| json!({"status": "ok"}))).await {
                             let _ = send.send(peer).await;
                         }
                     } else {
@@ -79,7 +84,9 @@ impl Engine {
                 });
             }
         });
-        Self { url, seen, sockets }
+        let machine_id = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(machine_id.path(), "0123456789abcdef0123456789ABCDEF\n").unwrap();
+        Self { url, seen, sockets, machine_id }
     }
 
     pub async fn socket(&mut self) -> Peer {
@@ -220,7 +227,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    pub async fn accept(stream: TcpStream) -> Option<Self> {
+    pub async fn accept(stream: TcpStream, answer: Value) -> Option<Self> {
         let mut path = String::new();
         let mut bearer = String::new();
         #[allow(clippy::result_large_err, reason = "the signature the library asks for")]
@@ -238,7 +245,7 @@ impl Peer {
         let (id, name, argument) = peer.event().await?;
         assert_eq!(name, CONNECT_AGENT);
         peer.hello = ConnectAgent::from_value(&argument).unwrap();
-        peer.ack(id?, json!({"status": "ok"})).await;
+        peer.ack(id?, answer).await;
         Some(peer)
     }
 
@@ -361,6 +368,7 @@ impl Running {
         let mut config = Config::new(engine.url.parse().unwrap(), dir.to_owned());
         config.enrollment_code = code.map(str::to_owned);
         config.hostname = Some(HOST.into());
+        config.machine_id_file = Some(engine.machine_id.path().to_owned());
         config.heartbeat_every = Duration::from_secs(1);
         let stop = CancellationToken::new();
         let task = tokio::spawn(borealis_agent::run(config, stop.clone()));

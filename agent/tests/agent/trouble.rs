@@ -232,3 +232,68 @@ async fn an_agent_that_stops_says_good_bye() {
     let last = engine.posts("/api/agent/status").pop().unwrap();
     assert_eq!(last["phase"], "stopped", "{last}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_was_accepted_and_is_not_known_is_not_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let trace = dir.path().join("trace");
+    let mut engine = Engine::start(900).await;
+    let agent = Running::start(&engine, &dir.path().join("state"), Some(CODE));
+    let mut peer = engine.socket().await;
+    let run = job(1, &format!("echo x >> {}", trace.display()));
+    peer.emit("quick_job_run", &run).await;
+    let (id, result, _) = peer.result().await;
+    assert_eq!(result.status, "Success");
+    peer.ack(id, json!({"status": "ok"})).await;
+    // One that it knows is answered as what it is.
+    let mut again = run;
+    again.accepted = true;
+    peer.emit("quick_job_run", &again).await;
+    let (id, result, _) = peer.result().await;
+    assert_eq!((result.job_id, result.status.as_str()), (1, "Success"));
+    peer.ack(id, json!({"status": "ok"})).await;
+    agent.end().await;
+
+    // An agent whose state is older: the same machine from a snapshot, or a copy on another one.
+    std::fs::remove_dir_all(dir.path().join("state/jobs")).unwrap();
+    let agent = Running::start(&engine, &dir.path().join("state"), None);
+    let mut peer = engine.socket().await;
+    peer.emit("quick_job_run", &again).await;
+    let (id, result, _) = peer.result().await;
+    assert_eq!((result.status.as_str(), result.reason.as_deref()), ("timed_out", Some("outcome_unknown")));
+    assert!(result.stderr.contains("does not know it any more"), "{}", result.stderr);
+    peer.ack(id, json!({"status": "ok"})).await;
+    agent.end().await;
+    assert_eq!(std::fs::read_to_string(&trace).unwrap(), "x\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_whose_identity_another_machine_has_is_quiet_until_it_may_ask_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut engine = Engine::start(900).await;
+    let held = json!({"error": "identity_held", "status_code": 409, "retry_after_ms": 4_000});
+    engine.seen.lock().unwrap().refuse_hello = Some(held);
+    let agent = Running::start(&engine, &dir.path().join("state"), Some(CODE));
+    let first = engine.socket().await;
+    assert_eq!((first.hello.machine_id.len(), first.hello.instance.len()), (64, 36), "it says who it is");
+    drop(first);
+    // What was on its way has arrived after a moment.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let seen = std::sync::Arc::clone(&engine.seen);
+    let posts = || seen.lock().unwrap().posts.len();
+    let (before, refreshes) = (posts(), engine.seen.lock().unwrap().refreshes.len());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(posts(), before, "no heartbeat, no inventory");
+    assert_eq!(engine.seen.lock().unwrap().refreshes.len(), refreshes);
+
+    engine.seen.lock().unwrap().refuse_hello = None;
+    let mut peer = engine.socket().await;
+    {
+        let seen = engine.seen.lock().unwrap();
+        assert_eq!(seen.refreshes.len(), refreshes + 1, "it asks for new tokens first: old ones may be the other machine's");
+        let asked = seen.refreshes.last().unwrap();
+        assert_eq!((&asked["machine_id"], &asked["instance"]), (&json!(peer.hello.machine_id), &json!(peer.hello.instance)));
+    }
+    peer.attend("heartbeats go on", || posts() > before).await;
+    agent.end().await;
+}

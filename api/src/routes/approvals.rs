@@ -111,6 +111,8 @@ fn id(text: &str) -> Result<Uuid> {
 }
 
 /// Approve a request. Nothing reaches the machine until it polls.
+///
+/// One of `kind` `identity` moves the identity of the device `guid` to the machine that is held; the other one is held then.
 #[utoipa::path(post, path = "/api/admin/device-approvals/{approval_id}/approve", tag = "Enrollment",
     params(("approval_id" = String, Path, description = "The request's id")), request_body = Option<Approve>, responses(
     (status = 200, body = Value, description = "`{status: approved, conflict_resolution?}`"),
@@ -129,7 +131,10 @@ async fn approve(
     let wish = Wish::parse(body.guid.as_deref(), body.conflict_resolution.as_deref(), body.reinstate)?;
     let admin = operator.is_admin();
     let decided = approvals::approve(&app.pool, &operator.scope, admin, &operator.actor, id(&approval_id)?, &wish).await?;
-    changed(&app, &decided, "approved").await;
+    if let Some(device) = decided.moved {
+        app.hub.drop_device(device).await;
+    }
+    changed(&app, &decided, if decided.moved.is_some() { "completed" } else { "approved" }).await;
     let mut answer = json!({"status": "approved"});
     if let Some(resolution) = decided.resolution {
         answer["conflict_resolution"] = resolution.into();

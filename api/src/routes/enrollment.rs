@@ -11,7 +11,7 @@ use borealis_engine::{
     Kind,
     access::limits::{self, Limit},
     enrollment::{
-        rates,
+        machines, rates,
         requests::{self, Accepted, Source},
         tokens::{self, Issued, Poll, Proof, Renewal},
     },
@@ -29,6 +29,7 @@ use crate::{
     access::{Routes, client},
     body,
     errors::{ApiError, Result},
+    metrics::METERS,
     sockets::events::ToOperator,
     state::App,
 };
@@ -140,13 +141,17 @@ async fn approved(app: &App, issued: &Issued) -> PollResponse {
 /// Get a new access token.
 ///
 /// Takes `guid` and `refresh_token`, and `capabilities.rotates` from agents that store the new refresh token in the answer. A
-/// rotated token answers once more within a minute if its successor was never used; used later, it ends the whole family.
+/// rotated token answers once more within a minute if its successor was never used; used later, it ends the whole family. An agent
+/// that says its `machine_id`, and is on the machine that the identity belongs to, goes on with a rotated token: it was restored from a
+/// snapshot. On another machine it is held. `instance` is a UUID that the agent makes up at each start; of two that are there at once,
+/// the second is held.
 /// Transient trouble is never 401 or 403.
 #[utoipa::path(post, path = "/api/agent/token/refresh", tag = "Enrollment", request_body = Value, responses(
     (status = 200, body = Value, description = "`{access_token, expires_in, token_type, refresh_token?, remote_ops_route}`"),
     (status = 400, description = "`invalid_request`"),
     (status = 401, description = "`device_purged`, `invalid_refresh_token`, `refresh_token_revoked`, `refresh_token_expired`"),
     (status = 403, description = "`device_revoked`"),
+    (status = 409, description = "`identity_held`: another machine has this identity, and an operator has to decide; `identity_contested`: another agent with this identity is connected, or was within the last 90 seconds"),
     (status = 429, description = "`rate_limited`"),
     (status = 500, description = "`token_issue_failed`"),
     (status = 502, description = "`token_refresh_unavailable`"),
@@ -162,7 +167,12 @@ async fn refresh(State(app): State<App>, peer: Peer, request: Request) -> Result
             *response.status_mut() = StatusCode::BAD_GATEWAY;
             return Ok(response);
         }
-        Err(error) => return Err(error.into()),
+        Err(error) => {
+            if error.code == machines::HELD {
+                METERS.identities_held.inc();
+            }
+            return Err(error.into());
+        }
     };
     let answer = RefreshResponse {
         access_token: renewed.access_token.expose().clone(),

@@ -5,6 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use borealis_engine::{
     Error, Result,
     devices::sockets::{self, Hello, Registered, Registration},
+    enrollment::machines,
     jobs::results::{Kind, Report},
 };
 use chrono::Utc;
@@ -13,7 +14,14 @@ use socketioxide::extract::{AckSender, SocketRef};
 use tokio::sync::{Mutex, mpsc};
 use uuid::Uuid;
 
-use super::{Adapter, Running, events::FromAgent, registry::Agent, said::Said, upgrade::Peer};
+use super::{
+    Adapter, Running,
+    events::{FromAgent, ToOperator},
+    registry::Agent,
+    said::Said,
+    upgrade::Peer,
+};
+use crate::metrics::METERS;
 
 /// Registrations that may wait; one device has few sockets, so more cannot be.
 const QUEUE: usize = 50_000;
@@ -115,12 +123,19 @@ fn refuse(agent: &Arc<Agent>, ack: Option<AckSender<Adapter>>, code: &'static st
         "agent_id_required" => 400,
         "sockets_busy" => 503,
         "device_purged" => 401,
+        machines::HELD | machines::CONTESTED => 409,
         _ => 403,
     };
     if let Some(ack) = ack {
         let mut answer = json!({"error": code, "status_code": status});
-        if status == 503 {
-            answer["retry_after_ms"] = rand::random_range(1_000..10_000).into();
+        let again = match code {
+            "sockets_busy" => Some(rand::random_range(1_000..10_000)),
+            machines::HELD => Some(machines::HELD_AGAIN_S * 1_000),
+            machines::CONTESTED => Some(machines::CONTESTED_AGAIN_S * 1_000),
+            _ => None,
+        };
+        if let Some(again) = again {
+            answer["retry_after_ms"] = again.into();
         }
         let _ = ack.send(&answer);
     }
@@ -187,6 +202,7 @@ async fn register(running: &Running, batch: &[Arrival]) -> Result<Vec<Registered
             token_version: arrival.agent.token_version,
             site_id: arrival.agent.site_id,
             socket_id: arrival.socket_id.clone(),
+            address: arrival.agent.address.clone(),
             hello: arrival.hello.clone(),
         })
         .collect();
@@ -201,10 +217,18 @@ async fn settle(running: &Arc<Running>, answers: impl Iterator<Item = (Arrival, 
     let mut elsewhere = Vec::new();
     for (Arrival { agent, socket_id, hello, ack }, answer) in answers {
         match answer {
-            Registered::Refused(code) => refuse(&agent, ack, code),
+            Registered::Refused(code) => {
+                if code == machines::HELD {
+                    METERS.identities_held.inc();
+                    let payload = json!({"site_id": agent.site_id, "status": "pending", "hostname": hello.hostname});
+                    running.tell_site(agent.site_id, ToOperator::DeviceApprovals, payload);
+                }
+                refuse(&agent, ack, code);
+            }
             Registered::Current { hostname, replaced } => {
                 let mode = hello.mode.as_str();
                 let fresh = agent.hello().is_none();
+                let by_no_number = hello.bearer.instance.is_none();
                 agent.registered(hello);
                 match agent.socket() {
                     Some(socket) if !agent.cut.is_cancelled() => socket.join(room(agent.device)),
@@ -217,6 +241,9 @@ async fn settle(running: &Arc<Running>, answers: impl Iterator<Item = (Arrival, 
                 if let Some(ack) = ack {
                     let worker = agent.site_id.map(|site| running.keys.site_worker_guid(site).to_string());
                     let _ = ack.send(&json!({"status": "ok", "worker_guid": worker, "site_id": agent.site_id}));
+                }
+                if replaced.is_some() && by_no_number {
+                    displaced(running, &agent, &hostname);
                 }
                 match replaced {
                     Some((process, socket_id)) if process == running.process_id => {
@@ -241,6 +268,23 @@ async fn settle(running: &Arc<Running>, answers: impl Iterator<Item = (Arrival, 
     for payload in elsewhere {
         running.tell_drop(payload);
     }
+}
+
+/// A socket has taken the place of another of its device, and its agent does not say which one it is. An agent that lost its connection
+/// does that once in a while; two that have one identity do it again and again, which is reported.
+fn displaced(running: &Arc<Running>, agent: &Arc<Agent>, hostname: &str) {
+    if !running.registry.flapping.displaced(agent.device) {
+        return;
+    }
+    METERS.identities_flapping.inc();
+    tracing::warn!(device = %agent.device, address = agent.address, "sockets of a device displace each other: two machines may have its identity");
+    let (running, agent, hostname) = (running.clone(), agent.clone(), hostname.to_owned());
+    tokio::spawn(async move {
+        let noted = machines::note_flapping(&running.pool, agent.device, &hostname, agent.site_id, &agent.address).await;
+        if let Err(error) = noted {
+            tracing::warn!(%error, "the audit was not told of sockets that displace each other");
+        }
+    });
 }
 
 /// What is told of a machine when a socket comes or goes.

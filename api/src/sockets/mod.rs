@@ -7,6 +7,7 @@ mod agents;
 mod bus;
 mod deliver;
 pub mod events;
+mod flapping;
 mod frames;
 mod people;
 mod reach;

@@ -14,7 +14,7 @@ use socketioxide::extract::SocketRef;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{Adapter, PING_INTERVAL, PING_TIMEOUT, wire::Heard};
+use super::{Adapter, PING_INTERVAL, PING_TIMEOUT, flapping::Flapping, wire::Heard};
 
 /// How long an agent that can answer may be silent.
 const SILENCE: Duration = Duration::from_secs(PING_INTERVAL.as_secs() + PING_TIMEOUT.as_secs());
@@ -34,6 +34,8 @@ pub struct Agent {
     pub token_version: i32,
     /// The device's site at the upgrade.
     pub site_id: Option<i64>,
+    /// Where it comes from; empty when that is not known.
+    pub address: String,
     /// Closes it.
     pub cut: CancellationToken,
     /// When it was opened.
@@ -83,11 +85,12 @@ impl State {
 
 impl Agent {
     /// A socket that has been admitted.
-    pub fn new(device: Uuid, token_version: i32, site_id: Option<i64>, cut: CancellationToken) -> Self {
+    pub fn new(device: Uuid, token_version: i32, site_id: Option<i64>, address: String, cut: CancellationToken) -> Self {
         Self {
             device,
             token_version,
             site_id,
+            address,
             cut,
             opened: Instant::now(),
             heard: Arc::default(),
@@ -194,6 +197,8 @@ pub struct Registry {
     agents: Mutex<Agents>,
     people: Mutex<HashMap<String, Present>>,
     open: AtomicUsize,
+    /// Which devices' sockets displace each other.
+    pub flapping: Flapping,
 }
 
 #[derive(Debug, Default)]

@@ -27,7 +27,11 @@ use super::{
     registry::{Agent, Person, View},
     wire::{Allowance, Guarded},
 };
-use crate::{access::operator, errors::ApiError, state::App};
+use crate::{
+    access::{client, operator},
+    errors::ApiError,
+    state::App,
+};
 
 /// Upgrades that are being authenticated at once.
 const AT_ONCE: usize = 64;
@@ -289,7 +293,8 @@ async fn authenticate(app: &App, parts: &Parts) -> Result<Peer, ApiError> {
         if device.status != "active" {
             return Err(as_401(Error::new(Kind::Unauthenticated, "device_quarantined", "This device may not connect.").into()));
         }
-        let agent = Agent::new(device.guid, device.token_version, device.site_id, CancellationToken::new());
+        let address = client::client_ip(parts).map(|ip| ip.to_string()).unwrap_or_default();
+        let agent = Agent::new(device.guid, device.token_version, device.site_id, address, CancellationToken::new());
         return Ok(Peer::Agent(Arc::new(agent)));
     }
     if !origin_fits(&app.settings.public_base_url, &parts.headers, bearer.is_none()) {

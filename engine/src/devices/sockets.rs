@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::{
     Result,
     db::{self, Pool, Tx},
+    enrollment::machines::{self, Bearer, Verdict},
     names,
 };
 
@@ -59,6 +60,8 @@ pub struct Hello {
     pub helper_contexts: Vec<String>,
     /// The other abilities it announces; at most 8 KiB, else none.
     pub capabilities: Map<String, Value>,
+    /// The agent and its machine; its address is not in the message.
+    pub bearer: Bearer,
 }
 
 impl Hello {
@@ -86,6 +89,8 @@ impl Hello {
         if rendered.len() > Self::CAPABILITIES_LIMIT || rendered.contains("\\u0000") {
             capabilities = Map::new();
         }
+        let said = |name: &str| value.get(name).and_then(Value::as_str);
+        let bearer = Bearer::parse(said("machine_id"), said("instance"));
         let hostname = Some(text("hostname"))
             .filter(|name| !name.is_empty() && !name.contains('\0'))
             .or_else(|| embedded_guid(agent_id).map(|(hostname, _)| hostname))
@@ -96,6 +101,7 @@ impl Hello {
             hostname: hostname.chars().take(253).collect(),
             helper_contexts: contexts,
             capabilities,
+            bearer,
         })
     }
 
@@ -130,6 +136,8 @@ pub struct Registration {
     pub site_id: Option<i64>,
     /// The socket's id in its process.
     pub socket_id: String,
+    /// Where it comes from; empty when that is not known.
+    pub address: String,
     /// What the agent said.
     pub hello: Hello,
 }
@@ -161,6 +169,7 @@ pub async fn register(tx: &mut Tx<'_>, process: Uuid, registrations: &[Registrat
     .fetch_all(&mut **tx)
     .await?;
     let known: std::collections::HashMap<Uuid, _> = known.into_iter().map(|row| (row.guid, row)).collect();
+    let mut bearers = machines::known(&mut *tx, &devices).await?;
 
     let mut answers = Vec::with_capacity(registrations.len());
     // The last one of a batch wins, as it would have one by one.
@@ -170,10 +179,13 @@ pub async fn register(tx: &mut Tx<'_>, process: Uuid, registrations: &[Registrat
             None => Registered::Refused("device_not_found"),
             Some(row) => match refusal(one, row.token_version, row.site_id, &row.status) {
                 Some(code) => Registered::Refused(code),
-                None => {
-                    winners.insert((one.device, one.hello.mode.as_str()), one);
-                    Registered::Current { hostname: row.hostname.clone(), replaced: None }
-                }
+                None => match machines::refusal(judge(tx, bearers.entry(one.device).or_default(), one).await?) {
+                    Some(refusal) => Registered::Refused(refusal.code),
+                    None => {
+                        winners.insert((one.device, one.hello.mode.as_str()), one);
+                        Registered::Current { hostname: row.hostname.clone(), replaced: None }
+                    }
+                },
             },
         };
         answers.push(answer);
@@ -201,14 +213,16 @@ pub async fn register(tx: &mut Tx<'_>, process: Uuid, registrations: &[Registrat
     let hostnames: Vec<String> = winners.iter().map(|one| one.hello.hostname.clone()).collect();
     let contexts: Vec<String> = winners.iter().map(|one| one.hello.helper_contexts.join("\n")).collect();
     let capabilities: Vec<Value> = winners.iter().map(|one| Value::Object(one.hello.capabilities.clone())).collect();
+    let instances: Vec<Option<Uuid>> = winners.iter().map(|one| one.hello.bearer.instance).collect();
     sqlx::query!(
-        "INSERT INTO device_sockets (device_guid, service_mode, socket_id, api_process, agent_id, hostname, helper_contexts, capabilities)
-         SELECT n.device, n.mode, n.socket, $1, n.agent, n.hostname, coalesce(string_to_array(nullif(n.contexts, ''), E'\\n'), '{}'), n.capabilities
-         FROM unnest($2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::jsonb[])
-              AS n (device, mode, socket, agent, hostname, contexts, capabilities)
+        "INSERT INTO device_sockets (device_guid, service_mode, socket_id, api_process, agent_id, hostname, helper_contexts, capabilities, instance)
+         SELECT n.device, n.mode, n.socket, $1, n.agent, n.hostname, coalesce(string_to_array(nullif(n.contexts, ''), E'\\n'), '{}'), n.capabilities, n.instance
+         FROM unnest($2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::jsonb[], $9::uuid[])
+              AS n (device, mode, socket, agent, hostname, contexts, capabilities, instance)
          ON CONFLICT (device_guid, service_mode) DO UPDATE SET socket_id = excluded.socket_id, api_process = excluded.api_process,
              agent_id = excluded.agent_id, hostname = excluded.hostname, helper_contexts = excluded.helper_contexts,
-             capabilities = excluded.capabilities, connected_at = clock_timestamp()",
+             capabilities = excluded.capabilities, connected_at = clock_timestamp(), instance = excluded.instance,
+             contested_by = NULL, contested_at = NULL",
         process,
         &guids,
         &modes,
@@ -216,7 +230,8 @@ pub async fn register(tx: &mut Tx<'_>, process: Uuid, registrations: &[Registrat
         &agents,
         &hostnames,
         &contexts,
-        &capabilities
+        &capabilities,
+        &instances as &[Option<Uuid>],
     )
     .execute(&mut **tx)
     .await?;
@@ -231,6 +246,17 @@ pub async fn register(tx: &mut Tx<'_>, process: Uuid, registrations: &[Registrat
     .execute(&mut **tx)
     .await?;
     Ok(answers)
+}
+
+/// Whether the socket is one of the machine that has the device's identity.
+async fn judge(tx: &mut Tx<'_>, known: &mut machines::Known, one: &Registration) -> Result<Verdict> {
+    let bearer = Bearer { hostname: one.hello.hostname.clone(), address: one.address.clone(), ..one.hello.bearer.clone() };
+    let verdict = known.judge(&bearer);
+    machines::note(&mut *tx, one.device, known, &bearer, verdict).await?;
+    if verdict == Verdict::Admit {
+        known.admitted(&bearer);
+    }
+    Ok(verdict)
 }
 
 fn refusal(one: &Registration, token_version: i32, site_id: Option<i64>, status: &str) -> Option<&'static str> {
@@ -552,6 +578,7 @@ mod tests {
             token_version: 2,
             site_id: Some(1),
             socket_id: "s".into(),
+            address: String::new(),
             hello: Hello::parse(&json!(agent_id)).unwrap(),
         };
         let own = one(format!("H_{GUID}_SYSTEM"));

@@ -5,6 +5,7 @@ use serde::Serialize;
 use serde_json::json;
 use uuid::Uuid;
 
+use super::machines;
 use crate::{
     audit, db,
     error::{Error, Kind, Result},
@@ -90,6 +91,11 @@ pub struct Approval {
     pub onboarding_run_id: Option<i64>,
     /// Its target.
     pub onboarding_target: String,
+    /// `enrollment`; or `identity`, of a machine that has the identity of the device `guid` and is not the machine it belongs to.
+    pub kind: String,
+    /// Of an identity: `held` and `current`, what is known of the two machines.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub facts: Option<serde_json::Value>,
     /// For a wrong code: where it came from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remote_addr: Option<String>,
@@ -119,7 +125,7 @@ pub async fn list(pool: &db::Pool, scope: &Scope, status: Option<&str>, limit: i
     let rows = sqlx::query!(
         r#"SELECT a.id, a.approval_reference, a.device_guid, a.hostname_claimed, a.fingerprint, a.enrollment_code, a.site_id,
                   s.name AS "site_name?", a.status, a.created_at, a.updated_at, a.approved_by_user_id, a.approved_by_username,
-                  a.onboarding_job_id, a.onboarding_run_id, a.onboarding_target,
+                  a.onboarding_job_id, a.onboarding_run_id, a.onboarding_target, a.kind, a.facts,
                   c.guid AS "other_guid?", c.fingerprint AS "other_fingerprint?", c.site_id AS "other_site_id?",
                   c.site_name AS "other_site_name?", c.active AS "other_active?"
            FROM device_approvals AS a
@@ -131,7 +137,7 @@ pub async fn list(pool: &db::Pool, scope: &Scope, status: Option<&str>, limit: i
                   OR (d.site_id = a.site_id AND d.hostname_key = a.hostname_claimed_key)
                ORDER BY d.fingerprint = a.fingerprint DESC, d.last_seen DESC NULLS LAST, d.guid
                LIMIT 1
-           ) AS c ON a.status = 'pending'
+           ) AS c ON a.status = 'pending' AND a.kind = 'enrollment'
            WHERE ($1::bigint[] IS NULL OR a.site_id = ANY($1)) AND ($2::text IS NULL OR a.status = $2)
            ORDER BY a.created_at, a.id
            LIMIT $3"#,
@@ -191,6 +197,8 @@ pub async fn list(pool: &db::Pool, scope: &Scope, status: Option<&str>, limit: i
                 onboarding_job_id: row.onboarding_job_id,
                 onboarding_run_id: row.onboarding_run_id,
                 onboarding_target: row.onboarding_target,
+                facts: Some(row.facts).filter(|_| row.kind == "identity"),
+                kind: row.kind,
                 remote_addr: None,
                 first_seen_at: None,
                 last_seen_at: None,
@@ -239,6 +247,8 @@ pub async fn wrong_codes(pool: &db::Pool) -> Result<Vec<Approval>> {
             onboarding_job_id: None,
             onboarding_run_id: None,
             onboarding_target: String::new(),
+            kind: "enrollment".to_owned(),
+            facts: None,
             remote_addr: Some(row.remote_addr),
             first_seen_at: Some(rfc3339(row.first_seen_at)),
             last_seen_at: Some(rfc3339(row.last_seen_at)),
@@ -409,9 +419,13 @@ pub struct Decided {
     pub hostname: String,
     /// How a conflict was resolved.
     pub resolution: Option<&'static str>,
+    /// A device that belongs to another machine now: its sockets must close.
+    pub moved: Option<Uuid>,
 }
 
 struct Open {
+    /// Of a machine that is held: the device whose identity it has.
+    identity_of: Option<Uuid>,
     hostname: String,
     hostname_key: String,
     fingerprint: String,
@@ -421,7 +435,7 @@ struct Open {
 /// Locks a pending request in `scope`.
 async fn lock(tx: &mut db::Tx<'_>, scope: &Scope, id: Uuid) -> Result<Open> {
     let row = sqlx::query!(
-        "SELECT hostname_claimed, hostname_claimed_key, fingerprint, site_id, status FROM device_approvals
+        "SELECT hostname_claimed, hostname_claimed_key, fingerprint, site_id, status, kind, device_guid FROM device_approvals
          WHERE id = $1 AND ($2::bigint[] IS NULL OR site_id = ANY($2)) FOR UPDATE",
         id,
         scope.site_ids(),
@@ -433,6 +447,7 @@ async fn lock(tx: &mut db::Tx<'_>, scope: &Scope, id: Uuid) -> Result<Open> {
         return Err(Error::conflict("approval_not_pending", format!("The request is {} already.", row.status)));
     }
     Ok(Open {
+        identity_of: row.device_guid.filter(|_| row.kind == "identity"),
         hostname: row.hostname_claimed,
         hostname_key: row.hostname_claimed_key,
         fingerprint: row.fingerprint,
@@ -448,6 +463,11 @@ async fn lock(tx: &mut db::Tx<'_>, scope: &Scope, id: Uuid) -> Result<Open> {
 pub async fn approve(pool: &db::Pool, scope: &Scope, admin: bool, actor: &Actor, id: Uuid, wish: &Wish) -> Result<Decided> {
     let mut tx = pool.begin().await?;
     let open = lock(&mut tx, scope, id).await?;
+    if let Some(device) = open.identity_of {
+        move_identity(&mut tx, actor, id, device, &open).await?;
+        tx.commit().await?;
+        return Ok(Decided { id, site_id: open.site_id, hostname: open.hostname, resolution: None, moved: Some(device) });
+    }
     let known = sqlx::query_as!(
         Known,
         r#"SELECT guid, site_id, status = 'active' AS "active!", fingerprint = $1 AS "same_key!",
@@ -483,10 +503,27 @@ pub async fn approve(pool: &db::Pool, scope: &Scope, admin: bool, actor: &Actor,
     });
     record(&mut tx, actor, "device_approval.approve", id, open.site_id, detail).await?;
     tx.commit().await?;
-    Ok(Decided { id, site_id: open.site_id, hostname: open.hostname, resolution: binding.resolution })
+    Ok(Decided { id, site_id: open.site_id, hostname: open.hostname, resolution: binding.resolution, moved: None })
 }
 
-/// Denies a request. The machine may ask again.
+/// Moves the identity of a device to the machine that is held.
+async fn move_identity(tx: &mut db::Tx<'_>, actor: &Actor, id: Uuid, device: Uuid, open: &Open) -> Result<()> {
+    machines::move_to_held(&mut *tx, device, id).await?;
+    sqlx::query!(
+        "UPDATE device_approvals SET status = 'completed', approved_by_user_id = $2, approved_by_username = $3, decided_at = now(),
+                completed_at = now(), updated_at = now()
+         WHERE id = $1",
+        id,
+        actor.id,
+        actor.name,
+    )
+    .execute(&mut **tx)
+    .await?;
+    let detail = json!({"kind": "identity", "guid": guid_text(device), "hostname": open.hostname});
+    record(tx, actor, "device_approval.approve", id, open.site_id, detail).await
+}
+
+/// Denies a request. The machine may ask again; one that is held stays held.
 ///
 /// # Errors
 /// 404 `not found`; 409 `approval_not_pending`.
@@ -506,7 +543,7 @@ pub async fn deny(pool: &db::Pool, scope: &Scope, actor: &Actor, id: Uuid) -> Re
     let detail = json!({"hostname": open.hostname, "fingerprint": open.fingerprint});
     record(&mut tx, actor, "device_approval.deny", id, open.site_id, detail).await?;
     tx.commit().await?;
-    Ok(Decided { id, site_id: open.site_id, hostname: open.hostname, resolution: None })
+    Ok(Decided { id, site_id: open.site_id, hostname: open.hostname, resolution: None, moved: None })
 }
 
 async fn record(

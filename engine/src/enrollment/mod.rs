@@ -2,6 +2,7 @@
 //! site's open door decides ([`approvals`]), and the machine proves its key and gets tokens ([`tokens`]).
 
 pub mod approvals;
+pub mod machines;
 pub mod rates;
 pub mod requests;
 pub mod tokens;

@@ -192,7 +192,8 @@ pub async fn submit(pool: &db::Pool, request: &Request, source: &Source) -> Resu
                   coalesce(auto_approve_until > now(), false) AS "open_door!",
                   coalesce(enrollment_code_expires_at <= now(), false) AS "expired!",
                   EXISTS (SELECT FROM device_approvals a
-                          WHERE a.fingerprint = $2 AND a.site_id = sites.id AND a.status IN ('pending', 'approved')) AS "asked_in_time!"
+                          WHERE a.fingerprint = $2 AND a.site_id = sites.id AND a.status IN ('pending', 'approved')
+                            AND a.kind = 'enrollment') AS "asked_in_time!"
            FROM sites WHERE upper(translate(enrollment_code, '- ', '')) = $1"#,
         code,
         request.fingerprint,
@@ -233,7 +234,7 @@ async fn open(pool: &db::Pool, request: &Request, address: &str, site_id: i64, d
     let before = sqlx::query_as!(
         Before,
         "SELECT id, approval_reference, status, site_id, hostname_claimed, hostname_claimed_key, approved_by_user_id FROM device_approvals
-         WHERE fingerprint = $1 AND status IN ('pending', 'approved') FOR UPDATE",
+         WHERE fingerprint = $1 AND status IN ('pending', 'approved') AND kind = 'enrollment' FOR UPDATE",
         request.fingerprint,
     )
     .fetch_optional(&mut *tx)

@@ -8,7 +8,10 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
-use super::rates;
+use super::{
+    machines::{self, Bearer, Verdict},
+    rates,
+};
 use crate::{
     audit, db,
     error::{Error, Kind, Result},
@@ -408,6 +411,7 @@ pub struct Renewal {
     guid: Uuid,
     token: Secret<String>,
     rotates: bool,
+    bearer: Bearer,
 }
 
 impl Renewal {
@@ -425,7 +429,9 @@ impl Renewal {
         }
         let says = |value: Option<&Value>| value.and_then(Value::as_bool).unwrap_or(false);
         let rotates = says(body.get("rotates")) || says(body.get("capabilities").and_then(|all| all.get("rotates")));
-        Ok(Self { guid, token: Secret::new(token.to_owned()), rotates })
+        let said = |name: &str| body.get(name).and_then(Value::as_str);
+        let bearer = Bearer::parse(said("machine_id"), said("instance"));
+        Ok(Self { guid, token: Secret::new(token.to_owned()), rotates, bearer })
     }
 }
 
@@ -450,6 +456,12 @@ struct TokenRow {
     revoked_at: Option<DateTime<Utc>>,
 }
 
+impl TokenRow {
+    fn is_unused(&self) -> bool {
+        self.last_used_at.is_none() && self.rotated_at.is_none() && self.revoked_at.is_none()
+    }
+}
+
 /// What a refresh token is worth.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Worth {
@@ -459,6 +471,8 @@ enum Worth {
     Repeated,
     /// It was rotated, and somebody has it who should not.
     Reused,
+    /// It was rotated, and the machine that it belongs to has it again: from a snapshot or a backup of itself.
+    Restored,
     Revoked,
     Expired,
 }
@@ -472,8 +486,7 @@ fn worth(token: &TokenRow, successor: Option<&TokenRow>, now: DateTime<Utc>) -> 
         return Worth::Expired;
     }
     let Some(rotated_at) = token.rotated_at else { return Worth::Current };
-    let unused = |next: &TokenRow| next.last_used_at.is_none() && next.rotated_at.is_none() && next.revoked_at.is_none();
-    if now - rotated_at <= TimeDelta::seconds(ROTATION_GRACE_S) && successor.is_some_and(unused) {
+    if now - rotated_at <= TimeDelta::seconds(ROTATION_GRACE_S) && successor.is_some_and(TokenRow::is_unused) {
         Worth::Repeated
     } else {
         Worth::Reused
@@ -484,7 +497,7 @@ fn worth(token: &TokenRow, successor: Option<&TokenRow>, now: DateTime<Utc>) -> 
 ///
 /// # Errors
 /// 401 `device_purged`, `invalid_refresh_token`, `refresh_token_revoked`, `refresh_token_expired`; 403 `device_revoked`;
-/// 429 `rate_limited`; 500 `token_issue_failed`. Nothing transient is ever a 401 or 403: older agents forget who they are then.
+/// 409 `identity_held`, `identity_contested`; 429 `rate_limited`; 500 `token_issue_failed`. Nothing transient is ever a 401 or 403: older agents forget who they are then.
 pub async fn refresh(pool: &db::Pool, keys: &Keys, renewal: &Renewal, address: &str) -> Result<Renewed> {
     let refused = |code: &'static str, message: &str| Error::new(Kind::Unauthenticated, code, message);
     let guid = renewal.guid;
@@ -509,7 +522,8 @@ pub async fn refresh(pool: &db::Pool, keys: &Keys, renewal: &Renewal, address: &
     let mut tx = pool.begin().await?;
     // The device's row is the lock of all its tokens.
     let device = sqlx::query!(
-        "SELECT hostname, site_id, status, fingerprint, token_version, clock_timestamp() AS \"now!\" FROM devices WHERE guid = $1 FOR NO KEY UPDATE",
+        "SELECT hostname, site_id, status, fingerprint, token_version, clock_timestamp() AS \"now!\" FROM devices
+         WHERE guid = $1 FOR NO KEY UPDATE",
         guid
     )
     .fetch_optional(&mut *tx)
@@ -532,7 +546,24 @@ pub async fn refresh(pool: &db::Pool, keys: &Keys, renewal: &Renewal, address: &
         return Err(refused("invalid_refresh_token", "There is no such refresh token."));
     };
     let successor = successor.first().filter(|next| Some(next.id) == token.replaced_by);
-    let worth = worth(token, successor, device.now);
+    let bearer = Bearer { address: address.to_owned(), ..renewal.bearer.clone() };
+    let known = machines::known(&mut tx, &[guid]).await?.remove(&guid).unwrap_or_default();
+    let mut verdict = known.judge(&bearer);
+    let mut worth = worth(token, successor, device.now);
+    // The machine that the tokens belong to has old ones again: it was restored, unless newer ones are in use.
+    if verdict == Verdict::Admit && worth == Worth::Reused && !bearer.machine_id.is_empty() && !known.binds(&bearer) {
+        worth = Worth::Restored;
+        let unused = successor.is_some_and(TokenRow::is_unused);
+        if !unused && !known.chose(&bearer) && machines::newer_in_use(&mut tx, guid).await? {
+            verdict = Verdict::Contested;
+        }
+    }
+    machines::note(&mut tx, guid, &known, &bearer, verdict).await?;
+    if let Some(refusal) = machines::refusal(verdict) {
+        // What was noted is kept.
+        tx.commit().await?;
+        return Err(refusal);
+    }
     let superseded = match worth {
         Worth::Revoked => return Err(refused("refresh_token_revoked", "This refresh token was withdrawn.")),
         Worth::Expired => return Err(refused("refresh_token_expired", "This refresh token has expired.")),
@@ -560,6 +591,16 @@ pub async fn refresh(pool: &db::Pool, keys: &Keys, renewal: &Renewal, address: &
             return Err(refused("refresh_token_revoked", "This refresh token was withdrawn."));
         }
         Worth::Repeated => successor.map(|next| next.id),
+        Worth::Restored => {
+            machines::note_restored(&mut tx, guid, &device.hostname, device.site_id, address).await?;
+            // What was newer leads to what is given now.
+            sqlx::query_scalar!(
+                "SELECT id FROM refresh_tokens WHERE family = $1 AND rotated_at IS NULL AND revoked_at IS NULL ORDER BY expires_at DESC LIMIT 1",
+                token.family
+            )
+            .fetch_optional(&mut *tx)
+            .await?
+        }
         Worth::Current => None,
     };
     if device.status != "active" && device.status != "quarantined" {
@@ -568,7 +609,7 @@ pub async fn refresh(pool: &db::Pool, keys: &Keys, renewal: &Renewal, address: &
     let access_token = Secret::new(keys.sign_access(guid, &device.fingerprint, device.token_version, device.now)?);
     // A family that has rotated once always does: who holds a copy must not be able to opt out of being noticed.
     let rotates = renewal.rotates
-        || worth == Worth::Repeated
+        || matches!(worth, Worth::Repeated | Worth::Restored)
         || sqlx::query_scalar!(
             r#"SELECT EXISTS (SELECT FROM refresh_tokens WHERE family = $1 AND rotated_at IS NOT NULL) AS "rotated!""#,
             token.family
@@ -600,6 +641,9 @@ pub async fn refresh(pool: &db::Pool, keys: &Keys, renewal: &Renewal, address: &
         .await?;
         None
     };
+    if known.chose(&bearer) {
+        machines::forget_choice(&mut tx, guid).await?;
+    }
     tx.commit().await?;
     Ok(Renewed { access_token, refresh_token, site_id: device.site_id })
 }

@@ -49,6 +49,8 @@ pub struct Delivery {
     pub socket_id: String,
     /// Whether the agent was sent it before.
     pub again: bool,
+    /// Whether it was accepted before: an agent that does not know it then does not run it.
+    pub accepted: bool,
     /// How long the script may take; zero for as long as it likes.
     pub limit: Duration,
     /// The row's request: without id and signatures, and without what it shares.
@@ -216,7 +218,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
            FROM kept WHERE a.id = kept.id AND kept.bytes_before < $5
            RETURNING a.id, a.device_guid, a.hostname, a.site_id, a.run_id, a.component_index, a.status, a.queue_lane, a.activity_kind,
                      a.request, a.quick_run_script_id, kept.occurrence_id AS "occurrence_id?", kept.shares AS "shares!", kept.bytes AS "bytes!", kept.socket_id,
-                     kept.agent_hostname AS "agent_hostname!", kept.dedup AS "dedup!", kept.again AS "again!", a.sent_at AS "sent_at!",
+                     kept.agent_hostname AS "agent_hostname!", kept.dedup AS "dedup!", kept.again AS "again!", a.delivery = 'accepted' AS "accepted!", a.sent_at AS "sent_at!",
                      a.timeout_seconds"#,
         process,
         devices,
@@ -245,6 +247,7 @@ pub async fn take_ready(tx: &mut Tx<'_>, process: Uuid, devices: &[Uuid], reconn
             device: row.device_guid,
             socket_id: row.socket_id,
             again: row.again,
+            accepted: row.accepted,
             limit: Duration::from_secs(u64::try_from(row.timeout_seconds).unwrap_or(0)),
             request: row.request,
             shared: Part::of(row.quick_run_script_id, row.occurrence_id, row.component_index)
@@ -403,6 +406,9 @@ pub fn payload(keys: &Keys, delivery: &Delivery) -> Result<Value> {
     }
     object.insert("job_id".into(), delivery.activity_id.into());
     object.insert("target_hostname".into(), delivery.agent_hostname.as_str().into());
+    if delivery.accepted {
+        object.insert("accepted".into(), true.into());
+    }
     let key = keys.script_key();
     // By the key before it, where that has passed its place on in the meantime, it is of no use.
     let known = delivery.shared.as_ref().and_then(|shared| shared.signed.get()).filter(|known| known.by == key.spki_base64());

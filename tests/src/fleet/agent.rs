@@ -184,6 +184,8 @@ pub struct Agent {
     unsettled: Vec<i64>,
     next_heartbeat: Option<Instant>,
     received: u32,
+    /// What it made up at its start.
+    instance: String,
 }
 
 impl Agent {
@@ -201,7 +203,13 @@ impl Agent {
             unsettled: Vec::new(),
             next_heartbeat,
             received,
+            instance: uuid::Uuid::new_v4().to_string(),
         }
+    }
+
+    /// What it says of its machine: one of its own.
+    fn machine_id(&self) -> String {
+        borealis_protocol::machine_id(&self.machine.guid.simple().to_string())
     }
 
     fn slot(shared: &Shared, index: usize) -> &Slot {
@@ -290,6 +298,8 @@ impl Agent {
                 ..Capabilities::default()
             },
             helper_contexts: Vec::new(),
+            machine_id: self.machine_id(),
+            instance: self.instance.clone(),
         };
         let hello = link.ask(CONNECT_AGENT, &hello).await?;
         // A dispatch may come before the answer.
@@ -321,6 +331,8 @@ impl Agent {
             guid: guid_text(self.machine.guid),
             refresh_token: self.machine.refresh_token.clone(),
             capabilities: TokenCapabilities { rotates: true },
+            machine_id: self.machine_id(),
+            instance: self.instance.clone(),
         };
         let body = serde_json::to_string(&request).map_err(|_| LOST)?;
         let (status, body) = http::post(api, PATH_TOKEN_REFRESH, None, &body).await?;
