@@ -6,6 +6,7 @@ use serde_json::Value;
 use super::{LAST_YEAR, floor_minute};
 use crate::{
     error::{Error, Result},
+    instants,
     time_zones::Zone,
 };
 
@@ -49,7 +50,7 @@ pub(super) fn parse(value: &Value, zone: &Zone, code: &'static str, field: &str)
                     whole
                 })
             });
-            seconds.and_then(|s| DateTime::from_timestamp(s, 0)).ok_or_else(fault)?.into()
+            seconds.and_then(instants::from_seconds).ok_or_else(fault)?.into()
         }
         Value::String(text) => parse_text(text.trim(), zone).ok_or_else(fault)?,
         _ => return Err(fault()),
@@ -62,7 +63,7 @@ pub(super) fn parse(value: &Value, zone: &Zone, code: &'static str, field: &str)
 
 fn parse_text(text: &str, zone: &Zone) -> Option<Instant> {
     if text.len() >= 9 && text.bytes().all(|byte| byte.is_ascii_digit()) {
-        return text.parse().ok().and_then(|s| DateTime::from_timestamp(s, 0)).map(Instant::from);
+        return text.parse().ok().and_then(instants::from_seconds).map(Instant::from);
     }
     if let Ok(at) = DateTime::parse_from_rfc3339(text) {
         return Some(at.with_timezone(&Utc).into());
