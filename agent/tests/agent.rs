@@ -206,7 +206,10 @@ async fn a_short_token_is_refreshed_and_rotated_on_disk() {
     assert_eq!(peer.bearer, "Bearer access-1", "less than a minute left is not enough");
     {
         let seen = engine.seen.lock().unwrap();
-        assert_eq!(seen.refreshes, [json!({"guid": GUID, "refresh_token": "refresh-0", "capabilities": {"rotates": true}})]);
+        let (machine_id, instance) = (&peer.hello.machine_id, &peer.hello.instance);
+        let asked = json!({"guid": GUID, "refresh_token": "refresh-0", "capabilities": {"rotates": true},
+            "machine_id": machine_id, "instance": instance});
+        assert_eq!(seen.refreshes, [asked]);
     }
     let stored = std::fs::read_to_string(dir.path().join("agent.json")).unwrap();
     assert!(stored.contains("refresh-1") && !stored.contains("refresh-0"));

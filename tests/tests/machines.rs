@@ -6,7 +6,7 @@ use std::time::Duration;
 use borealis_tests::{
     Device, Reply, TestEngine,
     actor::{Actor, Credential},
-    agent::{Socket, open_agent},
+    agent::{Socket, try_open_agent},
     eventually,
 };
 use serde_json::{Value, json};
@@ -33,14 +33,18 @@ impl Bearer {
 
 /// Connects as the device, with these further members of `connect_agent`; the socket and the engine's answer.
 async fn connect(engine: &TestEngine, device: &Device, token: &str, said: Value) -> (Socket, Value) {
-    let mut socket = eventually("the engine takes sockets", LIMIT, || async { open_agent(engine.addr, token).await.ok() }).await;
     let mut hello = json!({
         "agent_id": borealis_protocol::agent_id(&device.hostname, &device.guid, borealis_protocol::CONTEXT_SYSTEM),
         "service_mode": "system", "hostname": "copy", "capabilities": {"dedup": true, "cancel": true},
     });
     hello.as_object_mut().expect("an object").extend(said.as_object().expect("an object").clone());
-    let answer = socket.call("connect_agent", hello).await;
-    (socket, answer)
+    // Sockets of a device that was told to leave are cut for a moment.
+    eventually("the engine answers", LIMIT, || async {
+        let mut socket = try_open_agent(engine.addr, token).await.ok()?;
+        let answer = socket.ask("connect_agent", hello.clone(), LIMIT).await?;
+        Some((socket, answer))
+    })
+    .await
 }
 
 fn token_of(device: &Device) -> &str {
@@ -116,7 +120,8 @@ async fn a_copy_on_another_machine_is_held_until_an_operator_decides() {
     let _ = refused(&engine, &device, &Bearer { instance: Uuid::new_v4(), ..copy.clone() }, "identity_held").await;
     let _ = refresh(&engine, &device, &device.refresh_token, &copy).await.error(409, "identity_held");
     assert!(first.silent("disconnect", Duration::from_millis(300)).await, "the machine it belongs to keeps its socket");
-    let newest = next_token(&engine, &device, &device.refresh_token, &own).await;
+    let next = next_token(&engine, &device, &device.refresh_token, &own).await;
+    let newest = next_token(&engine, &device, &next, &own).await;
 
     let approvals = pending(&operator).await;
     assert_eq!(approvals.len(), 1, "{approvals:?}");

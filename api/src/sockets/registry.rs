@@ -223,12 +223,13 @@ impl Registry {
         self.open.load(Ordering::Relaxed)
     }
 
-    /// Adds a machine's socket that was just admitted. The oldest of too many is cut.
+    /// Adds a machine's socket that was just admitted. Of too many, the oldest that is not registered is cut, so that sockets that are
+    /// refused do not displace the one that is.
     pub fn admit(&self, agent: &Arc<Agent>) {
         let mut agents = lock(&self.agents);
         let own = agents.by_device.entry(agent.device).or_default();
         if own.len() >= PER_DEVICE
-            && let Some(oldest) = own.first()
+            && let Some(oldest) = own.iter().find(|agent| agent.hello().is_none()).or(own.first())
         {
             oldest.cut.cancel();
         }
