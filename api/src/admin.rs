@@ -30,7 +30,7 @@ use nix::{
 use serde::Serialize;
 use serde_json::json;
 
-use crate::{serve::KEYS_EVERY, settings::Store};
+use crate::{reconcilers::KEYS_EVERY, settings::Store};
 
 /// The most connections to Postgres.
 const POOL: u32 = 2;

@@ -47,7 +47,7 @@ pub struct Door {
 }
 
 /// Serves the connections of a listener until `shutdown`, and then those that are left for [`DRAIN_S`].
-pub async fn accept(listener: TcpListener, router: Router, door: Door, shutdown: CancellationToken) {
+pub async fn accept(listener: Arc<TcpListener>, router: Router, door: Door, shutdown: CancellationToken) {
     let peers = Peers::new(door.per_address);
     let mut connections = JoinSet::new();
     loop {

@@ -10,6 +10,7 @@ pub mod errors;
 pub mod github;
 pub mod internal;
 pub mod metrics;
+pub mod reconcilers;
 pub mod room;
 pub mod routes;
 pub mod serve;

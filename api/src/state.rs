@@ -8,6 +8,7 @@ use borealis_engine::{
     hold::Guard,
     keys::Keys,
 };
+use borealis_tasks::Tasks;
 use tokio_util::sync::CancellationToken;
 
 pub use crate::settings::Settings;
@@ -28,6 +29,8 @@ pub struct Inner {
     pub process_id: uuid::Uuid,
     /// Cancelled when this process stops: event streams and background tasks end with it.
     pub shutdown: CancellationToken,
+    /// Keeps the long-lived tasks of this process going.
+    pub tasks: Tasks,
     /// Whether the engine is held, and how far it has come.
     pub guard: Arc<Guard>,
     /// What seals and opens secrets.

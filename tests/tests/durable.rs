@@ -4,6 +4,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use borealis_tasks::Tasks;
 use borealis_tests::{TestDatabase, eventually, probe};
 use borealis_workflows::{
     CancelAsked, NewRun, Services,
@@ -54,7 +55,13 @@ impl Bench {
         .unwrap();
         let services = Services { pool, agents: Arc::new(probe::NoAgents) };
         let stop = CancellationToken::new();
-        let options = worker::Options { name: name.to_owned(), concurrency: 8, poll_every, gate: Gate::open() };
+        let options = worker::Options {
+            name: name.to_owned(),
+            concurrency: 8,
+            poll_every,
+            gate: Gate::open(),
+            tasks: Tasks::new(stop.clone()),
+        };
         let running = worker::run(probe::registry(), services, options, stop.clone());
         self.stops.push((stop, tokio::spawn(async move { running.await.unwrap() })));
         self
@@ -521,14 +528,16 @@ async fn a_claim_reads_what_it_takes_and_not_a_queue_that_counts_as_empty() {
 struct Fetcher {
     wakeup: Wakeup,
     queue: String,
+    _tasks: Tasks,
     _stop: tokio_util::sync::DropGuard,
 }
 
 impl Fetcher {
     async fn new(bench: &Bench) -> Self {
         let (queue, stop) = (probe::single().queue(), CancellationToken::new());
-        let wakeup = Wakeup::spawn(bench.pool().clone(), [queue.clone()], stop.clone());
-        let fetcher = Self { wakeup, queue, _stop: stop.drop_guard() };
+        let tasks = Tasks::new(stop.clone());
+        let wakeup = Wakeup::spawn(bench.pool().clone(), [queue.clone()], &tasks);
+        let fetcher = Self { wakeup, queue, _tasks: tasks, _stop: stop.drop_guard() };
         fetcher.sleeps().await;
         fetcher
     }

@@ -10,13 +10,14 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// Every crate of the workspace and the ones of it that it may depend on.
-const ARROWS: [(&str, &[&str]); 8] = [
+const ARROWS: [(&str, &[&str]); 9] = [
     ("borealis-protocol", &[]),
     ("borealis-engine", &["borealis-protocol"]),
+    ("borealis-tasks", &[]),
     ("borealis-telemetry", &[]),
-    ("borealis-workflows", &["borealis-engine", "borealis-protocol", "borealis-telemetry"]),
-    ("borealis-api", &["borealis-engine", "borealis-protocol", "borealis-telemetry", "borealis-workflows"]),
-    ("borealis-workers", &["borealis-engine", "borealis-protocol", "borealis-telemetry", "borealis-workflows"]),
+    ("borealis-workflows", &["borealis-engine", "borealis-protocol", "borealis-tasks", "borealis-telemetry"]),
+    ("borealis-api", &["borealis-engine", "borealis-protocol", "borealis-tasks", "borealis-telemetry", "borealis-workflows"]),
+    ("borealis-workers", &["borealis-engine", "borealis-protocol", "borealis-tasks", "borealis-telemetry", "borealis-workflows"]),
     ("borealis-agent", &["borealis-protocol"]),
     (
         "borealis-tests",
@@ -25,6 +26,7 @@ const ARROWS: [(&str, &[&str]); 8] = [
             "borealis-api",
             "borealis-engine",
             "borealis-protocol",
+            "borealis-tasks",
             "borealis-telemetry",
             "borealis-workers",
             "borealis-workflows",

@@ -6,6 +6,7 @@ pub mod api_client;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use borealis_engine::{Result, db};
+use borealis_tasks::Tasks;
 use borealis_workflows::{
     Agents, Services,
     durable::{POLL_EVERY, definition::Registry, wakeup, worker},
@@ -67,21 +68,35 @@ pub async fn run(
     let pool = db::sibling(&pool, pool.options().get_max_connections(), &worker::PLANS);
     let services = Services { pool: pool.clone(), agents };
     tracing::info!(name, concurrency = options.concurrency, "worker starts");
+    let tasks = Tasks::new(stop.clone());
     let (keeper, gate) = hold::closed();
-    let mut duties = vec![tokio::spawn(keeper.keep(pool.clone(), services.agents.clone(), stop.clone()))];
+    tasks.keep("gate", {
+        let (keeper, pool, agents, stop) = (Arc::new(keeper), pool.clone(), services.agents.clone(), stop.clone());
+        move || {
+            let (keeper, pool, agents, stop) = (keeper.clone(), pool.clone(), agents.clone(), stop.clone());
+            async move { keeper.keep(pool, agents, stop).await }
+        }
+    });
     if options.duties {
-        let wakeup = wakeup::Wakeup::spawn(pool.clone(), [wakeup::SCHEDULE_CHANGED.to_owned()], stop.clone());
+        let wakeup = wakeup::Wakeup::spawn(pool.clone(), [wakeup::SCHEDULE_CHANGED.to_owned()], &tasks);
         // A connection of its own: what is due must not wait behind steps.
         let scheduling = db::sibling(&pool, 1, &worker::PLANS);
-        duties.push(tokio::spawn(scheduler::keep(scheduling, wakeup, name.clone(), gate.clone(), stop.clone())));
-        duties.push(tokio::spawn(housekeeping::keep(services.clone(), options.history_days, gate.clone(), stop.clone())));
+        tasks.keep("scheduler", {
+            let (name, gate, stop) = (name.clone(), gate.clone(), stop.clone());
+            move || scheduler::keep(scheduling.clone(), wakeup.clone(), name.clone(), gate.clone(), stop.clone())
+        });
+        tasks.keep("housekeeping", {
+            let (services, days, gate, stop) = (services.clone(), options.history_days, gate.clone(), stop.clone());
+            move || housekeeping::keep(services.clone(), days, gate.clone(), stop.clone())
+        });
     }
-    duties.push(tokio::spawn(presence(pool.clone(), options.id, name.clone(), stop.clone())));
-    let options = worker::Options { name, concurrency: options.concurrency, poll_every: POLL_EVERY, gate };
+    tasks.keep("presence", {
+        let (pool, id, name, stop) = (pool.clone(), options.id, name.clone(), stop.clone());
+        move || presence(pool.clone(), id, name.clone(), stop.clone())
+    });
+    let options = worker::Options { name, concurrency: options.concurrency, poll_every: POLL_EVERY, gate, tasks: tasks.clone() };
     worker::run(registry, services, options, stop).await?;
-    for duty in duties {
-        let _ = tokio::time::timeout(Duration::from_secs(2), duty).await;
-    }
+    tasks.end_within(Duration::from_secs(2)).await;
     Ok(())
 }
 

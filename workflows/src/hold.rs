@@ -75,7 +75,7 @@ pub fn closed() -> (Keeper, Gate) {
 
 impl Keeper {
     /// Opens and closes the gate until `stop`.
-    pub async fn keep(self, pool: Pool, agents: Arc<dyn Agents>, stop: CancellationToken) {
+    pub async fn keep(&self, pool: Pool, agents: Arc<dyn Agents>, stop: CancellationToken) {
         let mut pause = FIRST_PAUSE;
         let work = async {
             loop {

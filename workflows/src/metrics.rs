@@ -238,6 +238,8 @@ pub(crate) fn count(commits: &[Commit], written: &[Written]) {
 struct Looked {
     connections: IntGaugeVec,
     timeouts: IntCounter,
+    task_restarts: IntCounterVec,
+    task_failing: IntGaugeVec,
     zones_version: IntGauge,
     zones_age: Gauge,
     up: IntGauge,
@@ -261,6 +263,16 @@ static LOOKED: LazyLock<Looked> = LazyLock::new(|| Looked {
         &["pool", "state"],
     ),
     timeouts: meter::counter("borealis_pool_timeouts_total", "How often no connection came free within 5 s."),
+    task_restarts: meter::counters(
+        "borealis_task_restarts_total",
+        "How often a long-lived task of this process failed and was started again.",
+        &["task"],
+    ),
+    task_failing: meter::gauges(
+        "borealis_task_failing",
+        "1 while a long-lived task of this process does not run, failed within the last minute, or hangs.",
+        &["task"],
+    ),
     zones_version: meter::gauge(
         "borealis_time_zones_version",
         "The version of the rules of time zones as year and number of its letter: 202606 is 2026f. 0 when it is not known.",
@@ -371,6 +383,12 @@ impl Tables {
             for (state, count) in [("open", pool.open), ("idle", pool.idle), ("max", pool.max)] {
                 LOOKED.connections.with_label_values(&[pool.name, state]).set(count.into());
             }
+        }
+        LOOKED.task_failing.reset();
+        for task in borealis_tasks::all() {
+            let restarts = LOOKED.task_restarts.with_label_values(&[task.name]);
+            restarts.inc_by(task.restarts.saturating_sub(restarts.get()));
+            LOOKED.task_failing.with_label_values(&[task.name]).add(i64::from(task.is_failing()));
         }
         LOOKED.timeouts.inc_by(db::timeouts().saturating_sub(LOOKED.timeouts.get()));
         let zones = time_zones::current();

@@ -34,6 +34,9 @@ struct Ready {
     held: bool,
     /// The rules of time zones this process uses.
     time_zones: TimeZones,
+    /// Tasks of this process that do not run, have failed within the last minute, or hang. They are started again by themselves; the log
+    /// says why they failed.
+    failing_tasks: Vec<&'static str>,
 }
 
 /// Rules of time zones.
@@ -53,5 +56,6 @@ async fn ready(State(app): State<App>) -> Result<Json<Ready>> {
     db::ready(&app.pool).await?;
     let zones = time_zones::current();
     let time_zones = TimeZones { version: zones.version(), released: zones.released(), old: zones.is_old(Utc::now()) };
-    Ok(Json(Ready { status: "ok", held: app.guard.standing().held.is_some(), time_zones }))
+    let failing_tasks = app.tasks.health().iter().filter(|task| task.is_failing()).map(|task| task.name).collect();
+    Ok(Json(Ready { status: "ok", held: app.guard.standing().held.is_some(), time_zones, failing_tasks }))
 }

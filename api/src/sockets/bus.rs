@@ -3,7 +3,7 @@
 //! The driver that comes with the adapter sends each notification by itself, and its stream ends for good when Postgres
 //! is away for longer than a connection is waited for.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use borealis_engine::{
     bus::{self, Heard},
@@ -11,7 +11,7 @@ use borealis_engine::{
 };
 use futures::stream::{self, BoxStream, StreamExt};
 use socketioxide_postgres::drivers::{Driver, Notification};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Mutex, mpsc, oneshot};
 
 /// Notifications that wait for the one before them to be committed.
 const QUEUE: usize = 4096;
@@ -29,6 +29,7 @@ struct Notice {
 pub struct Bus {
     pool: Pool,
     queue: mpsc::Sender<Notice>,
+    waiting: Arc<Mutex<mpsc::Receiver<Notice>>>,
 }
 
 /// Why something could not be told to the other processes: Postgres is away, or refused.
@@ -43,26 +44,29 @@ impl From<borealis_engine::Error> for Error {
 }
 
 impl Bus {
-    /// A bus over `pool`, with the future that drives it.
-    pub fn new(pool: Pool) -> (Self, impl Future<Output = ()> + Send) {
-        let (queue, mut waiting) = mpsc::channel::<Notice>(QUEUE);
-        let bus = Self { pool: pool.clone(), queue };
-        let drive = async move {
-            let mut batch = Vec::new();
-            while waiting.recv_many(&mut batch, bus::BATCH).await > 0 {
-                let (mut channels, mut payloads, mut answers) = (Vec::new(), Vec::new(), Vec::new());
-                for notice in batch.drain(..) {
-                    channels.push(notice.channel);
-                    payloads.push(notice.payload);
-                    answers.push(notice.done);
-                }
-                let sent = bus::notify(&pool, &channels, &payloads).await.map_err(|error| error.to_string());
-                for answer in answers {
-                    let _ = answer.send(sent.clone());
-                }
+    /// A bus over `pool`, to be driven by [`Self::drive`].
+    pub fn new(pool: Pool) -> Self {
+        let (queue, waiting) = mpsc::channel::<Notice>(QUEUE);
+        Self { pool, queue, waiting: Arc::new(Mutex::new(waiting)) }
+    }
+
+    /// Sends what is to be told, for ever.
+    pub async fn drive(self) {
+        let pool = &self.pool;
+        let mut waiting = self.waiting.lock().await;
+        let mut batch = Vec::new();
+        while waiting.recv_many(&mut batch, bus::BATCH).await > 0 {
+            let (mut channels, mut payloads, mut answers) = (Vec::new(), Vec::new(), Vec::new());
+            for notice in batch.drain(..) {
+                channels.push(notice.channel);
+                payloads.push(notice.payload);
+                answers.push(notice.done);
             }
-        };
-        (bus, drive)
+            let sent = bus::notify(pool, &channels, &payloads).await.map_err(|error| error.to_string());
+            for answer in answers {
+                let _ = answer.send(sent.clone());
+            }
+        }
     }
 
     /// Sends one notification; with others that wait, in their order.

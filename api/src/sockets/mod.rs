@@ -33,17 +33,14 @@ use borealis_engine::{
     jobs::delivery,
     keys::Keys,
 };
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt, future::BoxFuture};
 use serde_json::Value;
 use socketioxide::{
     SocketIo, SocketIoBuilder, TransportType, adapter::Emitter, extract::SocketRef, handler::ConnectHandler,
     service::SocketIoService,
 };
 use socketioxide_postgres::{CustomPostgresAdapter, PostgresAdapterConfig, PostgresAdapterCtr};
-use tokio::{
-    sync::{Mutex, mpsc},
-    task::JoinSet,
-};
+use tokio::sync::{Mutex, mpsc};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -233,10 +230,16 @@ impl Hub {
     pub async fn run(self, app: App, shutdown: CancellationToken) {
         let pool = borealis_engine::db::sibling(&app.pool, POOL, &[]);
         let _watched = borealis_engine::db::watch("sockets", &pool);
-        let (bus, drive) = bus::Bus::new(pool.clone());
-        let running = Arc::new(Running::new(&app, pool, bus));
-        let mut tasks = JoinSet::new();
-        tasks.spawn(drive);
+        // Started again after a failure, it goes on with the sockets that are there.
+        let before = self.running().cloned();
+        let running = before.clone().unwrap_or_else(|| Arc::new(Running::new(&app, pool.clone(), bus::Bus::new(pool))));
+        // Its tasks end after the sockets here are closed.
+        let ended = CancellationToken::new();
+        let tasks = app.tasks.part(ended.clone());
+        tasks.keep_until_stopped("notifications", {
+            let bus = running.bus.clone();
+            move || bus.clone().drive()
+        });
         while let Err(error) = sockets::heartbeat(&running.pool, running.process_id).await {
             tracing::warn!(%error, "sockets wait for the database");
             tokio::select! {
@@ -244,64 +247,41 @@ impl Hub {
                 () = shutdown.cancelled() => return,
             }
         }
-        tokio::select! {
-            () = running.open() => {}
-            () = shutdown.cancelled() => return,
+        if before.is_none() {
+            tokio::select! {
+                () = running.open() => {}
+                () = shutdown.cancelled() => return,
+            }
+            // Its row is in the table; who does not hear this finds it there with the next sweep.
+            if let Err(error) = running.bus.tell(DROP_CHANNEL, format!("hello:{}", running.process_id)).await {
+                tracing::debug!(%error, "other processes were not told of this one");
+            }
+            let _ = self.0.set(running.clone());
         }
-        // Its row is in the table; who does not hear this finds it there with the next sweep.
-        if let Err(error) = running.bus.tell(DROP_CHANNEL, format!("hello:{}", running.process_id)).await {
-            tracing::debug!(%error, "other processes were not told of this one");
-        }
-        if self.0.set(running.clone()).is_err() {
-            tracing::error!("the hub was started twice");
-            return;
-        }
-        supervise(&mut tasks, "results", &running, |running| running.intake.clone().run(running.clone()));
-        supervise(&mut tasks, "deliveries", &running, |running| deliver::run(running.clone()));
-        supervise(&mut tasks, "arrivals", &running, |running| {
+        let keep = |name, task: fn(Arc<Running>) -> BoxFuture<'static, ()>| {
             let running = running.clone();
-            async move { running.lobby.receive(running.clone()).await }
-        });
-        supervise(&mut tasks, "departures", &running, |running| {
-            let running = running.clone();
-            async move { running.lobby.dismiss(running.clone()).await }
-        });
-        supervise(&mut tasks, "events", &running, |running| running.clone().send_events());
-        supervise(&mut tasks, "notices", &running, |running| running.clone().hear());
-        supervise(&mut tasks, "reach", &running, |running| reach::watch(running.clone()));
-        supervise(&mut tasks, "sweep", &running, |running| running.clone().sweep_for_ever());
+            tasks.keep_until_stopped(name, move || task(running.clone()));
+        };
+        keep("results", |running| running.intake.clone().run(running).boxed());
+        keep("deliveries", |running| deliver::run(running).boxed());
+        keep("arrivals", |running| async move { running.lobby.receive(running.clone()).await }.boxed());
+        keep("departures", |running| async move { running.lobby.dismiss(running.clone()).await }.boxed());
+        keep("events", |running| running.send_events().boxed());
+        keep("notices", |running| running.hear().boxed());
+        keep("reach", |running| reach::watch(running).boxed());
+        keep("sweep", |running| running.sweep_for_ever().boxed());
         shutdown.cancelled().await;
         running.registry.cut_all();
         // The closing sockets say good-bye, and what they reported last is written.
         tokio::time::sleep(Duration::from_millis(300)).await;
-        tasks.shutdown().await;
+        ended.cancel();
+        tasks.end_within(Duration::from_secs(1)).await;
         let left = tokio::time::timeout(Duration::from_secs(2), sockets::leave(&running.pool, running.process_id)).await;
         if !matches!(left, Ok(Ok(()))) {
             tracing::warn!("this process's sockets were left to others to clean up");
         }
+        crate::serve::close(&running.hub_pool).await;
     }
-}
-
-/// Keeps a task running: one that panics is started again.
-fn supervise<F>(
-    tasks: &mut JoinSet<()>,
-    name: &'static str,
-    running: &Arc<Running>,
-    make: impl Fn(&Arc<Running>) -> F + Send + 'static,
-) where
-    F: Future<Output = ()> + Send + 'static,
-{
-    let running = running.clone();
-    tasks.spawn(async move {
-        loop {
-            let mut task = JoinSet::new();
-            task.spawn(make(&running));
-            if let Some(Err(error)) = task.join_next().await {
-                tracing::error!(%error, name, "a task of the sockets failed and is started again");
-            }
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
-    });
 }
 
 impl Running {

@@ -16,9 +16,9 @@ use apalis_core::{
     worker::context::WorkerContext,
 };
 use borealis_engine::{Result, db::Pool};
+use borealis_tasks::Tasks;
 use serde_json::Value;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
@@ -219,11 +219,19 @@ pub struct DurableBackend {
 pub struct BackendEnded;
 
 impl DurableBackend {
-    pub(super) fn spawn(fetcher: Fetcher, drain: CancellationToken) -> Self {
+    pub(super) fn spawn(fetcher: Fetcher, tasks: &Tasks) -> Self {
         let (sender, claims) = mpsc::channel(CLAIM_BATCH);
-        tokio::spawn(async move {
-            // A claim cut off in flight either did not happen or is found by recovery.
-            drain.run_until_cancelled(fetcher.fetch(&sender)).await;
+        let fetcher = Arc::new(fetcher);
+        // A claim cut off in flight either did not happen or is found by recovery.
+        tasks.keep_until_done("fetch", move || {
+            let (fetcher, sender) = (fetcher.clone(), sender.clone());
+            async move {
+                tokio::select! {
+                    () = fetcher.fetch(&sender) => {}
+                    // The queue's worker was started again, with a fetcher of its own.
+                    () = sender.closed() => {}
+                }
+            }
         });
         Self { claims }
     }

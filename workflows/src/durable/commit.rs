@@ -10,13 +10,15 @@
 
 use std::{
     collections::HashSet,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use borealis_engine::{Result, db::Pool};
+use borealis_tasks::Tasks;
 use serde_json::{Value, json};
 use sqlx::PgConnection;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Mutex, mpsc, oneshot};
 use uuid::Uuid;
 
 use super::{
@@ -420,11 +422,13 @@ pub(super) struct Committer {
 type Waiting = (Commit, oneshot::Sender<Written>);
 
 impl Committer {
-    /// Starts the committers of this process. They end when the last handle is gone.
-    pub fn spawn(pool: &Pool, worker: &str) -> Self {
+    /// Starts the committers of this process. They end with the tasks of `tasks`.
+    pub fn spawn(pool: &Pool, worker: &str, tasks: &Tasks) -> Self {
         let lane = || {
             let (queue, inbox) = mpsc::channel(COMMIT_BATCH * 2);
-            tokio::spawn(run(pool.clone(), worker.to_owned(), inbox));
+            // Outcomes that wait are there for the next one, should this one panic. Those in its hands count as lost.
+            let (inbox, pool, worker) = (Arc::new(Mutex::new(inbox)), pool.clone(), worker.to_owned());
+            tasks.keep_until_stopped("commit", move || run(pool.clone(), worker.clone(), inbox.clone()));
             queue
         };
         Self { lanes: (0..COMMIT_LANES).map(|_| lane()).collect() }
@@ -442,7 +446,8 @@ impl Committer {
     }
 }
 
-async fn run(pool: Pool, worker: String, mut inbox: mpsc::Receiver<Waiting>) {
+async fn run(pool: Pool, worker: String, inbox: Arc<Mutex<mpsc::Receiver<Waiting>>>) {
+    let mut inbox = inbox.lock().await;
     let mut batch = Vec::with_capacity(COMMIT_BATCH);
     while inbox.recv_many(&mut batch, COMMIT_BATCH).await > 0 {
         let (alone, others): (Vec<Waiting>, Vec<Waiting>) = batch.drain(..).partition(|(commit, _)| commit.is_alone());

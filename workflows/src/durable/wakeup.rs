@@ -8,9 +8,9 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use borealis_engine::db::{self, Cause, Pool};
+use borealis_tasks::Tasks;
 use sqlx::postgres::PgListener;
-use tokio::sync::{Notify, futures::Notified, mpsc, oneshot};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{Mutex, Notify, futures::Notified, mpsc, oneshot};
 
 /// The channel on which `workflow_hint` names queues that have something to claim.
 const READY: &str = "borealis_ready";
@@ -68,25 +68,14 @@ struct Held {
 }
 
 impl Wakeup {
-    /// Starts listening for these names.
-    pub fn spawn(pool: Pool, names: impl IntoIterator<Item = String>, stop: CancellationToken) -> Self {
+    /// Starts listening for these names, as a task of `tasks`.
+    pub fn spawn(pool: Pool, names: impl IntoIterator<Item = String>, tasks: &Tasks) -> Self {
         let known = names.into_iter().map(|name| (name, Notify::new())).collect();
         let names = Arc::new(Names { known, unknown: Notify::new() });
-        let (asked, mut asks) = mpsc::unbounded_channel();
+        let (asked, asks) = mpsc::unbounded_channel();
         let wakeup = Self { names: names.clone(), asked };
-        tokio::spawn(async move {
-            loop {
-                // A pool of its own, which is closed: in another one the session would go on with its locks.
-                let own = db::sibling(&pool, 1, &[]);
-                let heard = stop.run_until_cancelled(receive(&names, &own, &mut asks)).await;
-                tokio::spawn(async move { own.close().await });
-                let Some(Err(error)) = heard else { return };
-                tracing::warn!(error = Cause::text(&error), "LISTEN connection lost; polling until it is back");
-                if stop.run_until_cancelled(away(&mut asks)).await.is_none() {
-                    return;
-                }
-            }
-        });
+        let asks = Arc::new(Mutex::new(asks));
+        tasks.keep_until_stopped("listen", move || listen(pool.clone(), names.clone(), asks.clone()));
         wakeup
     }
 
@@ -105,6 +94,28 @@ impl Wakeup {
     /// The fetcher of `queue` is awake: nobody needs to notify it.
     pub fn awake(&self, queue: &str) {
         let _ = self.asked.send(Asked::Awake(queue.to_owned()));
+    }
+}
+
+async fn listen(pool: Pool, names: Arc<Names>, asks: Arc<Mutex<mpsc::UnboundedReceiver<Asked>>>) {
+    let mut asks = asks.lock().await;
+    loop {
+        // A pool of its own, which is closed: in another one the session would go on with its locks.
+        let own = Own(db::sibling(&pool, 1, &[]));
+        let Err(error) = receive(&names, &own.0, &mut asks).await;
+        drop(own);
+        tracing::warn!(error = Cause::text(&error), "LISTEN connection lost; polling until it is back");
+        away(&mut asks).await;
+    }
+}
+
+/// A pool that is closed when it is dropped.
+struct Own(Pool);
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        let pool = self.0.clone();
+        tokio::spawn(async move { pool.close().await });
     }
 }
 

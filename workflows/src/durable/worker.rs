@@ -16,6 +16,7 @@ use apalis_core::{
 };
 use apalis_postgres::PostgresStorage;
 use borealis_engine::{Result, db, db::Pool};
+use borealis_tasks::Tasks;
 use borealis_telemetry::trace;
 use futures::future::BoxFuture;
 use serde_json::Value;
@@ -69,6 +70,8 @@ pub struct Options {
     pub poll_every: Duration,
     /// Whether this process may act.
     pub gate: Gate,
+    /// What the tasks of the process are seen with.
+    pub tasks: Tasks,
 }
 
 /// What all queues of a process share.
@@ -84,6 +87,8 @@ struct Process {
     poll_every: Duration,
     gate: Gate,
     drain: CancellationToken,
+    /// Keeps the fetchers going.
+    fetching: Tasks,
     running: TaskTracker,
 }
 
@@ -114,11 +119,11 @@ impl IntoWorkerService<PostgresStorage<Vec<u8>>, DurableService> for DurableFlow
     type Backend = DurableBackend;
 
     fn into_service(self, storage: PostgresStorage<Vec<u8>>) -> WorkerService<DurableBackend, DurableService> {
-        let Process { name: worker, claims, slots, wakeup, poll_every, gate, drain, .. } = self.process.clone();
+        let Process { name: worker, claims, slots, wakeup, poll_every, gate, fetching, .. } = self.process.clone();
         let queue = storage.config().queue.to_string();
         let pool = claims.of(&self.workflow);
         WorkerService {
-            backend: DurableBackend::spawn(Fetcher { pool, queue, worker, slots, wakeup, poll_every, gate }, drain),
+            backend: DurableBackend::spawn(Fetcher { pool, queue, worker, slots, wakeup, poll_every, gate }, &fetching),
             service: DurableService { workflow: self.workflow, process: self.process },
         }
     }
@@ -271,6 +276,8 @@ pub async fn run(registry: Registry, services: Services, options: Options, stop:
     let pool: Pool = services.pool.clone();
     let drain = stop.child_token();
     let after = CancellationToken::new();
+    // What claims and looks ends when the process is asked to stop; what commits and renews, when its last step has ended.
+    let (draining, lasting) = (options.tasks.part(drain.clone()), options.tasks.part(after.clone()));
     let queues = registry.iter().map(|workflow| workflow.queue());
     // Connections of its own, so that steps that wait for one never keep a lease from being renewed.
     let vital = db::sibling(&pool, VITAL_CONNECTIONS, &PLANS);
@@ -278,27 +285,41 @@ pub async fn run(registry: Registry, services: Services, options: Options, stop:
     let claims = Claims { unflushed: db::sibling(&pool, CLAIM_CONNECTIONS, &unflushed), durable: vital.clone() };
     let _watched = [db::watch("steps", &pool), db::watch("vital", &vital), db::watch("claims", &claims.unflushed)];
     let process = Process {
-        committer: Committer::spawn(&vital, &options.name),
+        committer: Committer::spawn(&vital, &options.name, &lasting),
         leases: Leases::default(),
         claims,
         slots: Arc::new(Semaphore::new(options.concurrency.max(1))),
-        wakeup: Wakeup::spawn(vital.clone(), queues, drain.clone()),
+        wakeup: Wakeup::spawn(vital.clone(), queues, &draining),
         poll_every: options.poll_every,
         gate: options.gate.clone(),
         drain: drain.clone(),
+        fetching: draining.clone(),
         running: TaskTracker::new(),
         services: Arc::new(services),
         name: options.name,
     };
-    let renewing = tokio::spawn(process.leases.clone().keep(vital.clone(), after.clone()));
-    let recovering = tokio::spawn(recovery::keep(vital, registry.clone(), options.gate.clone(), drain.clone()));
-    let mut workers = Vec::new();
+    lasting.keep("leases", {
+        let (leases, vital, after) = (process.leases.clone(), vital.clone(), after.clone());
+        move || leases.clone().keep(vital.clone(), after.clone())
+    });
+    draining.keep("recovery", {
+        let (registry, gate, drain) = (registry.clone(), options.gate.clone(), drain.clone());
+        move || recovery::keep(vital.clone(), registry.clone(), gate.clone(), drain.clone())
+    });
     for workflow in registry.iter() {
-        let storage =
-            PostgresStorage::<Vec<u8>>::new(&pool).with_config(apalis_postgres::Config::default().queue(workflow.queue()));
-        let flow = DurableFlow { workflow: workflow.clone(), process: process.clone() };
-        let worker = WorkerBuilder::new(format!("{}/{}", process.name, workflow.queue())).backend(storage).build(flow);
-        workers.push(tokio::spawn(worker.run()));
+        let (workflow, process, pool) = (workflow.clone(), process.clone(), pool.clone());
+        // It lives until the last step has ended: its steps run in tasks of their own, and its fetcher ends before.
+        lasting.keep_until_stopped("queue", move || {
+            let storage =
+                PostgresStorage::<Vec<u8>>::new(&pool).with_config(apalis_postgres::Config::default().queue(workflow.queue()));
+            let flow = DurableFlow { workflow: workflow.clone(), process: process.clone() };
+            let worker = WorkerBuilder::new(format!("{}/{}", process.name, workflow.queue())).backend(storage).build(flow);
+            async move {
+                if let Err(error) = worker.run().await {
+                    tracing::error!(%error, "a queue's worker has ended");
+                }
+            }
+        });
     }
     stop.cancelled().await;
     process.running.close();
@@ -309,10 +330,7 @@ pub async fn run(registry: Registry, services: Services, options: Options, stop:
         }
     }
     after.cancel();
-    for worker in workers {
-        worker.abort();
-    }
-    renewing.abort();
-    recovering.abort();
+    draining.end_within(Duration::ZERO).await;
+    lasting.end_within(Duration::ZERO).await;
     Ok(())
 }
