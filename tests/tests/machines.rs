@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use borealis_tests::{
     Device, Reply, TestEngine,
-    actor::{Actor, Credential},
+    actor::{Actor, Credential, Enrollment, new_key},
     agent::{Socket, try_open_agent},
     eventually,
 };
@@ -236,6 +236,57 @@ async fn a_machine_that_was_restored_from_a_snapshot_goes_on() {
     // Someone who has an old token and does not say the machine is held as well, and ends nothing.
     let nameless = Bearer { machine_id: String::new(), ..own.clone() };
     let _ = refresh(&engine, &device, &tokens[1], &nameless).await.error(409, "identity_held");
+}
+
+#[tokio::test]
+async fn a_machine_that_was_installed_again_and_is_approved_is_the_device() {
+    let engine = TestEngine::start().await;
+    let (site, _) = engine.site("north").await;
+    let device = engine.device(site).await;
+    let (own, copy) = (Bearer::on(1), Bearer::on(2));
+    let newest = next_token(&engine, &device, &device.refresh_token, &own).await;
+    let _ = refused(&engine, &device, &copy, "identity_held").await;
+    let operator = engine.operator(&[site]).await;
+    assert_eq!(pending(&operator).await.len(), 1);
+
+    let code = engine.enrollment_code(site).await;
+    let request = Enrollment::request(&engine.anonymous(), &device.hostname, &code, new_key()).await;
+    let approval = engine.approval(request.reference()).await;
+    let overwrite = json!({"conflict_resolution": "overwrite"});
+    let _ = operator.post(&format!("/api/admin/device-approvals/{approval}/approve"), overwrite).await.ok();
+    let again = request.finish(site).await;
+    assert_eq!(again.guid, device.guid);
+    assert!(pending(&operator).await.is_empty(), "what was shown of other machines is over");
+    let reinstalled = Bearer::on(3);
+    let (_socket, answer) = connect(&engine, &again, token_of(&again), reinstalled.said()).await;
+    assert_eq!(answer["status"], "ok", "{answer}");
+
+    // Tokens from before are worth nothing, on whatever machine, and show nobody.
+    let _ = refresh(&engine, &device, &newest, &own).await.error(401, "refresh_token_revoked");
+    assert!(pending(&operator).await.is_empty());
+}
+
+#[tokio::test]
+async fn a_hostile_agent_shows_a_bounded_number_of_machines_to_the_operators_of_its_site() {
+    let engine = TestEngine::start().await;
+    let (site, _) = engine.site("north").await;
+    let (elsewhere, _) = engine.site("south").await;
+    let (operator, device) = (engine.operator(&[site]).await, engine.device(site).await);
+    let _ = next_token(&engine, &device, &device.refresh_token, &Bearer::on(1)).await;
+    for machine in 2..14 {
+        let _ = refused(&engine, &device, &Bearer::on(machine), "identity_held").await;
+    }
+    let shown = pending(&operator).await;
+    assert_eq!((shown.len(), audited(&engine, "device.identity_held").await), (8, 8));
+
+    // What an operator of the site was shown says nothing about the device once it is another site's.
+    sqlx::query("UPDATE devices SET site_id = $1").bind(elsewhere).execute(&engine.database.pool).await.expect("an update");
+    let id = shown[0]["id"].as_str().expect("an id");
+    let approve = format!("/api/admin/device-approvals/{id}/approve");
+    let _ = operator.post(&approve, json!({})).await.error(409, "device_changed");
+    let _ = refused(&engine, &device, &Bearer::on(2), "identity_held").await;
+    let there = engine.operator(&[elsewhere]).await;
+    assert_eq!((pending(&there).await.len(), pending(&operator).await.len()), (1, 7));
 }
 
 #[tokio::test]

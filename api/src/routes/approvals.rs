@@ -120,7 +120,7 @@ fn id(text: &str) -> Result<Uuid> {
     (status = 401, description = "`unauthorized`"),
     (status = 403, description = "`forbidden`: an administrator has to decide"),
     (status = 404, description = "`not found`"),
-    (status = 409, description = "`approval_not_pending`, `conflict_resolution_required` (with `hostname`), `ambiguous_hostname` (with `guids`), `fingerprint_in_use`, `reinstate_required`"),
+    (status = 409, description = "`approval_not_pending`, `conflict_resolution_required` (with `hostname`), `ambiguous_hostname` (with `guids`), `fingerprint_in_use`, `reinstate_required`; of `kind` `identity`: `device_changed`, as the device is gone or in another site"),
 ))]
 async fn approve(
     State(app): State<App>,

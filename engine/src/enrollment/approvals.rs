@@ -1,4 +1,4 @@
-//! Who decides over a request, and what may be decided (contract access 13).
+//! Who decides over a request, and what may be decided.
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::Serialize;

@@ -39,6 +39,8 @@ const TWO_AFTER_S: f64 = 60.0;
 const NEWER_IN_USE_S: f64 = 90.0;
 /// For so many hours an operator's choice waits for the agent that was chosen.
 const CHOICE_H: i32 = 24;
+/// So many machines of one device are shown at once; further ones are held without. A hostile agent can say any number of them.
+const SHOWN_PER_DEVICE: i64 = 8;
 
 /// What an agent says of itself and its machine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -233,10 +235,12 @@ async fn hold(conn: &mut PgConnection, device: Uuid, bearer: &Bearer) -> Result<
                       'current', jsonb_build_object('machine_id', coalesce(d.machine_id, ''), 'hostname', d.hostname,
                           'address', d.internal_ip, 'operating_system', d.operating_system, 'last_seen', d.last_seen,
                           'connected', EXISTS (SELECT FROM device_sockets s WHERE s.device_guid = d.guid)))
-           FROM devices d WHERE d.guid = $1
+           FROM devices d
+           WHERE d.guid = $1 AND (SELECT count(*) FILTER (WHERE w.facts #>> '{held,machine_id}' <> $8) < $10 FROM device_approvals w
+                                  WHERE w.device_guid = d.guid AND w.kind = 'identity' AND w.status IN ('pending', 'denied'))
            ON CONFLICT (device_guid, (facts #>> '{held,machine_id}')) WHERE status IN ('pending', 'denied') AND kind = 'identity'
            -- Not every message says a hostname.
-           DO UPDATE SET remote_addr = excluded.remote_addr,
+           DO UPDATE SET remote_addr = excluded.remote_addr, site_id = excluded.site_id,
                   facts = CASE WHEN $4 = '' THEN jsonb_set(excluded.facts, '{held,hostname}', o.facts #> '{held,hostname}') ELSE excluded.facts END,
                   hostname_claimed = CASE WHEN $4 = '' THEN o.hostname_claimed ELSE excluded.hostname_claimed END,
                   hostname_claimed_key = CASE WHEN $4 = '' THEN o.hostname_claimed_key ELSE excluded.hostname_claimed_key END
@@ -250,6 +254,7 @@ async fn hold(conn: &mut PgConnection, device: Uuid, bearer: &Bearer) -> Result<
         bearer.address,
         bearer.machine_id,
         bearer.instance,
+        SHOWN_PER_DEVICE,
     )
     .fetch_optional(&mut *conn)
     .await?;
@@ -270,9 +275,9 @@ async fn hold(conn: &mut PgConnection, device: Uuid, bearer: &Bearer) -> Result<
 /// The identity of `device` belongs to the machine that `approval` shows as held; the one it belonged to is held when it comes.
 ///
 /// # Errors
-/// When the database refuses.
+/// 409 `device_changed` when the device is gone, or not in the site of the approval any more; when the database refuses.
 pub async fn move_to_held(conn: &mut PgConnection, device: Uuid, approval: Uuid) -> Result<()> {
-    sqlx::query!(
+    let moved = sqlx::query!(
         "UPDATE devices d SET machine_id = nullif(a.facts #>> '{held,machine_id}', ''),
                 -- Only of two with the same machine id one must be named.
                 chosen_instance = c.instance, chosen_at = CASE WHEN c.instance IS NOT NULL THEN now() END
@@ -280,16 +285,36 @@ pub async fn move_to_held(conn: &mut PgConnection, device: Uuid, approval: Uuid)
          CROSS JOIN LATERAL (SELECT CASE WHEN a.facts #>> '{held,machine_id}' = coalesce(o.machine_id, '')
                                          THEN (a.facts #>> '{held,instance}')::uuid END AS instance
                              FROM devices o WHERE o.guid = $1) AS c
-         WHERE d.guid = $1 AND a.id = $2",
+         WHERE d.guid = $1 AND a.id = $2 AND d.site_id IS NOT DISTINCT FROM a.site_id",
         device,
         approval,
     )
     .execute(&mut *conn)
     .await?;
-    // A machine that was denied before may be the one it belonged to, or belongs to now: what was said of it is over.
+    if moved.rows_affected() == 0 {
+        let message = "The device is gone, or in another site. The machine is shown there when it comes again.";
+        return Err(Error::conflict("device_changed", message));
+    }
+    // A machine that was denied before may be the one it belonged to, or belongs to now.
+    expire_others(conn, device, Some(approval)).await
+}
+
+/// The identity of `device` belongs to the next machine that says its id.
+///
+/// # Errors
+/// When the database refuses.
+pub(super) async fn unbind(conn: &mut PgConnection, device: Uuid) -> Result<()> {
+    sqlx::query!("UPDATE devices SET machine_id = NULL, chosen_instance = NULL, chosen_at = NULL WHERE guid = $1", device)
+        .execute(&mut *conn)
+        .await?;
+    expire_others(conn, device, None).await
+}
+
+/// What was shown, or decided, of the other machines of `device` is over.
+async fn expire_others(conn: &mut PgConnection, device: Uuid, approval: Option<Uuid>) -> Result<()> {
     sqlx::query!(
         "UPDATE device_approvals SET status = 'expired', updated_at = now()
-         WHERE device_guid = $1 AND kind = 'identity' AND status IN ('pending', 'denied') AND id <> $2",
+         WHERE device_guid = $1 AND kind = 'identity' AND status IN ('pending', 'denied') AND id IS DISTINCT FROM $2",
         device,
         approval,
     )

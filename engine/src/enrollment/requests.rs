@@ -1,4 +1,4 @@
-//! A machine asks to be enrolled (contract access 12.2).
+//! A machine asks to be enrolled.
 
 use std::fmt;
 
@@ -111,7 +111,7 @@ impl Request {
     /// Reads a request body.
     ///
     /// # Errors
-    /// 400 with the code the contract gives for the first thing missing or unreadable.
+    /// 400 with the code for the first thing missing or unreadable.
     pub fn parse(body: &Map<String, Value>) -> Result<Self> {
         let required = |name: &str, code: &'static str| match text(body, name) {
             "" => Err(Error::field(code, name, "is required")),
@@ -297,7 +297,7 @@ async fn open(pool: &db::Pool, request: &Request, address: &str, site_id: i64, d
         None => {
             let open = sqlx::query_scalar!(
                 r#"SELECT count(*) AS "count!" FROM (SELECT 1 FROM device_approvals
-                   WHERE site_id = $1 AND status IN ('pending', 'approved') LIMIT $2) AS o"#,
+                   WHERE site_id = $1 AND status IN ('pending', 'approved') AND kind = 'enrollment' LIMIT $2) AS o"#,
                 site_id,
                 MAX_OPEN_PER_SITE,
             )

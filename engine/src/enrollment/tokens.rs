@@ -1,4 +1,4 @@
-//! A machine proves its key and gets tokens, renews them, and is recognised by them (contract access 11, 12.3, 12.4).
+//! A machine proves its key and gets tokens, renews them, and is recognised by them.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use borealis_protocol::{keys as wire, rest::RemoteOpsRoute};
@@ -44,7 +44,7 @@ impl Proof {
     /// Reads a poll body.
     ///
     /// # Errors
-    /// 400 with the code the contract gives for the first thing missing or unreadable.
+    /// 400 with the code for the first thing missing or unreadable.
     pub fn parse(body: &Map<String, Value>) -> Result<Self> {
         let required = |name: &str, code: &'static str| match body.get(name).and_then(Value::as_str).map(str::trim) {
             None | Some("") => Err(Error::field(code, name, "is required")),
@@ -243,6 +243,8 @@ async fn finalise(tx: &mut db::Tx<'_>, keys: &Keys, approval: &Approval, address
             )
             .fetch_one(&mut **tx)
             .await?;
+            // The approval is for the machine that asks now, which may be another one or have another id: reinstalled, say.
+            machines::unbind(&mut *tx, guid).await?;
             (hostname, version, version != device.token_version || device.site_id != approval.site_id)
         }
         None => {
@@ -548,21 +550,25 @@ pub async fn refresh(pool: &db::Pool, keys: &Keys, renewal: &Renewal, address: &
     let successor = successor.first().filter(|next| Some(next.id) == token.replaced_by);
     let bearer = Bearer { address: address.to_owned(), ..renewal.bearer.clone() };
     let known = machines::known(&mut tx, &[guid]).await?.remove(&guid).unwrap_or_default();
-    let mut verdict = known.judge(&bearer);
+    let may_connect = device.status == "active" || device.status == "quarantined";
     let mut worth = worth(token, successor, device.now);
-    // The machine that the tokens belong to has old ones again: it was restored, unless newer ones are in use.
-    if verdict == Verdict::Admit && worth == Worth::Reused && !bearer.machine_id.is_empty() && !known.binds(&bearer) {
-        worth = Worth::Restored;
-        let unused = successor.is_some_and(TokenRow::is_unused);
-        if !unused && !known.chose(&bearer) && machines::newer_in_use(&mut tx, guid).await? {
-            verdict = Verdict::Contested;
+    // Who shows a token that is worth nothing any more is refused for that.
+    if may_connect && worth != Worth::Revoked && worth != Worth::Expired {
+        let mut verdict = known.judge(&bearer);
+        // The machine that the tokens belong to has old ones again: it was restored, unless newer ones are in use.
+        if verdict == Verdict::Admit && worth == Worth::Reused && !bearer.machine_id.is_empty() && !known.binds(&bearer) {
+            worth = Worth::Restored;
+            let unused = successor.is_some_and(TokenRow::is_unused);
+            if !unused && !known.chose(&bearer) && machines::newer_in_use(&mut tx, guid).await? {
+                verdict = Verdict::Contested;
+            }
         }
-    }
-    machines::note(&mut tx, guid, &known, &bearer, verdict).await?;
-    if let Some(refusal) = machines::refusal(verdict) {
-        // What was noted is kept.
-        tx.commit().await?;
-        return Err(refusal);
+        machines::note(&mut tx, guid, &known, &bearer, verdict).await?;
+        if let Some(refusal) = machines::refusal(verdict) {
+            // What was noted is kept.
+            tx.commit().await?;
+            return Err(refusal);
+        }
     }
     let superseded = match worth {
         Worth::Revoked => return Err(refused("refresh_token_revoked", "This refresh token was withdrawn.")),
@@ -603,7 +609,7 @@ pub async fn refresh(pool: &db::Pool, keys: &Keys, renewal: &Renewal, address: &
         }
         Worth::Current => None,
     };
-    if device.status != "active" && device.status != "quarantined" {
+    if !may_connect {
         return Err(Error::new(Kind::Forbidden, "device_revoked", "This device may not connect any more."));
     }
     let access_token = Secret::new(keys.sign_access(guid, &device.fingerprint, device.token_version, device.now)?);
@@ -672,7 +678,7 @@ pub struct DeviceIdentity {
 /// Recognises a device by its access token: the token's signature and times, then its claims against the device's row.
 ///
 /// # Errors
-/// The codes of contract access 11.2.
+/// 401 `invalid_token`, `token_expired`; those of [`identify`].
 pub async fn authenticate(pool: &db::Pool, keys: &Keys, bearer: &str) -> Result<DeviceIdentity> {
     identify(pool, &keys.verify_access(bearer)?).await
 }
