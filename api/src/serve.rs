@@ -11,10 +11,7 @@ use borealis_engine::{
     time_zones,
 };
 use borealis_tasks::Tasks;
-use tokio::{
-    net::TcpListener,
-    time::{sleep, timeout},
-};
+use tokio::{net::TcpListener, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -38,9 +35,6 @@ pub fn raise_open_files() {
     }
 }
 
-/// How long connections to Postgres may take to close.
-const LAST_WORD: Duration = Duration::from_millis(500);
-
 /// A running API process.
 #[derive(Debug)]
 pub struct Running {
@@ -58,7 +52,6 @@ impl Running {
     /// [`serve`] was cancelled.
     pub async fn wait(self) {
         self.app.tasks.ended().await;
-        close(&self.app.pool).await;
     }
 }
 
@@ -117,12 +110,6 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
     });
     tracing::info!(%addr, %internal_addr, "listening");
     Ok(Running { addr, internal_addr, app, _watched: watched })
-}
-
-/// Says good-bye to Postgres, so that a server that is stopped next finds nobody connected. What does not let go of its connection is not
-/// waited for.
-pub async fn close(pool: &Pool) {
-    let _ = timeout(LAST_WORD, pool.close()).await;
 }
 
 /// Does [`access::prepare`], as soon as Postgres is there. Nothing waits for it: what is not done yet is done when needed.

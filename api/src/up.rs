@@ -45,6 +45,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 const STEADY: Duration = Duration::from_secs(60);
 /// How long a child may take to stop: two seconds more than the API waits for requests in flight.
 const STOP_LIMIT: Duration = Duration::from_secs(crate::connections::DRAIN_S + 2);
+/// How long Postgres may take to notice that the processes that ended are gone; it logs connections that it has to cut.
+const UNNOTICED: Duration = Duration::from_millis(300);
 /// How long the ports may be taken at the start: children of a killed supervisor need a moment to end.
 const PORT_LIMIT: Duration = Duration::from_secs(15);
 /// How long the API may take until it is ready before that is reported.
@@ -116,6 +118,7 @@ pub async fn up(settings: &Settings, database_url: Option<&str>, ignored: &[Stri
     };
     let ended = run(settings, &url, ignored, cluster.as_mut(), &stop, &hurry).await;
     if let Some(cluster) = cluster {
+        sleep(UNNOTICED).await;
         say(format_args!("stopping Postgres"));
         cluster.stop().await?;
     }

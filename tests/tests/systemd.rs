@@ -73,15 +73,14 @@ impl Machine {
             .expect("systemd-nspawn (package systemd-container)");
         let mut machine = Self { nspawn, leader: String::new(), root, layer, _folder: folder };
         let children = format!("/proc/{0}/task/{0}/children", machine.nspawn.id());
-        machine.leader = eventually("the machine starts", SOON, async || {
-            let children = std::fs::read_to_string(&children).ok()?;
-            children.split_whitespace().next().map(str::to_owned)
-        })
-        .await;
-        eventually("systemd has started", SOON, async || {
-            machine.run(&["systemctl", "is-active", "basic.target"]).status.success().then_some(())
-        })
-        .await;
+        let until = tokio::time::Instant::now() + SOON;
+        while machine.leader.is_empty() || !machine.run(&["systemctl", "is-active", "basic.target"]).status.success() {
+            assert!(tokio::time::Instant::now() < until, "systemd has not started");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            // The first child only makes the namespaces, and ends.
+            let children = std::fs::read_to_string(&children).unwrap_or_default();
+            machine.leader = children.split_whitespace().next().unwrap_or_default().to_owned();
+        }
         machine
     }
 

@@ -1,4 +1,4 @@
-//! The sockets of agents and operators (contract remote 7-9).
+//! The sockets of agents and operators.
 //!
 //! Two Socket.IO servers stand behind one path: machines and people are told apart at the upgrade and never meet, so no
 //! operator's event can reach an agent. Both are joined with those of other API processes through Postgres.
@@ -280,7 +280,6 @@ impl Hub {
         if !matches!(left, Ok(Ok(()))) {
             tracing::warn!("this process's sockets were left to others to clean up");
         }
-        crate::serve::close(&running.hub_pool).await;
     }
 }
 
