@@ -690,7 +690,7 @@ mod tests {
         again.write(None, |stored| stored.former_signing_key.as_mut().expect("a former key").until = local_now() - 1).unwrap();
         assert_eq!(used(&again, &public(9), &[]), public(10), "its time is over");
         again.admit(admission("another"), "").unwrap();
-        assert_eq!(used(&again, "", &[]), public(9), "an enrollment begins anew");
+        assert_eq!(used(&again, "", &[]), public(9), "an enrollment begins again");
     }
 
     #[test]

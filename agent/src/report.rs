@@ -28,7 +28,7 @@ const SETTLE: Duration = Duration::from_millis(300);
 /// How long a stopping agent tries to tell the engine.
 const GOOD_BYE: Duration = Duration::from_secs(3);
 
-/// Steps of the start this agent has, in order (contract remote 8.1).
+/// Steps of the start this agent has, in order.
 const MILESTONES: [(&str, &str); 11] = [
     ("process_start", "Process started"),
     ("server_config_loaded", "Settings loaded"),

@@ -31,7 +31,7 @@ use crate::report::Status;
 
 /// TCP, TLS and upgrade together.
 const CONNECT_LIMIT: Duration = Duration::from_secs(30);
-/// From the upgrade to the connected namespace (contract remote 8.3).
+/// From the upgrade to the connected namespace.
 const NAMESPACE_LIMIT: Duration = Duration::from_secs(45);
 /// How long the engine may take to answer `connect_agent`; engines that never answer it have registered the agent by then.
 const REGISTER_LIMIT: Duration = Duration::from_secs(15);

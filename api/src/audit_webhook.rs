@@ -1,4 +1,4 @@
-//! Telling the audit to somebody outside, where it is out of reach of who holds the engine: a log collector, a SIEM.
+//! Sending the audit to another system, such as a log collector or a SIEM, where someone who controls the engine cannot change it.
 //!
 //! Events are sent in the order of the chain, after they were sealed, as JSON lines. Where it stands is in the database and moves with a 2xx
 //! answer only: each event arrives at least once, also across crashes, and in order. One process at a time sends.

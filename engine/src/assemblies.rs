@@ -93,9 +93,9 @@ pub struct AssemblyBody {
     pub content_hash: Option<String>,
 }
 
-/// An assembly as lists show it (contract jobs 3.1).
+/// An assembly as lists show it.
 #[derive(Debug, Clone, Serialize)]
-#[expect(missing_docs, reason = "the fields are those of contract jobs 3.1")]
+#[expect(missing_docs, reason = "the fields are named as clients of the reference read them")]
 pub struct Item {
     pub assembly_guid: String,
     pub assembly_id: String,

@@ -61,7 +61,7 @@ async fn listen_once(pool: &Pool, channels: &[String], heard: &mpsc::Sender<Hear
             Some(notification) => {
                 Heard::Notification { channel: notification.channel().to_owned(), payload: notification.payload().to_owned() }
             }
-            // The connection was lost and made anew.
+            // The connection was lost and made again.
             None => Heard::Connected,
         };
         if heard.send(event).await.is_err() {

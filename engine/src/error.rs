@@ -47,13 +47,13 @@ pub enum Kind {
 pub struct Error {
     /// Whose fault it is.
     pub kind: Kind,
-    /// Stable text a program can match on; the contract's where it has one.
+    /// Stable text a program can match on.
     pub code: &'static str,
     /// One sentence for a person. Never an internal text.
     pub message: String,
     /// Per-field reasons of a validation error.
     pub fields: BTreeMap<String, String>,
-    /// Further members of the error body, as the contract asks for them (`hostnames`, `phase`, ...).
+    /// Further members of the error body, as clients read them (`hostnames`, `phase`, ...).
     pub extra: serde_json::Map<String, serde_json::Value>,
     /// For [`Kind::Limited`] and [`Kind::Unavailable`]: when to try again, in seconds.
     pub retry_after_s: Option<u64>,

@@ -1,6 +1,6 @@
 //! How a worker proves itself to the internal listener: one HMAC over the whole request, valid once, for a minute.
 //!
-//! Scheme `v2` (contract jobs 12): the key is HKDF-SHA256 over the engine secret's text; signed are, each followed by a
+//! Scheme `v2`: the key is HKDF-SHA256 over the engine secret's text; signed are, each followed by a
 //! line feed: `v2`, the method, the path with its query as sent, the timestamp, the nonce, the worker's id and the hex
 //! SHA-256 of the body.
 

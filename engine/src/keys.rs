@@ -132,7 +132,7 @@ impl AccessClaims {
     }
 }
 
-/// The claims on the wire (contract access 11.1).
+/// The claims on the wire.
 #[derive(Serialize, Deserialize)]
 struct Claims {
     #[serde(default)]
@@ -478,7 +478,7 @@ fn new_engine_secret() -> Result<Zeroizing<String>> {
     Ok(Zeroizing::new(URL_SAFE_NO_PAD.encode(bytes.as_slice())))
 }
 
-/// A device GUID as it is written outside: upper case, without braces (contract access 1.2).
+/// A device GUID as it is written outside: upper case, without braces.
 #[must_use]
 pub fn guid_text(guid: Uuid) -> String {
     guid.hyphenated().encode_upper(&mut Uuid::encode_buffer()).to_owned()

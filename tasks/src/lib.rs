@@ -159,26 +159,27 @@ impl Tasks {
     }
 
     /// As [`Self::keep`], for a task that does not watch the end of the process: it is dropped where it waits.
-    pub fn keep_until_stopped<F>(&self, name: &'static str, mut start: impl FnMut() -> F + Send + 'static)
+    pub fn keep_until_stopped<F>(&self, name: &'static str, start: impl FnMut() -> F + Send + 'static)
     where
         F: Future<Output = ()> + Send,
     {
-        let stop = self.0.stop.clone();
-        self.spawn(name, None, Ending::WithTheProcess, move |_| {
-            let (run, stop) = (start(), stop.clone());
-            async move {
-                stop.run_until_cancelled(run).await;
-            }
-        });
+        self.keep_dropping(name, Ending::WithTheProcess, start);
     }
 
     /// Keeps a task going until it has ended by itself once, or the process stops: then it is dropped where it waits.
-    pub fn keep_until_done<F>(&self, name: &'static str, mut start: impl FnMut() -> F + Send + 'static)
+    pub fn keep_until_done<F>(&self, name: &'static str, start: impl FnMut() -> F + Send + 'static)
+    where
+        F: Future<Output = ()> + Send,
+    {
+        self.keep_dropping(name, Ending::WhenDone, start);
+    }
+
+    fn keep_dropping<F>(&self, name: &'static str, ending: Ending, mut start: impl FnMut() -> F + Send + 'static)
     where
         F: Future<Output = ()> + Send,
     {
         let stop = self.0.stop.clone();
-        self.spawn(name, None, Ending::WhenDone, move |_| {
+        self.spawn(name, None, ending, move |_| {
             let (run, stop) = (start(), stop.clone());
             async move {
                 stop.run_until_cancelled(run).await;

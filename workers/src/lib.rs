@@ -1,5 +1,5 @@
 //! Where work runs: the worker process. It runs workflow steps, leads or stands by as scheduler, recovers the runs of dead
-//! workers, and keeps house. It reaches agents through the API process only.
+//! workers, and enforces deadlines and retention. It reaches agents through the API process only.
 
 pub mod api_client;
 

@@ -27,7 +27,7 @@ const PASSES_BETWEEN_SWEEPS: u32 = 60;
 /// The most rows one piece of work handles.
 const BATCH: i64 = 2_000;
 
-/// Keeps house until `stop`.
+/// Enforces deadlines and removes old rows until `stop`.
 pub async fn keep(services: Services, history_days: i32, gate: Gate, stop: CancellationToken) {
     let mut every = tokio::time::interval(DEADLINES_EVERY);
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

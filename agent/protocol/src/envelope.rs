@@ -2,7 +2,7 @@
 //!
 //! The reference signs the bytes of the script alone, so a signed script can be replayed to any machine with other
 //! variables. Beside that signature, which its agents need, goes an envelope that binds the script to one job, one
-//! device, its interpreter, its environment, its limits and a time (contract jobs 4.3, remote 7.3). Our agent runs nothing without it.
+//! device, its interpreter, its environment, its limits and a time. Our agent runs nothing without it.
 
 use std::collections::BTreeMap;
 

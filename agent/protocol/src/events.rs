@@ -1,4 +1,4 @@
-//! Socket.IO events between agent and engine (contract remote 7.2-7.4, jobs 4.3-4.4).
+//! Socket.IO events between agent and engine.
 //!
 //! An agent that announces [`Capabilities::dedup`] sends `quick_job_accepted`, `quick_job_declined`, `quick_job_progress` and
 //! `quick_job_result` with an ack id and is answered an [`Ack`]. It keeps a result on disk until it is acknowledged, and a
@@ -195,7 +195,7 @@ impl Ack {
     }
 }
 
-/// One script for one device (contract jobs 4.3), with the signed [`Envelope`] beside the legacy fields.
+/// One script for one device, with the signed [`Envelope`] beside the legacy fields.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct QuickJobRun {
     /// Id of the activity row.

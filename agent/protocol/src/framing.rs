@@ -1,7 +1,7 @@
 //! Engine.IO 4 and Socket.IO v5 packets as text frames of one WebSocket, default namespace, no binary attachments.
 //!
 //! Pure functions, so that a client, a fake server and a load generator share them. Formats: the Engine.IO protocol
-//! (revision 4) and Socket.IO protocol (revision 5) documents; what agents use of them is contract remote 8.3 and 9.
+//! (revision 4) and Socket.IO protocol (revision 5) documents; only what agents use of them is here.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

@@ -102,7 +102,7 @@ pub fn fingerprint(key: &VerifyingKey) -> String {
 }
 
 /// What the agent signs to prove its key at enrollment: `server_nonce || approval_reference || client_nonce`
-/// with the nonces decoded and the reference as UTF-8 (contract access 12.3).
+/// with the nonces decoded and the reference as UTF-8.
 #[must_use]
 pub fn enrollment_proof_bytes(server_nonce: &[u8], approval_reference: &str, client_nonce: &[u8]) -> Vec<u8> {
     [server_nonce, approval_reference.as_bytes(), client_nonce].concat()

@@ -24,7 +24,7 @@ pub const HEADER_AGENT_CONTEXT: &str = "X-Borealis-Agent-Context";
 /// Context of the agent's system service, as it stands in the header and at the end of an agent id.
 pub const CONTEXT_SYSTEM: &str = "SYSTEM";
 
-/// Agent id of a device: `<HOSTNAME>_<GUID>_<CONTEXT>`, hostname upper-case with spaces as dashes (contract remote 1.2).
+/// Agent id of a device: `<HOSTNAME>_<GUID>_<CONTEXT>`, hostname upper-case with spaces as dashes.
 #[must_use]
 pub fn agent_id(hostname: &str, guid: &str, context: &str) -> String {
     let host = hostname.trim().to_uppercase().replace(' ', "-");

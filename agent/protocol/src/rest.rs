@@ -1,5 +1,5 @@
-//! Bodies of the agent's REST routes (contract access 12, devices 2). Readers ignore unknown fields; absent texts read
-//! as empty, so that the engine can answer with the code the contract gives for a missing field.
+//! Bodies of the agent's REST routes. Readers ignore unknown fields; absent texts read
+//! as empty, so that the engine can answer with the code for a missing field.
 //!
 //! Types that carry tokens or codes have no `Debug`: they cannot be logged by accident.
 
@@ -47,7 +47,7 @@ pub struct TokenCapabilities {
     pub rotates: bool,
 }
 
-/// Asks for admission (contract access 12.2).
+/// Asks for admission.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct EnrollRequest {
     /// Name of the machine.
@@ -89,7 +89,7 @@ pub struct EnrollResponse {
     pub signing_key: String,
 }
 
-/// Asks whether the request was decided, and proves possession of the key (contract access 12.3).
+/// Asks whether the request was decided, and proves possession of the key.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PollRequest {
     /// As answered to [`EnrollRequest`].
@@ -144,7 +144,7 @@ pub struct PollResponse {
     pub remote_ops_route: Option<RemoteOpsRoute>,
 }
 
-/// Asks for a new access token (contract access 12.4).
+/// Asks for a new access token.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct RefreshRequest {
     /// The device's GUID.
@@ -184,7 +184,7 @@ pub struct RefreshResponse {
     pub remote_ops_route: Option<RemoteOpsRoute>,
 }
 
-/// Where an agent's socket goes (contract remote 9). Newer reference agents refuse to connect without an available route.
+/// Where an agent's socket goes. Newer reference agents refuse to connect without an available route.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RemoteOpsRoute {
     /// Whether the rest is filled.
@@ -217,8 +217,8 @@ pub struct RemoteOpsRoute {
 }
 
 impl RemoteOpsRoute {
-    /// The base URL of the socket if an agent may use this route: available, and base URL and prefix both name the worker
-    /// (contract access 16).
+    /// The base URL of the socket if an agent may use this route: available, and base URL and prefix both name
+    /// the worker.
     #[must_use]
     pub fn usable_base_url(&self) -> Option<&str> {
         let (guid, base) = (self.worker_guid.as_deref()?, self.base_url.as_deref()?);
@@ -228,7 +228,7 @@ impl RemoteOpsRoute {
     }
 }
 
-/// Sign of life with what changes often (contract devices 2.1).
+/// Sign of life with what changes often.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Heartbeat {
     /// Name of the machine.
@@ -309,7 +309,7 @@ pub struct IngestResponse {
     pub signing_key_successions: Vec<Succession>,
 }
 
-/// State of all roles (contract devices 2.4).
+/// State of all roles.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct RoleHealth {
     /// One entry per role.
@@ -355,7 +355,7 @@ pub struct Role {
     pub last_checked_at: i64,
 }
 
-/// Progress of the agent's start, and its end (contract devices 2.2, remote 8.1).
+/// Progress of the agent's start, and its end.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct StatusReport {
     /// Name of the machine.
@@ -410,7 +410,7 @@ pub struct Milestone {
     pub completed_at: Option<i64>,
 }
 
-/// The full inventory (contract devices 2.3).
+/// The full inventory.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Details {
     /// Name of the machine.
@@ -433,7 +433,7 @@ pub struct Details {
     pub details: Map<String, Value>,
 }
 
-/// The answer of the script poll; work never comes this way (contract devices 2.5).
+/// The answer of the script poll; work never comes this way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ScriptIdle {
     /// `idle` or `quarantined`.

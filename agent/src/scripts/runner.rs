@@ -459,7 +459,7 @@ fn prepare(shared: &Shared, run: &QuickJobRun) -> Result<Script, String> {
     Ok(Script { job_id: run.job_id, content, interpreter, environment, dir: shared.run_dir.clone(), limit })
 }
 
-/// What a script's environment gets from its job (contract jobs 4.2, 13): `environment` as it is, and what only
+/// What a script's environment gets from its job: `environment` as it is, and what only
 /// `variables` names under its upper-case name and its own.
 fn script_environment(environment: &BTreeMap<String, String>, variables: &[Value]) -> BTreeMap<String, String> {
     let mut built = BTreeMap::new();

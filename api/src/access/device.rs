@@ -40,7 +40,7 @@ pub struct Device {
 /// Finds the device behind a request.
 ///
 /// # Errors
-/// The codes of contract access 11.2.
+/// 401 `missing_authorization`, and those of [`authenticate_token`].
 pub async fn authenticate(app: &App, parts: &Parts) -> Result<Device, ApiError> {
     let bearer = bearer(&parts.headers)
         .ok_or_else(|| Error::new(Kind::Unauthenticated, "missing_authorization", "An access token is needed."))?;
@@ -51,7 +51,7 @@ pub async fn authenticate(app: &App, parts: &Parts) -> Result<Device, ApiError> 
 /// Finds the device an access token speaks for. `context` is the agent's, `ip` the peer's address for the audit.
 ///
 /// # Errors
-/// The codes of contract access 11.2.
+/// 429 `rate_limited`; those of [`tokens::authenticate`].
 pub async fn authenticate_token(app: &App, bearer: &str, context: &str, ip: String) -> Result<Device, ApiError> {
     let claims = app.keys.verify_access(bearer)?;
     // Per device and not per claimed name: only a token of ours comes this far.
@@ -74,7 +74,7 @@ pub async fn authenticate_token(app: &App, bearer: &str, context: &str, ip: Stri
     })
 }
 
-/// The bearer token; the scheme is matched exactly (contract devices 1.3).
+/// The bearer token; the scheme is matched exactly.
 fn bearer(headers: &HeaderMap) -> Option<&str> {
     let token = headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")?.trim();
     (!token.is_empty()).then_some(token)

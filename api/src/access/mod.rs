@@ -38,7 +38,7 @@ pub enum Class {
 /// What routes are about: with the method it decides which scope an API token needs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Area {
-    /// The own account, sessions, API tokens, the key of the secrets: for people only, as is whatever names no area.
+    /// The signed-in user's account, sessions, API tokens, the key of the secrets: for people only, as is whatever names no area.
     #[default]
     Closed,
     /// Users, credentials, the audit: API tokens read it, and people change it. Else a token could make itself an account or

@@ -84,7 +84,7 @@ impl Operator {
         }
     }
 
-    /// Refuses unless the operator has proven anew who they are, in the last five minutes.
+    /// Refuses unless the operator has proved again who they are, in the last five minutes.
     ///
     /// # Errors
     /// 403 `step_up_required`, `session_required`.

@@ -14,11 +14,11 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause before the unseal key is asked for again.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// Follows what other processes do with the secret store, hands its key over, and opens it with a key that somebody else keeps. Requests
-/// do not: such a key may be slow to get, and asking for it is not for everybody who knocks.
+/// Follows what other processes do with the secret store, hands its key over, and opens it with an unseal key that is kept elsewhere.
+/// Requests do not: such a key may be slow to get, and a request of a stranger must not ask for it.
 pub struct KeepOpen {
     handover: Handover,
-    /// The data key that is known to be wrapped by the key of somebody else's.
+    /// The data key that is known to be wrapped by that unseal key.
     settled: Option<Uuid>,
     pause: Duration,
     next: Instant,

@@ -71,7 +71,7 @@ async fn all(app: &App, user_id: i64) -> Result<Json<ApiTokens>> {
     Ok(Json(ApiTokens { tokens: tokens.into_iter().map(ApiToken::from).collect() }))
 }
 
-/// The API tokens of the own account.
+/// Your API tokens.
 #[utoipa::path(get, path = "/api/auth/tokens", tag = "API tokens", responses(
     (status = 200, body = ApiTokens),
     (status = 401, description = "`unauthorized`"),
@@ -103,7 +103,7 @@ struct MadeApiToken {
     listed: ApiToken,
 }
 
-/// Make an API token for the own account; needs a step-up. The answer has the token, which is never shown again.
+/// Make an API token for your account; needs a step-up. The answer has the token, which is never shown again.
 #[utoipa::path(post, path = "/api/auth/tokens", tag = "API tokens", request_body = NewApiToken, responses(
     (status = 201, body = MadeApiToken),
     (status = 400, description = "`name_required`, `invalid_name`, `invalid_scope` with the `known` ones, `invalid_expiry`"),
@@ -121,12 +121,12 @@ async fn create(
     Ok((StatusCode::CREATED, Json(MadeApiToken { token: token.expose().clone(), listed: listed.into() })))
 }
 
-/// Revoke an API token of the own account.
+/// Revoke one of your API tokens.
 #[utoipa::path(delete, path = "/api/auth/tokens/{id}", tag = "API tokens", params(("id" = Uuid, Path)), responses(
     (status = 200, body = Done),
     (status = 401, description = "`unauthorized`"),
     (status = 403, description = "`bad_origin`"),
-    (status = 404, description = "`token_not_found`: no token of the own account"),
+    (status = 404, description = "`token_not_found`: you have no such token"),
 ))]
 async fn revoke(State(app): State<App>, operator: Operator, Path(id): Path<Uuid>) -> Result<Json<Done>> {
     api_tokens::revoke(&app.pool, &operator.actor, operator.user_id, id).await?;

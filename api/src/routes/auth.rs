@@ -1,4 +1,4 @@
-//! Sign-in, sign-out and the own account.
+//! Sign-in, sign-out, and the account of the signed-in user.
 
 use axum::{
     Json,
@@ -247,7 +247,7 @@ async fn logout(State(app): State<App>, Head(parts): Head) -> Result<(HeaderMap,
     Ok((client::signed_out_cookies(&app), Done::json()))
 }
 
-/// The own account.
+/// Your account.
 #[derive(Debug, serde::Serialize, ToSchema)]
 struct Me {
     /// The name to sign in with.
@@ -270,7 +270,7 @@ struct Me {
     password_change_required: bool,
 }
 
-/// The own account.
+/// Your account.
 #[utoipa::path(get, path = "/api/auth/me", tag = "Authentication", responses(
     (status = 200, body = Me),
     (status = 401, description = "`unauthorized`"),
@@ -294,13 +294,13 @@ async fn me(State(app): State<App>, operator: Operator) -> Result<Json<Me>> {
 #[derive(serde::Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Proof {
-    /// The own password; or its digest.
+    /// Your password; or its digest.
     #[schema(value_type = Option<String>)]
     password: Option<Secret<String>>,
-    /// The SHA-512 of the own password, in hex.
+    /// The SHA-512 of your password, in hex.
     #[schema(value_type = Option<String>)]
     password_sha512: Option<Secret<String>>,
-    /// A code of the own second factor, instead of the password.
+    /// A code of your second factor, instead of the password.
     code: Option<String>,
 }
 
@@ -313,7 +313,7 @@ struct SteppedUp {
     expires_in: i64,
 }
 
-/// Prove anew who you are; counts for five minutes on this session.
+/// Prove again who you are; counts for five minutes on this session.
 #[utoipa::path(post, path = "/api/auth/step-up", tag = "Authentication", request_body = Proof, responses(
     (status = 200, body = SteppedUp),
     (status = 400, description = "`password_or_code_required`, `invalid_code`"),
@@ -333,7 +333,7 @@ async fn step_up(
     Ok(Json(SteppedUp { status: "ok", expires_in: borealis_engine::access::sessions::STEP_UP_S }))
 }
 
-/// The own password, old and new; each as text or as digest.
+/// Your password, old and new; each as text or as digest.
 #[derive(serde::Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct PasswordChange {
@@ -351,7 +351,7 @@ struct PasswordChange {
     new_password_sha512: Option<Secret<String>>,
 }
 
-/// Change the own password; all other sessions end.
+/// Change your password; all other sessions end.
 #[utoipa::path(post, path = "/api/auth/password/reset", tag = "Authentication", request_body = PasswordChange, responses(
     (status = 200, body = Done),
     (status = 400, description = "`invalid current password`, `invalid new password`, `password_too_short`, `new password must differ from the current password`"),
@@ -374,7 +374,7 @@ async fn password_reset(
     Ok(Done::json())
 }
 
-/// What is left of the own recovery codes.
+/// How many of your recovery codes are left.
 #[derive(Debug, serde::Serialize, ToSchema)]
 struct RecoveryCodesLeft {
     /// How many.
@@ -395,7 +395,7 @@ async fn recovery_codes_left(State(app): State<App>, operator: Operator) -> Resu
     Ok(Json(RecoveryCodesLeft { left: left.count, made_at: left.made_at.map_or(0, |at| at.timestamp()) }))
 }
 
-/// New recovery codes, told once.
+/// New recovery codes. They are shown only this once.
 #[derive(serde::Serialize, ToSchema)]
 struct RecoveryCodes {
     /// `ok`.
@@ -415,12 +415,12 @@ async fn make_recovery_codes(State(app): State<App>, operator: Operator, Head(pa
     Ok(Json(RecoveryCodes { status: "ok", codes }))
 }
 
-/// What becomes of the own second factor.
+/// What becomes of your second factor.
 #[derive(Debug, serde::Serialize, ToSchema)]
 struct MfaReset {
     /// `ok`.
     status: &'static str,
-    /// The own name.
+    /// Your name.
     username: String,
     /// Whether a second factor is asked for.
     mfa_enabled: bool,
@@ -428,7 +428,7 @@ struct MfaReset {
     setup_required_on_next_login: bool,
 }
 
-/// Forget the own second factor; needs a step-up. All other sessions end.
+/// Forget your second factor; needs a step-up. All other sessions end.
 #[utoipa::path(post, path = "/api/auth/mfa/reset", tag = "Authentication", responses(
     (status = 200, body = MfaReset),
     (status = 401, description = "`unauthorized`"),
@@ -443,7 +443,7 @@ async fn mfa_reset(State(app): State<App>, operator: Operator, Head(parts): Head
     Ok(Json(MfaReset { status: "ok", username: operator.username, mfa_enabled: enabled, setup_required_on_next_login: enabled }))
 }
 
-/// A session of the own account.
+/// One of your sessions.
 #[derive(Debug, serde::Serialize, ToSchema)]
 struct OwnSession {
     /// Names it; opens nothing.
@@ -462,14 +462,14 @@ struct OwnSession {
     user_agent: String,
 }
 
-/// The sessions of the own account.
+/// Your sessions.
 #[derive(Debug, serde::Serialize, ToSchema)]
 struct OwnSessions {
     /// The one used last first.
     sessions: Vec<OwnSession>,
 }
 
-/// Where the own account is signed in.
+/// Where you are signed in.
 #[utoipa::path(get, path = "/api/auth/sessions", tag = "Authentication", responses(
     (status = 200, body = OwnSessions),
     (status = 401, description = "`unauthorized`"),
@@ -497,7 +497,7 @@ struct Ended {
     ended: usize,
 }
 
-/// Sign the own account out everywhere else.
+/// Sign out everywhere else.
 #[utoipa::path(delete, path = "/api/auth/sessions", tag = "Authentication", responses(
     (status = 200, body = Ended),
     (status = 401, description = "`unauthorized`"),
@@ -511,13 +511,13 @@ async fn end_other_sessions(State(app): State<App>, operator: Operator, Head(par
     Ok(Json(Ended { status: "ok", ended: ended.len() }))
 }
 
-/// End one session of the own account.
+/// End one of your sessions.
 #[utoipa::path(delete, path = "/api/auth/sessions/{id}", tag = "Authentication",
     params(("id" = Uuid, Path, description = "The session's id.")), responses(
     (status = 200, body = Done),
     (status = 401, description = "`unauthorized`"),
     (status = 403, description = "`bad_origin`"),
-    (status = 404, description = "`session_not_found`: no session of the own account"),
+    (status = 404, description = "`session_not_found`: you have no such session"),
 ))]
 async fn end_session(State(app): State<App>, operator: Operator, Path(id): Path<Uuid>, Head(parts): Head) -> Result<Json<Done>> {
     app.access().end_own_session(&Caller::of(&parts).client, operator.session()?, id).await?;

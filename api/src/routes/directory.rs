@@ -376,7 +376,7 @@ async fn create(State(app): State<App>, operator: Operator, body::Json(body): bo
     Ok(Json(Written { status: "ok", provider: provider.into() }))
 }
 
-/// Change a provider. What changes how it is reached switches it off until it is tested anew; what changes where the bind
+/// Change a provider. What changes how it is reached switches it off until it is tested again; what changes where the bind
 /// password goes forgets it, unless it is sent again. Switching it off ends the sessions of its people. Needs a step-up.
 #[utoipa::path(patch, path = "/api/directory/providers/{id}", tag = "Directory", params(("id" = i64, Path)), request_body = Body, responses(
     (status = 200, body = Written),

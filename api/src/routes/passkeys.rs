@@ -78,7 +78,7 @@ struct Answer {
     label: Option<String>,
 }
 
-/// Begin the registration of a passkey for the own account; needs a step-up.
+/// Begin the registration of a passkey for your account; needs a step-up.
 #[utoipa::path(post, path = "/api/auth/passkeys/register/options", tag = "Passkeys", request_body = Option<Labelled>, responses(
     (status = 200, body = Ceremony),
     (status = 400, description = "`invalid_label`"),
@@ -101,7 +101,7 @@ async fn register_options(
 struct Registered {
     /// `ok`.
     status: &'static str,
-    /// The own name.
+    /// Your name.
     username: String,
     /// How many passkeys there are now.
     passkey_count: i64,
@@ -165,7 +165,7 @@ async fn authenticate_verify(
     Ok(SignInAnswer::new(&app, &caller, signed_in))
 }
 
-/// A passkey of the own account.
+/// One of your passkeys.
 #[derive(Debug, serde::Serialize, ToSchema)]
 struct Shown {
     id: i64,
@@ -191,7 +191,7 @@ impl From<Passkey> for Shown {
     }
 }
 
-/// The passkeys of the own account.
+/// Your passkeys.
 #[derive(Debug, serde::Serialize, ToSchema)]
 struct All {
     /// `ok`.
@@ -202,7 +202,7 @@ struct All {
     passkey_count: usize,
 }
 
-/// The passkeys of the own account.
+/// Your passkeys.
 #[utoipa::path(get, path = "/api/auth/passkeys", tag = "Passkeys", responses(
     (status = 200, body = All),
     (status = 401, description = "`unauthorized`"),
@@ -222,7 +222,7 @@ struct Renamed {
     passkey_count: i64,
 }
 
-/// Call a passkey of the own account by another name.
+/// Rename one of your passkeys.
 #[utoipa::path(patch, path = "/api/auth/passkeys/{id}", tag = "Passkeys", params(("id" = i64, Path)), request_body = Labelled, responses(
     (status = 200, body = Renamed),
     (status = 400, description = "`label_required`, `invalid_label`, `invalid_json`"),
@@ -253,7 +253,7 @@ struct Removed {
     passkey_count: i64,
 }
 
-/// Remove a passkey of the own account. Sessions opened with it go on; end them with `DELETE /api/auth/sessions`.
+/// Remove one of your passkeys. Sessions opened with it go on; end them with `DELETE /api/auth/sessions`.
 #[utoipa::path(delete, path = "/api/auth/passkeys/{id}", tag = "Passkeys", params(("id" = i64, Path)), responses(
     (status = 200, body = Removed),
     (status = 401, description = "`unauthorized`"),

@@ -115,7 +115,7 @@ fn connect(running: &Arc<Running>, agent: &Arc<Agent>, said: Value, ack: AckSend
     refuse(agent, Some(ack), code);
 }
 
-/// Answers, and closes: agents do not read the answer (contract remote 7.2).
+/// Answers, and closes: agents do not read the answer.
 fn refuse(agent: &Arc<Agent>, ack: Option<AckSender<Adapter>>, code: &'static str) {
     tracing::info!(device = %agent.device, code, "a socket was refused");
     let status = match code {

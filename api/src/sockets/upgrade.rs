@@ -88,7 +88,7 @@ pub async fn plain(State(app): State<App>, request: Request) -> Response<Body> {
     answer(&app, request).await
 }
 
-/// `/_borealis/site-workers/{worker}/socket.io/`: the same, under the prefix of a virtual worker (contract remote 9).
+/// `/_borealis/site-workers/{worker}/socket.io/`: the same, under the prefix of a virtual worker.
 pub async fn through_worker(State(app): State<App>, Path(worker): Path<String>, request: Request) -> Response<Body> {
     if Uuid::try_parse(&worker).is_err() {
         return ApiError(Error::new(Kind::NotFound, "not_found", "There is no such route.")).into_response();

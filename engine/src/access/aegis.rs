@@ -503,7 +503,7 @@ impl Vault {
         Ok(true)
     }
 
-    /// Opens the vault with the key of somebody else's ([`Unseal::is_foreign`]). Where the vault is open and that key does not fit,
+    /// Opens the vault with an unseal key that is kept elsewhere ([`Unseal::is_foreign`]). Where the vault is open and that key does not fit,
     /// the data key is wrapped by it from now on. May take as long as [`COMMAND_LIMIT`]. Answers the data key it fits now; none
     /// before the set-up.
     ///

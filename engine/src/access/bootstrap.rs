@@ -63,7 +63,7 @@ impl State {
         Self { phase, configured, locked: configured && !open }
     }
 
-    /// Adds the state to an error, as the contract asks.
+    /// Adds the state to an error: clients of the reference read it there.
     #[must_use]
     pub fn explain(&self, error: Error) -> Error {
         error.with("phase", json!(self.phase)).with("configured", self.configured).with("locked", self.locked)

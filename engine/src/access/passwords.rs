@@ -105,7 +105,7 @@ impl Sent {
 }
 
 impl Unusable {
-    /// The client error, with the contract's `code` of the route for the cases that have no code of their own.
+    /// The client error, with `code` for the cases that have no code of their own.
     #[must_use]
     pub fn into_error(self, code: &'static str, field: &str) -> Error {
         match self {

@@ -14,7 +14,7 @@ use crate::{
 
 /// How long a step-up counts, in seconds.
 pub const STEP_UP_S: i64 = 300;
-/// How old `last_seen_at` may be before a request writes it anew, in seconds.
+/// How old `last_seen_at` may be before a request writes it again, in seconds.
 pub(super) const TOUCH_AFTER_S: i64 = 60;
 /// How long a token of 256 bits is, in characters of base64url.
 pub(super) const TOKEN_CHARS: usize = 43;
@@ -53,7 +53,7 @@ pub struct Session {
     pub username: String,
     /// `Admin` or `User`, from the user's row now.
     pub role: String,
-    /// When the user last proved anew who they are.
+    /// When the user last proved again who they are.
     pub stepped_up_at: Option<DateTime<Utc>>,
     /// Whether the user must choose a password of their own before anything else.
     pub password_change_required: bool,
@@ -174,7 +174,7 @@ pub async fn touch(pool: &db::Pool, session: &Session) -> Result<()> {
     Ok(())
 }
 
-/// Remembers that the session's user has just proven anew who they are.
+/// Remembers that the session's user has just proved again who they are.
 ///
 /// # Errors
 /// When the database is away.

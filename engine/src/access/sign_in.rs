@@ -1,4 +1,4 @@
-//! Signing in, proving it anew, and the own account's password and second factor.
+//! Signing in, proving it again, and the signed-in user's password and second factor.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::Utc;
@@ -453,7 +453,7 @@ impl Access<'_> {
         Ok(signed_in)
     }
 
-    /// Proves anew who a signed-in user is, with the password or a code.
+    /// Proves again who a signed-in user is, with the password or a code.
     ///
     /// # Errors
     /// 400 `password_or_code_required`, `invalid_code`; 401 `invalid current password`, `invalid_code`;
@@ -494,7 +494,7 @@ impl Access<'_> {
         limits::give_back(self.pool, attempt).await
     }
 
-    /// Changes the own password and ends all other sessions, whose ids are returned.
+    /// Changes the user's password and ends all other sessions, whose ids are returned.
     ///
     /// # Errors
     /// 400 `invalid current password`, `invalid new password`, `password_too_short`, `password_too_long`,
@@ -551,7 +551,7 @@ impl Access<'_> {
         Ok(ended)
     }
 
-    /// Forgets the own second factor and ends all other sessions, whose ids are returned beside whether a new factor
+    /// Forgets the user's second factor and ends all other sessions, whose ids are returned beside whether a new factor
     /// must be set up at the next sign-in. The caller has asked for a step-up.
     ///
     /// # Errors

@@ -50,7 +50,7 @@ pub(super) fn key(path: &str) -> String {
     names::key(path.trim()).replace('\\', "/").trim_start_matches('/').to_owned()
 }
 
-/// Computes the keys of paths anew that were computed in SQL, which folds letters as the locale of the database does. Where another
+/// Computes again the keys of paths that were computed in SQL, which folds letters as the locale of the database does. Where another
 /// assembly has the key already, the path gets the guid behind it, as that of a new assembly would. Can be repeated.
 ///
 /// # Errors

@@ -1,4 +1,4 @@
-//! What agents report of themselves (contract devices 2). A device is its GUID, from its token; nothing in a body decides
+//! What agents report of themselves. A device is its GUID, from its token; nothing in a body decides
 //! whose row is written.
 
 use borealis_protocol::rest::PHASE_STOPPED;
@@ -93,7 +93,7 @@ fn seconds(map: &Map<String, Value>, names: &[&str]) -> Option<i64> {
     names.iter().find_map(|name| number(map, name)).filter(|n| (0.0..1e15).contains(n)).map(|n| n as i64)
 }
 
-/// Whether a branch name is one (contract devices 3.6).
+/// Whether a branch name is one.
 #[must_use]
 pub fn is_branch(text: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "._/-".contains(c);
@@ -263,7 +263,7 @@ impl Scalars {
     }
 }
 
-/// All five members, empty ones included (contract devices 2.1).
+/// All five members, empty ones included.
 fn agent_update(body: &Map<String, Value>) -> Option<Value> {
     let update = object(body, "agent_update_status")?;
     let text = |names: &[&str]| first(update, names).unwrap_or_default();
@@ -373,7 +373,7 @@ struct Status {
     last_error: Value,
 }
 
-/// The five words operators see (contract devices 2.2).
+/// The five words operators see.
 fn normal_status(text: &str) -> &'static str {
     match text.trim().to_lowercase().as_str() {
         "healthy" | "ok" | "online" | "complete" | "completed" | "ready" => "healthy",
@@ -610,7 +610,7 @@ impl Parts {
     }
 }
 
-/// Software rows in one form: named, from a known source, each once, in order (contract devices 2.3).
+/// Software rows in one form: named, from a known source, each once, in order.
 fn software(rows: Value) -> Value {
     const KNOWN: [&str; 4] = ["name", "version", "source", "metadata"];
     let Value::Array(rows) = rows else { return json!([]) };

@@ -1,4 +1,4 @@
-//! Devices as operators see them (contract devices 3.1, 3.2). The caller's sites are part of every query.
+//! Devices as operators see them. The caller's sites are part of every query.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::{DateTime, SecondsFormat, Utc};
@@ -52,7 +52,7 @@ pub struct Page {
     pub next_cursor: Option<String>,
 }
 
-/// A device as operators read it. The large documents are in the answer twice, as the contract has it; they are the text
+/// A device as operators read it. The large documents are in the answer twice, as clients of the reference read either; they are the text
 /// that Postgres gave, never parsed.
 #[derive(Debug)]
 pub struct Device {

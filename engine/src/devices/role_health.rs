@@ -1,4 +1,4 @@
-//! The health of an agent's roles (contract devices 2.4): what agents report in many spellings, in one form, merged with what
+//! The health of an agent's roles: what agents report in many spellings, in one form, merged with what
 //! is stored.
 
 use std::collections::BTreeMap;

@@ -18,7 +18,7 @@ pub const HEARTBEAT: Duration = Duration::from_secs(4);
 /// After this silence, in seconds, a process owns no sockets any more.
 pub const PROCESS_SILENCE_S: f64 = 15.0;
 
-/// The two kinds of agent runtime (contract remote 7.2).
+/// The two kinds of agent runtime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mode {
     /// The service.
@@ -47,7 +47,7 @@ impl Mode {
     }
 }
 
-/// What an agent says of itself in `connect_agent` (contract remote 7.2).
+/// What an agent says of itself in `connect_agent`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Hello {
     /// `<HOSTNAME>_<GUID>_<CONTEXT>`.
@@ -71,7 +71,7 @@ impl Hello {
     /// Reads the first argument of the event: an object, or a bare text that is the agent id.
     ///
     /// # Errors
-    /// The contract's code: `agent_id_required`.
+    /// The code: `agent_id_required`.
     pub fn parse(value: &Value) -> std::result::Result<Self, &'static str> {
         let text = |name: &str| value.get(name).and_then(Value::as_str).unwrap_or_default().trim();
         let agent_id = value.as_str().map_or_else(|| text("agent_id"), str::trim);
@@ -152,7 +152,7 @@ pub enum Registered {
         /// The socket it replaces: its process and id.
         replaced: Option<(Uuid, String)>,
     },
-    /// It may not be: the contract's code.
+    /// It may not be: the code of the refusal.
     Refused(&'static str),
 }
 
@@ -235,7 +235,7 @@ pub async fn register(tx: &mut Tx<'_>, process: Uuid, registrations: &[Registrat
     )
     .execute(&mut **tx)
     .await?;
-    // A renamed machine repairs its agent id (contract remote 1.2).
+    // A renamed machine repairs its agent id.
     sqlx::query!(
         "UPDATE devices d SET agent_id = n.agent FROM unnest($1::uuid[], $2::text[], $3::text[]) AS n (device, agent, mode)
          WHERE d.guid = n.device AND n.mode = 'system' AND d.agent_id <> n.agent",

@@ -1,4 +1,4 @@
-//! Quick runs and the activity history of a device (contract jobs 4.1, 4.5).
+//! Quick runs and the activity history of a device.
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -244,9 +244,9 @@ pub async fn start(
     Ok(started)
 }
 
-/// A row of a device's history (contract jobs 4.5). Times are epoch seconds, 0 when unset.
+/// A row of a device's history. Times are epoch seconds, 0 when unset.
 #[derive(Debug, Clone, Serialize)]
-#[expect(missing_docs, reason = "the fields are those of contract jobs 4.5")]
+#[expect(missing_docs, reason = "the fields are named as clients of the reference read them")]
 pub struct ActivityView {
     pub id: i64,
     pub device_guid: Uuid,
@@ -277,7 +277,7 @@ pub struct ActivityView {
     pub scheduled_job_kind: String,
 }
 
-/// These routes spell their 404 with a capital letter (contract jobs 4.5).
+/// These routes spell their 404 with a capital letter.
 fn as_contract(error: Error) -> Error {
     if error.kind == Kind::NotFound { Error { code: "Not found", ..error } } else { error }
 }

@@ -72,7 +72,7 @@ impl Status {
         }
     }
 
-    /// Reads a stored or reported text by the rules of contract jobs 4.4; none when it means nothing to us.
+    /// Reads a stored or reported text in any spelling that agents use; none when it means nothing to us.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         Some(match text.trim().to_ascii_lowercase().as_str() {
@@ -260,7 +260,7 @@ pub struct Change {
 }
 
 impl Change {
-    /// The payload of `device_activity_changed` (contract remote 7.5).
+    /// The payload of `device_activity_changed`.
     #[must_use]
     pub fn payload(&self) -> Value {
         json!({

@@ -1,4 +1,4 @@
-//! The state machine of one target of one occurrence: what the contract calls a run (jobs 7.1).
+//! The state machine of one target of one occurrence: a run.
 
 use sqlx::PgConnection;
 use uuid::Uuid;

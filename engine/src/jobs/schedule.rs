@@ -64,7 +64,7 @@ pub enum ScheduleType {
 }
 
 impl ScheduleType {
-    /// Every type, in the order of the contract.
+    /// Every type.
     pub const ALL: [Self; 12] = [
         Self::Immediately,
         Self::Once,

@@ -1,4 +1,4 @@
-//! A job as an operator describes it, parsed and checked (contract jobs 5.1-5.6, 6).
+//! A job as an operator describes it, parsed and checked.
 
 use chrono::{DateTime, Duration, Utc};
 use serde::{Deserialize, Serialize};
@@ -195,7 +195,7 @@ impl JobSpec {
     /// Checks the body of a new job. Targets are read by [`targets`], before this, since scope comes first.
     ///
     /// # Errors
-    /// 400 with the code of the field, in the order of contract jobs 6.
+    /// 400 with the code of the field, in the order of the fields.
     pub fn parse(body: &JobBody, now: DateTime<Utc>) -> Result<Self> {
         let missing = || Error::invalid("name_and_components_required", "A job needs a name and components.");
         let job_kind = job_kind(body)?;
@@ -452,7 +452,7 @@ fn schedule_input(body: &JobBody) -> Result<Option<ScheduleInput>> {
     Ok(Some(ScheduleInput { kind, start, timezone, cron, end, max_occurrences }))
 }
 
-/// The keys that say what a component is (contract jobs 5.2).
+/// The keys that say what a component is.
 const DOMAIN_KEYS: [&str; 8] =
     ["kind", "type", "component_type", "assembly_type", "assemblyType", "assembly_subtype", "assemblySubtype", "script_type"];
 

@@ -1,6 +1,6 @@
 //! Jobs in the database.
 //!
-//! A job is visible to those who may see every site of its targets (contract jobs 1.1); the condition is part of each
+//! A job is visible to those who may see every site of its targets; the condition is part of each
 //! query. Saving a job moves the scheduler's cursor and tells the scheduler; nothing here starts a run.
 
 use chrono::{DateTime, Utc};

@@ -1,7 +1,7 @@
 //! Targets: from what an operator wrote to devices, when a job is saved and again each time it is carried out.
 //!
 //! The site of a target is always the device's own, looked up here; what a client says about it is only used to tell
-//! namesakes apart (contract jobs 1.1, 5.3).
+//! namesakes apart.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 

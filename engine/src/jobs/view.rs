@@ -1,4 +1,4 @@
-//! What operators read of jobs, runs and device results (contract jobs 6). Times are epoch seconds.
+//! What operators read of jobs, runs and device results. Times are epoch seconds.
 
 use std::collections::HashMap;
 
@@ -30,7 +30,7 @@ const MISSING: &str = "An assembly of this job was removed; the job fails until 
 
 /// A job.
 #[derive(Debug, Clone, Serialize)]
-#[expect(missing_docs, reason = "the fields are those of contract jobs 6")]
+#[expect(missing_docs, reason = "the fields are named as clients of the reference read them")]
 pub struct JobView {
     pub id: i64,
     pub name: String,
@@ -80,7 +80,7 @@ pub struct ScheduleView {
 
 /// How many targets of the latest occurrence stand where.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-#[expect(missing_docs, reason = "the fields are the run statuses of contract jobs 7.1")]
+#[expect(missing_docs, reason = "the fields are the statuses of runs")]
 pub struct ResultCounts {
     pub pending: i64,
     pub running: i64,
@@ -94,7 +94,7 @@ pub struct ResultCounts {
 }
 
 impl ResultCounts {
-    /// The one word for an occurrence: the first of the statuses that any target has, in the order of the contract.
+    /// The one word for an occurrence: the first of the statuses that any target has.
     #[must_use]
     pub fn status(&self, only_without_devices: bool) -> &'static str {
         let in_order = [
@@ -266,7 +266,7 @@ pub async fn job(conn: &mut PgConnection, scope: &Scope, id: i64) -> Result<JobV
 
 /// One run: one target of one occurrence.
 #[derive(Debug, Clone, Serialize)]
-#[expect(missing_docs, reason = "the fields are those of contract jobs 6")]
+#[expect(missing_docs, reason = "the fields are named as clients of the reference read them")]
 pub struct RunView {
     pub id: i64,
     pub job_id: i64,
@@ -374,7 +374,7 @@ pub async fn runs(
 
 /// How one device fared in one occurrence.
 #[derive(Debug, Clone, Serialize)]
-#[expect(missing_docs, reason = "the fields are those of contract jobs 6")]
+#[expect(missing_docs, reason = "the fields are named as clients of the reference read them")]
 pub struct DeviceResult {
     pub run_id: Option<i64>,
     pub device_guid: Option<Uuid>,

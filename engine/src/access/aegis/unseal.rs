@@ -40,7 +40,7 @@ pub enum Unseal {
     Manual,
     /// In a file of ours, made when it is missing or does not fit.
     Own(PathBuf),
-    /// In a file of somebody else's, which is only read.
+    /// In a file that the engine only reads.
     KeyFile(PathBuf),
     /// A program with its arguments prints it.
     Command(Vec<String>),
@@ -53,7 +53,7 @@ impl Unseal {
         Self::Own(state_dir.join("secrets").join("unseal.key"))
     }
 
-    /// Whether the key is somebody else's: it may be slow to get, and not there.
+    /// Whether the key is kept elsewhere: it may be slow to get, and not there.
     #[must_use]
     pub fn is_foreign(&self) -> bool {
         matches!(self, Self::KeyFile(_) | Self::Command(_))
@@ -80,7 +80,7 @@ impl Unseal {
         key(std::str::from_utf8(&text.ok()?).ok()?)
     }
 
-    /// The key of somebody else's.
+    /// The unseal key that is kept elsewhere.
     ///
     /// # Errors
     /// 503 `unseal_failed`; the message says why and never what was read.
@@ -88,7 +88,7 @@ impl Unseal {
         let (of, text) = match self {
             Self::KeyFile(path) => (format!("The unseal key file {}", path.display()), read(path)),
             Self::Command(words) => ("The unseal command".to_owned(), run(words).await),
-            Self::Manual | Self::Own(_) => return Err(Error::bug("there is no key of somebody else's")),
+            Self::Manual | Self::Own(_) => return Err(Error::bug("there is no unseal key that is kept elsewhere")),
         };
         let found = text.and_then(|text| {
             let text = std::str::from_utf8(&text).ok();

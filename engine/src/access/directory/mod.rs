@@ -252,7 +252,7 @@ pub struct Change {
     pub tls_ca_pem: Option<String>,
     /// Where people are.
     pub base_dn: Option<String>,
-    /// The own account.
+    /// The account that the engine binds with.
     pub bind_dn: Option<String>,
     /// Its password; empty: forget it.
     pub bind_password: Option<Secret<String>>,
@@ -616,7 +616,7 @@ impl Access<'_> {
 
     /// Changes a provider; the ids of the sessions that ended because of it come with it.
     ///
-    /// What changes how people are found or servers reached switches it off until it is tested anew. What changes where the
+    /// What changes how people are found or servers reached switches it off until it is tested again. What changes where the
     /// bind password would go forgets it, unless it is sent again. Switching it off ends the sessions and API tokens of its people.
     ///
     /// # Errors
@@ -928,7 +928,7 @@ async fn record(tx: &mut db::Tx<'_>, actor: &Actor, action: &str, id: i64, detai
     audit::record(tx, actor, entry).await
 }
 
-/// Switches every provider off whose password a reset of the secret store takes: it has to be set and tested anew.
+/// Switches every provider off whose password a reset of the secret store takes: it has to be set and tested again.
 pub(super) async fn lose_secrets(tx: &mut db::Tx<'_>) -> Result<()> {
     sqlx::query!(
         "UPDATE directory_providers SET enabled = false, last_test_at = NULL, last_test_status = '',

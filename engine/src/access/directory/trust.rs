@@ -25,7 +25,7 @@ use crate::{
 
 static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| Arc::new(ring::default_provider()));
 
-/// The authorities this machine trusts. Read once: an engine is started anew when they change.
+/// The authorities this machine trusts. Read once: an engine is restarted when they change.
 static SYSTEM: LazyLock<Arc<RootCertStore>> = LazyLock::new(|| {
     let mut roots = RootCertStore::empty();
     let found = rustls_native_certs::load_native_certs();
