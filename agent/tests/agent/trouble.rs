@@ -271,19 +271,25 @@ async fn a_job_that_was_accepted_and_is_not_known_is_not_run() {
 async fn an_agent_whose_identity_another_machine_has_is_quiet_until_it_may_ask_again() {
     let dir = tempfile::tempdir().unwrap();
     let mut engine = Engine::start(900).await;
-    let held = json!({"error": "identity_held", "status_code": 409, "retry_after_ms": 4_000});
+    let held = json!({"error": "identity_held", "status_code": 409, "retry_after_ms": 8_000});
     engine.seen.lock().unwrap().refuse_hello = Some(held);
     let agent = Running::start(&engine, &dir.path().join("state"), Some(CODE));
     let first = engine.socket().await;
     assert_eq!((first.hello.machine_id.len(), first.hello.instance.len()), (64, 36), "it says who it is");
     drop(first);
-    // What was on its way has arrived after a moment.
-    tokio::time::sleep(Duration::from_millis(500)).await;
     let seen = std::sync::Arc::clone(&engine.seen);
     let posts = || seen.lock().unwrap().posts.len();
+    // What was on its way has arrived once nothing has come for a second.
+    loop {
+        let so_far = posts();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        if posts() == so_far {
+            break;
+        }
+    }
     let (before, refreshes) = (posts(), engine.seen.lock().unwrap().refreshes.len());
     tokio::time::sleep(Duration::from_secs(2)).await;
-    assert_eq!(posts(), before, "no heartbeat, no inventory");
+    assert_eq!(posts(), before, "no heartbeat, no inventory: {:?}", seen.lock().unwrap().posts);
     assert_eq!(engine.seen.lock().unwrap().refreshes.len(), refreshes);
 
     engine.seen.lock().unwrap().refuse_hello = None;
