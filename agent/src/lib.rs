@@ -15,6 +15,7 @@ pub mod installation;
 mod inventory;
 pub mod platform;
 mod report;
+mod roles;
 mod scripts;
 mod socket;
 
@@ -35,6 +36,7 @@ use client::Client;
 use clock::ServerClock;
 use inventory::Inventory;
 use report::{Reporter, Status};
+use roles::{Cancels, Jobs, Processes, Role};
 use scripts::{Runner, Shared};
 use socket::Socket;
 
@@ -251,11 +253,9 @@ impl Agent {
         let jobs = tokio::spawn(Runner::run_jobs(Arc::clone(&shared), quiet.clone()));
         let events = {
             let shared = Arc::clone(&shared);
-            tokio::spawn(async move {
-                while let Some(inbound) = inbound.recv().await {
-                    shared.handle(inbound).await;
-                }
-            })
+            let roles: Vec<Arc<dyn Role>> =
+                vec![Arc::new(Jobs(Arc::clone(&shared))), Arc::new(Cancels(shared)), Arc::new(Processes::default())];
+            tokio::spawn(async move { roles::dispatch(roles, &mut inbound).await })
         };
         let connection = {
             let hang_up = hang_up.clone();

@@ -324,7 +324,8 @@ impl Reporter {
             scripts.details.insert("running_job_id".to_owned(), job_id.to_string());
         }
         let auditor = role("device_auditor", "Inventory", "healthy", "Inventory is collected".to_owned());
-        RoleHealth { roles: vec![scripts, auditor], reported_at: now, supervisor_revision: 1 }
+        let processes = role("process_management", "Processes", "healthy", "Ready to list processes".to_owned());
+        RoleHealth { roles: vec![scripts, auditor, processes], reported_at: now, supervisor_revision: 1 }
     }
 }
 

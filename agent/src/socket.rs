@@ -79,7 +79,7 @@ pub(crate) enum CallError {
 }
 
 impl Session {
-    fn new() -> (Arc<Self>, mpsc::Receiver<String>) {
+    pub(crate) fn new() -> (Arc<Self>, mpsc::Receiver<String>) {
         let (frames, receiver) = mpsc::channel(QUEUE);
         let session = Self {
             frames,
@@ -341,6 +341,7 @@ impl Socket {
                 rotates: true,
                 cancel: true,
                 output: true,
+                process_management: true,
                 ..Capabilities::default()
             },
             helper_contexts: Vec::new(),

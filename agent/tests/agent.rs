@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of a test fail the test")]
 
+#[path = "agent/calls.rs"]
+mod calls;
 #[path = "agent/engine.rs"]
 mod engine;
 #[path = "agent/program.rs"]

@@ -1,10 +1,10 @@
-//! The assembled service: routes, limits, request ids, headers and the OpenAPI document.
+//! The assembled service: routes, limits, request ids and headers.
 
 use std::{any::Any, time::Duration};
 
 use axum::{
     Extension, Router,
-    body::{Body, Bytes},
+    body::Body,
     extract::Request,
     http::{HeaderName, HeaderValue, StatusCode, header},
     middleware::{self, Next},
@@ -13,13 +13,11 @@ use axum::{
 use borealis_engine::{Error, Kind};
 use serde_json::Value;
 use tower_http::catch_panic::CatchPanicLayer;
-use utoipa::openapi::{
-    InfoBuilder, OpenApi, RefOr,
-    security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme},
-};
+use utoipa::openapi::OpenApi;
 
 use crate::{
-    access::{Class, Entry},
+    access::Entry,
+    document::{self, Document},
     errors::{ApiError, ErrorBody},
     metrics::Answering,
     routes,
@@ -39,7 +37,7 @@ pub const BYTES_PER_S: u64 = 256 * 1024;
 /// Builds the public service with its OpenAPI document and access table.
 pub fn build(app: &App) -> (Router, OpenApi, Vec<Entry>) {
     let (router, mut document, table) = routes::all(app).split();
-    describe(&mut document, &table);
+    document::complete(&mut document, &table);
     let router = router
         .merge(crate::sockets::routes())
         .merge(routes::docs::shortcuts())
@@ -53,92 +51,6 @@ pub fn build(app: &App) -> (Router, OpenApi, Vec<Entry>) {
         .layer(middleware::from_fn(request_id))
         .with_state(app.clone());
     (router, document, table)
-}
-
-/// The OpenAPI document as it is served.
-#[derive(Debug, Clone)]
-pub struct Document(pub Bytes);
-
-impl Document {
-    fn new(document: &OpenApi) -> Self {
-        Self(serde_json::to_vec(document).map(Bytes::from).unwrap_or_else(|error| {
-            tracing::error!(%error, "the OpenAPI document cannot be written");
-            Bytes::from_static(b"{}")
-        }))
-    }
-}
-
-/// Adds what the whole document says, and to each operation what its class asks for.
-fn describe(document: &mut OpenApi, table: &[Entry]) {
-    document.info = InfoBuilder::new()
-        .title("Borealis Engine")
-        .version(env!("CARGO_PKG_VERSION"))
-        .description(Some(
-            "The REST API of Borealis Engine. Errors are `{error, message, request_id}` with a stable code in `error`, and \
-             `fields` where a field of the request is at fault.",
-        ))
-        .build();
-    let components = document.components.get_or_insert_default();
-    components.add_security_scheme("session", SecurityScheme::ApiKey(ApiKey::Cookie(ApiKeyValue::new("borealis_auth"))));
-    let bearer =
-        |text: &str| SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some(text)).build());
-    components.add_security_scheme("session_token", bearer("The token that sign-in returned."));
-    components.add_security_scheme("api_token", bearer("An API token of an operator, with the scope that is named with it."));
-    components.add_security_scheme("device_token", bearer("The access token of an enrolled device."));
-    for Entry { method, path, class, token_scope, body_bytes } in table {
-        let Some(item) = document.paths.paths.get_mut(path) else { continue };
-        let operation = match method.as_str() {
-            "GET" => item.get.as_mut(),
-            "POST" => item.post.as_mut(),
-            "PUT" => item.put.as_mut(),
-            "PATCH" => item.patch.as_mut(),
-            "DELETE" => item.delete.as_mut(),
-            _ => None,
-        };
-        let Some(operation) = operation else { continue };
-        operation.operation_id = Some(operation_id(method, path));
-        if let Some(RefOr::T(body)) = &mut operation.request_body {
-            let said = body.description.take().map(|said| format!(" {said}")).unwrap_or_default();
-            body.description = Some(format!("At most {} KiB.{said}", body_bytes / 1024));
-        }
-        // The first sentence of a handler's comment is the summary; what follows in the same paragraph explains.
-        if let Some(text) = operation.summary.take().map(|text| text.replace('\n', " ")) {
-            let (summary, rest) = text.split_once(". ").unwrap_or((&text, ""));
-            operation.summary = Some(summary.trim_end_matches('.').to_owned());
-            if !rest.is_empty() {
-                let more = operation.description.take().map(|more| format!("\n\n{more}")).unwrap_or_default();
-                operation.description = Some(format!("{rest}{more}"));
-            }
-        }
-        let schemes: &[&str] = match class {
-            Class::Anonymous => &[],
-            Class::Operator | Class::Admin => &["session", "session_token"],
-            Class::Device => &["device_token"],
-        };
-        let plain = schemes.iter().map(|scheme| SecurityRequirement::new(*scheme, Vec::<String>::new()));
-        let token = token_scope.iter().map(|scope| SecurityRequirement::new("api_token", [scope.as_str()]));
-        operation.security = Some(plain.chain(token).collect());
-        if matches!(class, Class::Operator | Class::Admin) {
-            let text = operation.description.get_or_insert_default();
-            if !text.is_empty() {
-                text.push_str("\n\n");
-            }
-            if *class == Class::Admin {
-                text.push_str("Needs the Admin role. ");
-            }
-            match token_scope {
-                Some(scope) => text.push_str(&format!("Scope of an API token: `{}`.", scope.as_str())),
-                None => text.push_str("Not for API tokens."),
-            }
-        }
-    }
-}
-
-/// A name for an operation that no other has: `get_scheduled_jobs_id` for `GET /api/scheduled_jobs/{id}`.
-fn operation_id(method: &str, path: &str) -> String {
-    let words =
-        path.split(|character: char| !character.is_ascii_alphanumeric()).filter(|word| !word.is_empty() && *word != "api");
-    words.fold(method.to_lowercase(), |id, word| id + "_" + word)
 }
 
 async fn method_not_allowed() -> Response {

@@ -88,7 +88,7 @@ fn too_large() -> ApiError {
 ///
 /// # Errors
 /// 413 `body_too_large` past the limit, 400 `invalid_body` when the connection broke, 400 `invalid_json` when it has too many values
-/// or levels, 503 `busy` when too much is being worked on.
+/// or levels, 415 `unsupported_content_encoding` when it is compressed, 503 `busy` when too much is being worked on.
 pub async fn bytes(request: Request) -> Result<Bytes, ApiError> {
     let admission = request.extensions().get::<Admission>().cloned();
     let limit = request.extensions().get::<BodyLimit>().copied().unwrap_or(BodyLimit::USUAL);
@@ -100,6 +100,11 @@ pub async fn bytes(request: Request) -> Result<Bytes, ApiError> {
         && !request.body().is_end_stream()
     {
         admission.take(&admission.rooms.bodies, length.unwrap_or(limit.bytes)).await?;
+    }
+    if request.headers().get(header::CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
+    {
+        let message = "The request body is compressed; send it as it is.";
+        return Err(ApiError(Error::new(Kind::Unsupported, "unsupported_content_encoding", message)));
     }
     let mut body = request.into_body();
     // With a length that is known the memory is as large as the body, and is used as the body comes.

@@ -41,6 +41,8 @@ pub fn status(kind: Kind) -> StatusCode {
         Kind::Limited => StatusCode::TOO_MANY_REQUESTS,
         Kind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         Kind::Upstream => StatusCode::BAD_GATEWAY,
+        Kind::TimedOut => StatusCode::GATEWAY_TIMEOUT,
+        Kind::NotSupported => StatusCode::NOT_IMPLEMENTED,
         Kind::Bug => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -123,6 +123,7 @@ async fn openapi() -> Result<()> {
     let settings = Settings {
         listen: (Ipv4Addr::LOCALHOST, 0).into(),
         internal_listen: (Ipv4Addr::LOCALHOST, 0).into(),
+        internal_url: "http://127.0.0.1:0".parse().map_err(Error::bug)?,
         engine_secret_file: folder.join("engine.secret"),
         state_dir: folder.clone(),
         public_base_url: "http://127.0.0.1:0".parse().map_err(Error::bug)?,

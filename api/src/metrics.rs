@@ -1,13 +1,18 @@
 //! What the API process tells of itself. The names are explained in `docs/operations.md`, which a test compares.
 
-use std::{net::SocketAddr, sync::LazyLock, time::Instant};
+use std::{
+    net::SocketAddr,
+    sync::LazyLock,
+    time::{Duration, Instant},
+};
 
 use axum::{
     extract::{MatchedPath, Request},
     http::Method,
     response::Response,
 };
-use borealis_engine::{Error, Kind};
+use borealis_engine::{Error, Kind, devices::calls::Outcome};
+use borealis_protocol::calls::ALL;
 use borealis_telemetry::{
     meter::{self, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec},
     trace::Span,
@@ -38,6 +43,7 @@ pub(crate) struct Meters {
     pub identities_flapping: IntCounter,
     pub audit_broken: IntGauge,
     pub audit_webhook_behind: IntGauge,
+    calls: HistogramVec,
     sockets: IntGaugeVec,
     requests: IntCounterVec,
     seconds: HistogramVec,
@@ -94,6 +100,12 @@ pub(crate) static METERS: LazyLock<Meters> = LazyLock::new(|| {
             "borealis_audit_webhook_behind",
             "Sealed events of the audit that its webhook has not taken yet; 0 without one.",
         ),
+        calls: meter::histograms(
+            "borealis_agent_call_seconds",
+            "Calls to agents that callers of this process waited for, by call and outcome: answered, refused, unreadable, timed_out, busy or away.",
+            &["call", "outcome"],
+            &meter::SECONDS,
+        ),
         sockets: meter::gauges("borealis_sockets", "Sockets connected to this process, of agents and of operators.", &["kind"]),
         requests: meter::counters(
             "borealis_http_requests_total",
@@ -109,12 +121,22 @@ pub(crate) static METERS: LazyLock<Meters> = LazyLock::new(|| {
     }
 });
 
+impl Meters {
+    /// A call to an agent has ended.
+    pub(crate) fn agent_call(&self, call: &str, outcome: &str, took: Duration) {
+        self.calls.with_label_values(&[call, outcome]).observe(took.as_secs_f64());
+    }
+}
+
 /// Serves `/metrics` of this process.
 ///
 /// # Errors
 /// `listen_failed` when the address cannot be bound.
 pub(crate) async fn serve(addr: SocketAddr, app: &App, stop: CancellationToken) -> borealis_engine::Result<SocketAddr> {
     LazyLock::force(&METERS);
+    for (call, outcome) in ALL.iter().flat_map(|call| Outcome::WORDS.map(|outcome| (call.name, outcome))) {
+        METERS.calls.with_label_values(&[call, outcome]);
+    }
     let hub = app.hub.clone();
     let sockets = move || {
         let (agents, operators, waiting) = hub.figures();

@@ -3,6 +3,7 @@
 mod audit;
 mod directories;
 mod epoch;
+mod event_streams;
 mod keys;
 mod secret_store;
 mod time_zones;
@@ -25,6 +26,10 @@ pub fn start(tasks: &Tasks, app: &App) {
     tasks.reconcile({
         let app = app.clone();
         move || epoch::WatchEpoch::new(app.clone())
+    });
+    tasks.reconcile({
+        let app = app.clone();
+        move || event_streams::FeedStreams::new(app.clone())
     });
     tasks.reconcile(|| time_zones::ReadTimeZones);
     tasks.reconcile({

@@ -6,6 +6,7 @@ use borealis_engine::{
     Error, Kind,
     access::aegis::Vault,
     db::{self, Pool},
+    egress,
     hold::Guard,
     keys::Keys,
     time_zones,
@@ -17,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     access, app, audit_webhook,
     connections::{self, Door},
+    event_streams::EventStreams,
     internal, metrics, reconcilers,
     room::RoomOfAll,
     sockets::Hub,
@@ -66,6 +68,10 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
     if settings.public_base_url.port() == Some(0) && settings.public_base_url.set_port(Some(addr.port())).is_err() {
         return Err(Error::invalid("invalid_setting", "The public base URL cannot have a port."));
     }
+    if settings.internal_url.port() == Some(0) && settings.internal_url.set_port(Some(internal_addr.port())).is_err() {
+        return Err(Error::invalid("invalid_setting", "The internal URL cannot have a port."));
+    }
+    egress::provide_tls();
     time_zones::load(settings.zoneinfo.clone())?;
     let keys = Keys::load_or_create(&settings.state_dir.join("secrets"), Some(&settings.engine_secret_file))?;
     let tasks = Tasks::new(shutdown.clone());
@@ -79,6 +85,7 @@ pub async fn serve(mut settings: Settings, pool: Pool, shutdown: CancellationTok
         settings,
         keys,
         hub: Hub::default(),
+        streams: EventStreams::default(),
         rooms: RoomOfAll::default(),
     });
     let (router, ..) = app::build(&app);

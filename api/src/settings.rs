@@ -22,6 +22,8 @@ pub struct Settings {
     pub listen: SocketAddr,
     /// Where the internal listener binds.
     pub internal_listen: SocketAddr,
+    /// Where other API processes reach it; port 0 becomes the one that was bound.
+    pub internal_url: Url,
     /// The folder of secrets and of the private Postgres.
     pub state_dir: PathBuf,
     /// Where the engine secret is kept.
@@ -110,9 +112,12 @@ pub struct Environment {
     /// Where the API listens, for people and agents.
     #[arg(long, env = "BOREALIS_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
-    /// Where the API listens for workers.
+    /// Where the API listens for workers and for other API processes.
     #[arg(long, env = "BOREALIS_INTERNAL_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:8081")]
     pub internal_listen: SocketAddr,
+    /// The URL under which other API processes reach that listener [default: http://<internal-listen>, or this machine's hostname if that is every address].
+    #[arg(long, env = "BOREALIS_INTERNAL_ADVERTISE_URL", value_name = "URL")]
+    pub internal_advertise_url: Option<Url>,
     /// The URL under which people and agents reach the API [default: http://<listen>].
     #[arg(long, env = "BOREALIS_PUBLIC_BASE_URL", value_name = "URL")]
     pub public_base_url: Option<Url>,
@@ -258,9 +263,13 @@ impl Environment {
         Ok(Settings {
             listen: self.listen,
             internal_listen: self.internal_listen,
+            internal_url: match &self.internal_advertise_url {
+                Some(url) => base("BOREALIS_INTERNAL_ADVERTISE_URL", url.clone())?,
+                None => advertised(self.internal_listen)?,
+            },
             engine_secret_file: self.store.engine_secret_file()?,
             public_base_url: match &self.public_base_url {
-                Some(url) => public(url.clone())?,
+                Some(url) => base("BOREALIS_PUBLIC_BASE_URL", url.clone())?,
                 None if self.listen.ip().is_loopback() && self.trusted_proxies == TrustedProxies::default() => own(self.listen)?,
                 None => {
                     let why =
@@ -311,8 +320,8 @@ impl Environment {
 }
 
 /// Checks that a base URL can have paths appended.
-fn public(mut url: Url) -> Result<Url> {
-    let refuse = |why: &str| Err(Error::field("invalid_setting", "BOREALIS_PUBLIC_BASE_URL", why));
+fn base(variable: &str, mut url: Url) -> Result<Url> {
+    let refuse = |why: &str| Err(Error::field("invalid_setting", variable, why));
     if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
         return refuse("it must be an http or https URL with a host.");
     }
@@ -356,6 +365,22 @@ fn own(listen: SocketAddr) -> Result<Url> {
     Url::parse(&format!("http://{listen}")).map_err(Error::bug)
 }
 
+/// Where other machines reach a listener: under its own address, or under this machine's name when it listens on every address.
+fn advertised(listen: SocketAddr) -> Result<Url> {
+    if !listen.ip().is_unspecified() {
+        return own(listen);
+    }
+    let host = nix::unistd::gethostname().ok().and_then(|host| host.into_string().ok()).filter(|host| !host.is_empty());
+    let url = Url::parse(&format!("http://{}:{}", host.as_deref().unwrap_or("localhost"), listen.port()));
+    url.map_err(|_| {
+        Error::field(
+            "invalid_setting",
+            "BOREALIS_INTERNAL_ADVERTISE_URL",
+            "it must be set: this machine's hostname is no host of a URL.",
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -381,6 +406,12 @@ mod tests {
         assert_eq!(settings.unseal, aegis::Unseal::Own("/srv/b/secrets/unseal.key".into()));
         assert_eq!(read(&["--listen", "[::1]:9000"]).unwrap().public_base_url.as_str(), "http://[::1]:9000/");
         assert_eq!(read(&["--unseal", "manual"]).unwrap().unseal, aegis::Unseal::Manual);
+        let internal = |arguments: &[&str]| read(arguments).unwrap().internal_url.to_string();
+        assert_eq!(internal(&[]), "http://127.0.0.1:8081/");
+        assert_eq!(internal(&["--internal-listen", "[::1]:9001"]), "http://[::1]:9001/");
+        assert_eq!(internal(&["--internal-advertise-url", "http://api-2:9001"]), "http://api-2:9001/");
+        let everywhere = Url::parse(&internal(&["--internal-listen", "0.0.0.0:9001"])).unwrap();
+        assert!(everywhere.port() == Some(9001) && everywhere.host_str() != Some("0.0.0.0"), "{everywhere}");
         for open in [&["--listen", "[::]:9000"][..], &["--listen", "192.0.2.1:9000"], &["--trusted-proxies", "127.0.0.1"]] {
             assert!(read(open).unwrap_err().fields.contains_key("BOREALIS_PUBLIC_BASE_URL"), "{open:?}");
             let named = [open, &["--public-base-url", "https://rmm.example"]].concat();

@@ -12,7 +12,7 @@ use borealis_tasks::Tasks;
 use tokio_util::sync::CancellationToken;
 
 pub use crate::settings::Settings;
-use crate::{room::RoomOfAll, sockets::Hub};
+use crate::{event_streams::EventStreams, room::RoomOfAll, sockets::Hub};
 
 /// The application state: cheap to clone.
 #[derive(Debug, Clone)]
@@ -39,6 +39,8 @@ pub struct Inner {
     pub keys: Keys,
     /// Sockets.
     pub hub: Hub,
+    /// Event streams that are open.
+    pub streams: EventStreams,
     /// The memory that bodies of requests may hold at once.
     pub rooms: RoomOfAll,
 }

@@ -82,6 +82,12 @@ impl FromStr for Policy {
     }
 }
 
+/// Names the implementation of TLS that libraries of this process are to use. To be called before an HTTP client is made; to be called
+/// again is as good.
+pub fn provide_tls() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
 /// A network, or an address as the network of itself: `10.0.0.0/8`, `10.0.0.5`, `[::1]`.
 #[must_use]
 pub fn network(text: &str) -> Option<IpNet> {

@@ -37,6 +37,10 @@ pub enum Kind {
     Unavailable,
     /// A server outside (a directory, GitHub) did not answer, or not as it should.
     Upstream,
+    /// A device's agent did not answer in time. What it was asked may have been done.
+    TimedOut,
+    /// The device's agent cannot do it.
+    NotSupported,
     /// A fault of ours. The text stays in the log.
     Bug,
 }

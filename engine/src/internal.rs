@@ -1,4 +1,4 @@
-//! How a worker proves itself to the internal listener: one HMAC over the whole request, valid once, for a minute.
+//! How a worker, or another API process, proves itself to the internal listener: one HMAC over the whole request, valid once, for a minute.
 //!
 //! Scheme `v2`: the key is HKDF-SHA256 over the engine secret's text; signed are, each followed by a
 //! line feed: `v2`, the method, the path with its query as sent, the timestamp, the nonce, the worker's id and the hex
@@ -104,6 +104,12 @@ impl Keyring {
         Self { keys }
     }
 
+    /// The key to sign with.
+    #[must_use]
+    pub fn current(&self) -> Option<&Key> {
+        self.keys.first().map(|(_, key)| key)
+    }
+
     /// Checks clock and signature. The nonce is to be remembered afterwards with [`remember_nonce`]; only a request that
     /// was signed may use up a nonce.
     ///
@@ -137,6 +143,14 @@ impl Keyring {
         }
         Ok(())
     }
+}
+
+/// The headers that prove a request with `key`, as of now and with a nonce of its own. `sender` is the GUID of the worker or API process.
+#[must_use]
+pub fn headers(key: &Key, method: &str, path_and_query: &str, sender: &str, body: &[u8]) -> [(&'static str, String); 4] {
+    let (timestamp, nonce) = (chrono::Utc::now().timestamp().to_string(), nonce());
+    let signature = key.sign(&Signed { method, path_and_query, timestamp: &timestamp, nonce: &nonce, worker: sender, body });
+    [(TIMESTAMP_HEADER, timestamp), (NONCE_HEADER, nonce), (WORKER_HEADER, sender.to_owned()), (SIGNATURE_HEADER, signature)]
 }
 
 /// Compared in constant time.

@@ -82,6 +82,7 @@ pub fn settings(state_dir: PathBuf) -> Settings {
     Settings {
         listen: ([127, 0, 0, 1], 0).into(),
         internal_listen: ([127, 0, 0, 1], 0).into(),
+        internal_url: "http://127.0.0.1:0".parse().expect("a URL"),
         engine_secret_file: state_dir.join("secrets/engine.secret"),
         unseal: Unseal::in_state_dir(&state_dir),
         state_dir,

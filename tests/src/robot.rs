@@ -114,6 +114,10 @@ async fn serve(device: &Device, addr: SocketAddr, socket: &mut Socket, memory: &
                 memory.connections += 1;
             }
             Ok(Some(Frame::Ack { id, args })) => acknowledged(memory, id, args.first().unwrap_or(&Value::Null)),
+            Ok(Some(Frame::Event { id: Some(id), .. })) => {
+                let nothing = json!({"ok": true, "processes": [{"pid": 1, "name": device.hostname}]});
+                socket.send(&Frame::Ack { id, args: vec![nothing] }).await;
+            }
             Ok(Some(Frame::Event { name, args, .. })) => {
                 let job = args.first().and_then(|args| args["job_id"].as_i64()).unwrap_or_default();
                 if told(memory, &name, job) {

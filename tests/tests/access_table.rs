@@ -4,11 +4,16 @@
 //! What belongs to a foreign site answers exactly as what does not exist, and a refused call changes nothing: the owner's
 //! call after it still succeeds.
 
+use std::time::Duration;
+
 use borealis_api::access::Class;
+use borealis_protocol::{CONTEXT_SYSTEM, agent_id, framing::Frame};
 use borealis_tests::{
     Actor, Device, Reply, TestEngine,
     actor::{Credential, Enrollment, new_key},
+    agent::open_agent,
     engine::{CIPHER, PASSWORD},
+    eventually,
 };
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -17,6 +22,8 @@ use uuid::Uuid;
 mod internal;
 #[path = "access_table/sockets.rs"]
 mod sockets;
+
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// A request with everything valid in it, and what callers without rights get.
 struct Call {
@@ -234,6 +241,22 @@ impl World {
         .execute(self.pool())
         .await
         .expect("a socket");
+    }
+
+    /// Connects the agent of the device of site A, which answers every call with a list of no processes.
+    async fn answering(&self) {
+        let Credential::Bearer(token) = &self.device.actor.credential else { panic!("a device has a token") };
+        let mut socket = eventually("a socket", LIMIT, || async { open_agent(self.engine.addr, token).await.ok() }).await;
+        let id = agent_id(&self.device.hostname, &self.device.guid, CONTEXT_SYSTEM);
+        let hello = socket.hello(&id, json!({"dedup": true})).await;
+        assert_eq!(hello["status"], "ok", "{hello}");
+        tokio::spawn(async move {
+            while let Some(frame) = socket.next().await {
+                if let Frame::Event { id: Some(id), .. } = frame {
+                    socket.send(&Frame::Ack { id, args: vec![json!({"ok": true, "processes": []})] }).await;
+                }
+            }
+        });
     }
 
     /// A machine that waits for approval into site A: the approval's id.
@@ -469,6 +492,10 @@ impl World {
             }
             ("GET", "/api/device/details/{hostname}") => {
                 thing(format!("/api/device/details/{hostname}"), "/api/device/details/no-such-host".into(), Value::Null)
+            }
+            ("GET", "/api/device/processes/{hostname}") => {
+                self.answering().await;
+                thing(format!("/api/device/processes/{hostname}"), "/api/device/processes/no-such-host".into(), Value::Null)
             }
             ("GET" | "DELETE", "/api/device/activity/{hostname}") => {
                 let _ = self.activity().await;

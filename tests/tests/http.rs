@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use borealis_api::connections::HEAD_TIMEOUT_S;
+use borealis_api::{access::Class, connections::HEAD_TIMEOUT_S};
 use borealis_tests::{Reply, TestCluster, TestDatabase, TestEngine, eventually, raw};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -307,4 +307,47 @@ async fn without_the_database_it_is_503_with_retry_after_and_comes_back_by_itsel
     let sites = admin.get("/api/sites").await.ok();
     assert_eq!(sites["sites"].as_array().map(Vec::len), Some(1), "what was refused was not done: {sites}");
     let _ = device.post("/api/agent/heartbeat", json!({"hostname": device.hostname})).await.ok();
+}
+
+#[tokio::test]
+async fn what_a_route_does_not_know_in_a_query_is_refused_everywhere() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let (_, document, table) = borealis_api::app::build(&engine.app);
+    let document = serde_json::to_value(document).expect("JSON");
+    let mut tried = 0;
+    for entry in table.iter().filter(|entry| matches!(entry.class, Class::Operator | Class::Admin)) {
+        let path: Vec<&str> = entry.path.split('/').map(|part| if part.starts_with('{') { "1" } else { part }).collect();
+        let path = path.join("/");
+        let reply = admin.call(&entry.method, &format!("{path}?no_such%20name=1"), None).await;
+        let place = format!("{} {}: {}", entry.method, entry.path, reply.text);
+        assert_eq!((reply.status, &reply.body["error"]), (400, &"invalid_query".into()), "{place}");
+        assert!(reply.body["fields"]["no_such name"].is_string(), "{place}");
+        // What it knows it takes, or says what is wrong with the value.
+        let operation = &document["paths"][&entry.path][entry.method.to_lowercase()];
+        for parameter in operation["parameters"].as_array().into_iter().flatten().filter(|parameter| parameter["in"] == "query") {
+            let name = parameter["name"].as_str().expect("a name");
+            if entry.method == "GET" {
+                let reply = admin.get(&format!("{path}?{name}=1")).await;
+                let unknown = reply.body["message"].as_str().is_some_and(|text| text.contains("no parameter of this route"));
+                assert!(!unknown, "{place}: {name}");
+            }
+        }
+        tried += 1;
+    }
+    assert!(tried > 50, "{tried}");
+    // Anybody may ask for these, and probes add what they like.
+    let _ = engine.anonymous().get("/health?probe=1").await.ok();
+}
+
+#[tokio::test]
+async fn a_compressed_body_is_refused_by_name() {
+    let engine = TestEngine::start().await;
+    let admin = engine.admin().await;
+    let request = |coding: &str| {
+        let request = admin.request(reqwest::Method::POST, "/api/sites").header("content-encoding", coding);
+        request.header("content-type", "application/json").body(r#"{"name": "x"}"#)
+    };
+    let _ = admin.send(request("gzip")).await.error(415, "unsupported_content_encoding");
+    assert_eq!(admin.send(request("identity")).await.status, 201);
 }

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use borealis_api::access::Class;
 use borealis_engine::{
     db,
     names::{self, backfill},
@@ -348,4 +349,59 @@ async fn a_device_that_reports_without_a_socket_is_seen_to_have_none() {
         (state().await == (json!("Offline"), json!(false), json!("offline"))).then_some(())
     })
     .await;
+}
+
+/// Every route whose path names a device reads that name in one way, and refuses in one form.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_path_that_names_a_device_reads_it_alike() {
+    let engine = TestEngine::start().await;
+    let ((north, _), (south, _)) = (engine.site("north").await, engine.site("south").await);
+    let (one, other) = (engine.device_named(north, "twin").await, engine.device_named(south, "Twin").await);
+    let (admin, operator) = (engine.admin().await, engine.operator(&[north]).await);
+    let (_, _, table) = borealis_api::app::build(&engine.app);
+    let of_devices = |path: &str| path.contains("{hostname}") || path.starts_with("/api/devices/{guid}");
+    let mut ambiguous: Vec<Value> = Vec::new();
+    let mut tried = 0;
+    for entry in table.iter().filter(|entry| entry.class == Class::Operator && of_devices(&entry.path)) {
+        let by_name = entry.path.contains("{hostname}");
+        let call = async |actor: &Actor, name: &str| {
+            let path = entry.path.replace("{hostname}", name).replace("{guid}", name);
+            let body = match (entry.method.as_str(), by_name) {
+                ("GET" | "DELETE", _) => None,
+                (_, true) => Some(json!({})),
+                (_, false) => Some(json!({"hostname": "other"})),
+            };
+            actor.call(&entry.method, &path, body.as_ref()).await
+        };
+        let place = format!("{} {}", entry.method, entry.path);
+        if by_name {
+            let mut reply = call(&admin, "TWIN").await.error(409, "ambiguous_hostname");
+            for own in ["request_id", "message"] {
+                reply.body.as_object_mut().expect("an object").remove(own);
+            }
+            ambiguous.push(reply.body);
+            assert!(![404, 409, 400].contains(&call(&operator, "tWiN").await.status), "{place}: the only one in scope");
+        } else {
+            let _ = call(&admin, "twin").await.error(400, "invalid guid");
+        }
+        for spelling in [one.guid.clone(), one.guid.to_lowercase(), format!("%7B{}%7D", one.guid)] {
+            let reply = call(&operator, &spelling).await;
+            assert_ne!(reply.body["error"].as_str().unwrap_or_default().to_lowercase(), "not found", "{place} {spelling}");
+            assert_ne!(reply.status, 400, "{place} {spelling}: {}", reply.text);
+        }
+        for absent in [other.guid.as_str(), "00000000-0000-4000-8000-000000000000"] {
+            let reply = call(&operator, absent).await.expect(404);
+            assert_eq!(
+                reply.body["error"].as_str().map(str::to_lowercase).as_deref(),
+                Some("not found"),
+                "{place}: {}",
+                reply.text
+            );
+        }
+        tried += 1;
+    }
+    assert!(tried >= 7, "{tried}");
+    assert_eq!(ambiguous[0]["candidates"].as_array().map(Vec::len), Some(2), "{ambiguous:?}");
+    assert_eq!(ambiguous[0]["guids"].as_array().map(Vec::len), Some(2));
+    assert!(ambiguous.iter().all(|body| *body == ambiguous[0]), "{ambiguous:?}");
 }

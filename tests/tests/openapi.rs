@@ -2,8 +2,12 @@
 //!
 //! After a wanted change: `BOREALIS_BLESS=1 cargo test -p borealis-tests --test openapi`.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
+use borealis_api::access::Class;
 use borealis_tests::TestEngine;
 use serde_json::Value;
 
@@ -91,4 +95,82 @@ async fn every_reference_in_the_document_resolves() {
             _ => {}
         }
     }
+}
+
+#[tokio::test]
+async fn every_response_is_described_and_every_refusal_before_a_handler_is_listed() {
+    let engine = TestEngine::start().await;
+    let document = engine.anonymous().get("/api/openapi.json").await.ok();
+    let (_, _, table) = borealis_api::app::build(&engine.app);
+    for (method, path, operation) in operations(&document) {
+        let place = format!("{method} {path}");
+        let responses = operation["responses"].as_object().expect("responses");
+        for (status, response) in responses {
+            assert!(response["description"].as_str().is_some_and(|text| !text.is_empty()), "{place} {status}: no description");
+            if status.starts_with(['4', '5']) {
+                let schema = response["content"]["application/json"]["schema"]["$ref"].as_str();
+                // The test of a provider answers what it found out in each case.
+                let expected = schema.is_some_and(|schema| schema.ends_with("/Error") || path.ends_with("/test"));
+                assert!(expected, "{place} {status}: {schema:?}");
+            }
+        }
+        let class = table.iter().find(|entry| entry.method == method && entry.path == path).expect("an entry").class;
+        let operators = matches!(class, Class::Operator | Class::Admin);
+        let has_body = operation["requestBody"].is_object();
+        for (is_so, status) in [
+            (class != Class::Anonymous, "401"),
+            (operators, "403"),
+            (has_body, "400"),
+            (has_body, "413"),
+            (has_body, "415"),
+            (true, "503"),
+        ] {
+            assert!(!is_so || responses.contains_key(status), "{place}: no {status}");
+        }
+    }
+}
+
+/// Schemas of one name would take each other's place in the document, without a word.
+#[test]
+fn no_two_schemas_have_one_name() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut names: BTreeMap<String, String> = BTreeMap::new();
+    for folder in ["api/src", "engine/src", "workflows/src", "agent/protocol/src"] {
+        let mut open = vec![root.join(folder)];
+        while let Some(path) = open.pop() {
+            if path.is_dir() {
+                open.extend(std::fs::read_dir(&path).expect("a folder").map(|entry| entry.expect("an entry").path()));
+                continue;
+            }
+            if path.extension().is_none_or(|extension| extension != "rs") {
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).expect("a source");
+            let mut lines = text.lines();
+            while let Some(line) = lines.next() {
+                if !(line.contains("derive(") && line.contains("ToSchema")) {
+                    continue;
+                }
+                let (mut renamed, mut declared) = (None, None);
+                for line in lines.by_ref() {
+                    if let Some((_, rest)) = line.split_once("schema(as = ") {
+                        renamed = rest.split(|c: char| !c.is_alphanumeric()).next().map(str::to_owned);
+                    }
+                    let words: Vec<&str> = line.split(|c: char| !c.is_alphanumeric() && c != '_').collect();
+                    if !line.trim_start().starts_with(['#', '/'])
+                        && let Some(at) = words.iter().position(|word| matches!(*word, "struct" | "enum"))
+                    {
+                        declared = words.get(at + 1).map(|name| (*name).to_owned());
+                        break;
+                    }
+                }
+                let name = renamed.or(declared).unwrap_or_else(|| panic!("{}: a schema without a name", path.display()));
+                let place = path.display().to_string();
+                if let Some(other) = names.insert(name.clone(), place.clone()) {
+                    panic!("two schemas are called {name}: in {other} and in {place}");
+                }
+            }
+        }
+    }
+    assert!(names.len() > 100, "{}", names.len());
 }

@@ -385,3 +385,59 @@ async fn the_same_request_under_one_key_is_one_job() {
     assert_eq!(rerun("go").await.ok(), first);
     let _ = rerun("go again").await.error(409, "occurrence_in_progress");
 }
+
+#[tokio::test]
+async fn a_list_by_site_has_the_jobs_for_all_devices_that_reach_it() {
+    let engine = TestEngine::start().await;
+    let ((north, _), (south, _)) = (engine.site("north").await, engine.site("south").await);
+    let (admin, second) = (engine.admin().await, engine.second_admin().await);
+    let script = script(&second).await;
+    let made = make(&second, &script, json!([{"kind": "all_devices"}])).await;
+    let found = async |site: i64| admin.get(&format!("/api/scheduled_jobs?site={site}")).await.ok()["jobs"].clone();
+    for site in [north, south] {
+        assert_eq!(found(site).await[0]["id"], made["id"]);
+    }
+    assert_eq!(found(999_999_999).await, json!([]), "there is no such site");
+    // Its owner becomes an operator of one site, and so the job reaches no other.
+    let sql = "UPDATE users SET role = 'User' WHERE username = $1";
+    let _ = sqlx::query(sql).bind(&second.name).execute(&engine.database.pool).await.expect("an update");
+    assert_eq!(found(north).await, json!([]));
+    let body = json!({"usernames": [second.name], "site_ids": [south]});
+    let _ = admin.post("/api/user_site_assignments/assign", body).await.ok();
+    assert_eq!((found(north).await, found(south).await[0]["id"].clone()), (json!([]), made["id"].clone()));
+}
+
+#[tokio::test]
+async fn a_run_that_starts_while_pages_are_read_is_on_one_of_them() {
+    let engine = TestEngine::start().await;
+    let (site, _) = engine.site("north").await;
+    let admin = engine.admin().await;
+    let script = script(&admin).await;
+    let mut devices = Vec::new();
+    for _ in 0..5 {
+        devices.push(engine.device(site).await);
+    }
+    let guids: Vec<&str> = devices.iter().map(|device| device.guid.as_str()).collect();
+    let made = make(&admin, &script, json!(guids)).await;
+    let pool = &engine.database.pool;
+    let sql = "WITH occurrence AS (
+                   INSERT INTO job_occurrences (job_id, scheduled_at, cause, state, frozen_at)
+                   VALUES ($1, now() - interval '1 minute', 'schedule', 'open', now())
+                   RETURNING id, job_id, scheduled_at)
+               INSERT INTO scheduled_job_runs (job_id, occurrence_id, scheduled_at, status, device_guid, target_hostname, site_id)
+               SELECT o.job_id, o.id, o.scheduled_at, 'Pending', d.guid, d.hostname, d.site_id FROM occurrence o, devices d";
+    let _ = sqlx::query(sql).bind(made["id"].as_i64()).execute(pool).await.expect("runs");
+    let (mut seen, mut cursor) = (Vec::new(), String::new());
+    loop {
+        let page = admin.get(&path(&made, &format!("/runs?limit=2{cursor}"))).await.ok();
+        seen.extend(page["runs"].as_array().expect("runs").iter().map(|run| run["id"].as_i64().expect("an id")));
+        // The last one of all starts now.
+        let start = "UPDATE scheduled_job_runs SET status = 'Running', started_at = now()
+                     WHERE id = (SELECT min(id) FROM scheduled_job_runs) AND status = 'Pending'";
+        let _ = sqlx::query(start).execute(pool).await.expect("a start");
+        let Some(next) = page["next_cursor"].as_str() else { break };
+        cursor = format!("&cursor={next}");
+    }
+    let distinct: BTreeSet<i64> = seen.iter().copied().collect();
+    assert_eq!((seen.len(), distinct.len()), (5, 5), "{seen:?}");
+}

@@ -12,7 +12,7 @@ use uuid::Uuid;
 const SOON: Duration = Duration::from_secs(60);
 
 /// The tasks of an API process and of a worker. A task that is added is listed here, and is made to panic as the others are.
-const TASKS: [&str; 29] = [
+const TASKS: [&str; 30] = [
     "arrivals",
     "audit_check",
     "audit_seal",
@@ -21,6 +21,7 @@ const TASKS: [&str; 29] = [
     "departures",
     "directory_sync",
     "epoch",
+    "event_streams",
     "events",
     "fetch",
     "gate",

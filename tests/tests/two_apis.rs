@@ -76,6 +76,12 @@ async fn requests_at_either_process_reach_the_sockets_of_the_other() {
         }
     }
 
+    // A call, asked for at both.
+    for (robot, asked) in [(&one, &admins[0]), (&one, &admins[1]), (&two, &admins[0]), (&two, &admins[1])] {
+        let listed = asked.get(&format!("/api/device/processes/{}", robot.device.guid)).await.ok();
+        assert_eq!(listed["processes"][0]["name"], robot.device.hostname, "{listed}");
+    }
+
     // A job on both, and a cancel of it, each asked for at the other process than the one that made it.
     for robot in [&one, &two] {
         robot.take(Duration::from_secs(120));

@@ -11,7 +11,9 @@ use std::{
 
 use borealis_engine::{
     Error, Kind, Result,
-    internal::{self, Key, Signed},
+    devices::calls::{Outcome, Spec},
+    egress,
+    internal::{self, Key},
     keys::read_engine_secret,
 };
 use borealis_telemetry::{
@@ -32,6 +34,10 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 pub const ATTEMPTS: u32 = 4;
 /// The first pause between two attempts; it doubles, and a random part of it is waited.
 pub const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// What the answer to a call of an agent may take beyond the time limit of the call.
+pub const CALL_GRACE: Duration = Duration::from_secs(3);
+/// The code of a request that reached no API process.
+const UNREACHED: &str = "api_unreached";
 /// The most events of one request.
 const EVENTS: usize = 5_000;
 
@@ -39,6 +45,7 @@ const PREFIX: &str = "/api/internal/job-scheduler/";
 const HOST_SERVICE_EVENT: &str = "host-service-event";
 const PUBLIC_BASE_URL: &str = "public-base-url";
 const EPOCH: &str = "epoch";
+const AGENT_CALL: &str = "agent-call";
 
 static REQUESTS: LazyLock<HistogramVec> = LazyLock::new(|| {
     meter::histograms(
@@ -56,7 +63,7 @@ static EVENTS_ASKED: LazyLock<IntCounter> = LazyLock::new(|| {
 /// Shows the meters from the start, at nought.
 pub(crate) fn show() {
     LazyLock::force(&EVENTS_ASKED);
-    for route in [HOST_SERVICE_EVENT, PUBLIC_BASE_URL, EPOCH] {
+    for route in [HOST_SERVICE_EVENT, PUBLIC_BASE_URL, EPOCH, AGENT_CALL] {
         for result in ["ok", "refused", "away"] {
             REQUESTS.with_label_values(&[route, result]);
         }
@@ -109,8 +116,7 @@ impl ApiClient {
         if bases.is_empty() {
             return Err(Error::field("invalid_setting", "BOREALIS_INTERNAL_URL", "it names no API process."));
         }
-        // Whoever comes second finds one installed, which is as good.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        egress::provide_tls();
         let http = reqwest::Client::builder()
             .timeout(TIMEOUT)
             .connect_timeout(CONNECT_TIMEOUT)
@@ -160,13 +166,20 @@ impl ApiClient {
         url.map(str::to_owned).ok_or_else(|| Error::bug("the API answered no URL"))
     }
 
+    /// Asks a device's agent, once: it is turned to another API process only when one cannot be connected to.
+    async fn agent_call(&self, device: Uuid, call: Spec, request: Value) -> Result<Outcome> {
+        let body = json!({"device_guid": device, "call": call.name, "request": request}).to_string().into_bytes();
+        let text = self.any("POST", AGENT_CALL, &body, call.limit + CALL_GRACE, |error| error.code == UNREACHED).await?;
+        Ok(serde_json::from_str(&text)?)
+    }
+
     async fn call(&self, method: &'static str, route: &str, body: Option<Value>) -> Result<Value> {
         let body = body.map(|body| body.to_string().into_bytes()).unwrap_or_default();
         let mut pause = FIRST_PAUSE;
         let mut attempt = 1;
         loop {
-            let error = match self.any(method, route, &body).await {
-                Ok(answer) => return Ok(answer),
+            let error = match self.any(method, route, &body, TIMEOUT, Error::is_transient).await {
+                Ok(answer) => return Ok(serde_json::from_str(&answer)?),
                 Err(error) if error.is_transient() && attempt < ATTEMPTS => error,
                 Err(error) => return Err(error),
             };
@@ -178,19 +191,27 @@ impl ApiClient {
         }
     }
 
-    /// Asks the API processes in turn, from the one that answered last, until one answers.
-    async fn any(&self, method: &'static str, route: &str, body: &[u8]) -> Result<Value> {
+    /// Asks the API processes in turn, from the one that answered last, until one answers; another one is asked after an error of which
+    /// `next` says so. Each attempt may take `limit`.
+    async fn any(
+        &self,
+        method: &'static str,
+        route: &str,
+        body: &[u8],
+        limit: Duration,
+        next: impl Fn(&Error) -> bool,
+    ) -> Result<String> {
         let turn = self.turns.load(Ordering::Relaxed);
         let mut last = Error::bug("no API process");
         for base in self.bases.iter().cycle().skip(turn % self.bases.len()).take(self.bases.len()) {
             let started = Instant::now();
             let key = self.key();
-            let mut answer = self.once(base, &key, method, route, body).await;
+            let mut answer = self.once(base, &key, method, route, body, limit).await;
             if answer.as_ref().is_err_and(|error| error.kind == Kind::Unauthenticated) {
                 self.read_key_again();
                 let now = self.key();
                 if now != key {
-                    answer = self.once(base, &now, method, route, body).await;
+                    answer = self.once(base, &now, method, route, body, limit).await;
                 }
             }
             let result = match &answer {
@@ -200,7 +221,7 @@ impl ApiClient {
             };
             REQUESTS.with_label_values(&[route, result]).observe(started.elapsed().as_secs_f64());
             match answer {
-                Err(error) if error.is_transient() => last = error,
+                Err(error) if next(&error) => last = error,
                 answer => return answer,
             }
             self.turns.fetch_add(1, Ordering::Relaxed);
@@ -221,42 +242,35 @@ impl ApiClient {
     }
 
     /// One attempt, with a timestamp and nonce of its own: one whose answer was lost is not a replay of the next.
-    async fn once(&self, base: &Url, key: &Key, method: &'static str, route: &str, body: &[u8]) -> Result<Value> {
+    async fn once(
+        &self,
+        base: &Url,
+        key: &Key,
+        method: &'static str,
+        route: &str,
+        body: &[u8],
+        limit: Duration,
+    ) -> Result<String> {
         let url = base.join(&format!("{PREFIX}{route}")).map_err(Error::bug)?;
-        let timestamp = chrono::Utc::now().timestamp().to_string();
-        let nonce = internal::nonce();
         let path_and_query = match url.query() {
             Some(query) => format!("{}?{query}", url.path()),
             None => url.path().to_owned(),
         };
-        let signature = key.sign(&Signed {
-            method,
-            path_and_query: &path_and_query,
-            timestamp: &timestamp,
-            nonce: &nonce,
-            worker: &self.worker,
-            body,
-        });
+        let headers = internal::headers(key, method, &path_and_query, &self.worker, body);
         let method = reqwest::Method::from_bytes(method.as_bytes()).map_err(Error::bug)?;
-        let mut request = self.http.request(method, url);
+        let mut request = self.http.request(method, url).timeout(limit);
         if let Some(parent) = trace::parent() {
             request = request.header("traceparent", parent);
         }
-        let answer = request
-            .header(internal::TIMESTAMP_HEADER, timestamp)
-            .header(internal::NONCE_HEADER, nonce)
-            .header(internal::WORKER_HEADER, &self.worker)
-            .header(internal::SIGNATURE_HEADER, signature)
-            .header("content-type", "application/json")
-            .body(body.to_vec())
-            .send()
-            .await
-            .map_err(away)?;
+        for (name, value) in headers {
+            request = request.header(name, value);
+        }
+        let answer = request.header("content-type", "application/json").body(body.to_vec()).send().await.map_err(away)?;
         let status = answer.status();
         let retry_after = answer.headers().get("retry-after").and_then(|value| value.to_str().ok()?.parse().ok());
         let text = answer.text().await.map_err(away)?;
         if status.is_success() {
-            return Ok(serde_json::from_str(&text)?);
+            return Ok(text);
         }
         let reason = format!("The API process answered {status}: {}", text.chars().take(300).collect::<String>());
         if status.is_server_error() {
@@ -270,7 +284,8 @@ impl ApiClient {
 }
 
 fn away(error: reqwest::Error) -> Error {
-    let mut away = Error::new(Kind::Unavailable, "api_unavailable", "The API process cannot be reached.");
+    let code = if error.is_connect() { UNREACHED } else { "api_unavailable" };
+    let mut away = Error::new(Kind::Unavailable, code, "The API process cannot be reached.");
     away.source = Some(Box::new(error));
     away
 }
@@ -285,6 +300,11 @@ impl Agents for ApiClient {
         self.host_service_events(&events).await?;
         Ok(())
     }
+
+    async fn call(&self, device: Uuid, call: Spec, request: Value) -> Result<Outcome> {
+        self.agent_call(device, call, request).await
+    }
+
     async fn confirm(&self) -> Result<Confirmed> {
         #[derive(Deserialize)]
         struct Answer {
@@ -292,7 +312,7 @@ impl Agents for ApiClient {
             may_act: bool,
         }
         // Once: it is asked again in a second.
-        let Answer { epoch, may_act } = serde_json::from_value(self.any("GET", EPOCH, &[]).await?)?;
+        let Answer { epoch, may_act } = serde_json::from_str(&self.any("GET", EPOCH, &[], TIMEOUT, Error::is_transient).await?)?;
         Ok(Confirmed { epoch, may_act })
     }
 }

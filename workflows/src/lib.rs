@@ -11,7 +11,12 @@ pub mod workers;
 
 use std::{fmt, sync::Arc};
 
-use borealis_engine::{Error, Result, db::Pool};
+use borealis_engine::{
+    Error, Result,
+    db::Pool,
+    devices::calls::{Call, Outcome, Spec},
+};
+use serde_json::Value;
 use uuid::Uuid;
 
 pub use durable::start::{CancelAsked, Child, NewRun, Started, request_cancel, retry, signal, start, start_children, start_many};
@@ -44,9 +49,26 @@ pub trait Agents: Send + Sync {
     /// was sent is marked, so a repetition sends nothing twice.
     async fn deliver(&self, devices: &[Uuid]) -> Result<()>;
 
+    /// Asks a device's agent and waits for what comes of it, at most for the call's time limit. It is sent at most once: whoever needs it
+    /// done must be able to ask again. A runtime without API processes reaches no agent.
+    async fn call(&self, device: Uuid, call: Spec, request: Value) -> Result<Outcome> {
+        let _ = (device, call, request);
+        Ok(Outcome::Away)
+    }
+
     /// Asks an API process whether this worker may act. A runtime without API processes may.
     async fn confirm(&self) -> Result<hold::Confirmed> {
         Ok(hold::Confirmed { epoch: borealis_engine::hold::NO_EPOCH, may_act: true })
+    }
+}
+
+impl dyn Agents {
+    /// Asks a device's agent.
+    ///
+    /// # Errors
+    /// As [`Outcome::into_reply`], and those of the way to the API processes.
+    pub async fn ask<C: Call>(&self, device: Uuid, request: &C::Request) -> Result<C::Reply> {
+        self.call(device, Spec::of::<C>(), serde_json::to_value(request)?).await?.into_reply::<C>()
     }
 }
 

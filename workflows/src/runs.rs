@@ -1,6 +1,8 @@
 //! What operators read of workflow runs. A run is visible to those who may see every one of its sites; a run without sites
 //! to administrators only.
 
+use std::collections::BTreeMap;
+
 use borealis_engine::{Error, Result, Scope, db::Pool};
 use chrono::{DateTime, Utc};
 use serde_json::Value;
@@ -105,6 +107,18 @@ pub async fn get(conn: &mut PgConnection, scope: &Scope, id: Uuid) -> Result<Run
     .fetch_optional(conn)
     .await?
     .ok_or_else(Error::not_found)
+}
+
+/// How far runs are: the number of the last event of each, and whether it has ended. Runs that are gone are left out.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn progress(pool: &Pool, ids: &[Uuid]) -> Result<BTreeMap<Uuid, (i32, bool)>> {
+    let rows =
+        sqlx::query!(r#"SELECT id, event_seq, finished_at IS NOT NULL AS "ended!" FROM workflow_runs WHERE id = ANY($1)"#, ids)
+            .fetch_all(pool)
+            .await?;
+    Ok(rows.into_iter().map(|row| (row.id, (row.event_seq, row.ended))).collect())
 }
 
 /// One transition of a run.

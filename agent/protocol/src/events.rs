@@ -7,10 +7,11 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::envelope::Envelope;
+use crate::lenient;
 use crate::succession::Succession;
 
 /// Agent to engine, once after the namespace is connected: [`ConnectAgent`].
@@ -111,48 +112,44 @@ pub struct Capabilities {
     #[serde(default)]
     pub runtime: String,
     /// Runs scripts as the system account.
-    #[serde(default, deserialize_with = "flag")]
+    #[serde(default, deserialize_with = "lenient::flag")]
     pub system_scripts: bool,
     /// Never runs a job id twice, and answers with acks; may be sent a dispatch again.
-    #[serde(default, deserialize_with = "flag")]
+    #[serde(default, deserialize_with = "lenient::flag")]
     pub dedup: bool,
     /// Stores rotated refresh tokens.
-    #[serde(default, deserialize_with = "flag")]
+    #[serde(default, deserialize_with = "lenient::flag")]
     pub rotates: bool,
     /// Understands [`QuickJobCancel`].
-    #[serde(default, deserialize_with = "flag")]
+    #[serde(default, deserialize_with = "lenient::flag")]
     pub cancel: bool,
     /// Sends output while a script runs.
-    #[serde(default, deserialize_with = "flag")]
+    #[serde(default, deserialize_with = "lenient::flag")]
     pub output: bool,
     /// Files can be managed.
-    #[serde(default, deserialize_with = "flag")]
+    #[serde(default, deserialize_with = "lenient::flag")]
     pub file_management: bool,
     /// Processes can be listed and ended.
-    #[serde(default, deserialize_with = "flag")]
+    #[serde(default, deserialize_with = "lenient::flag")]
     pub process_management: bool,
     /// A remote shell can be opened.
-    #[serde(default, deserialize_with = "flag")]
+    #[serde(default, deserialize_with = "lenient::flag")]
     pub remote_shell: bool,
     /// Services can be managed.
-    #[serde(default, deserialize_with = "flag")]
+    #[serde(default, deserialize_with = "lenient::flag")]
     pub service_management: bool,
     /// Software can be listed.
-    #[serde(default, deserialize_with = "flag")]
+    #[serde(default, deserialize_with = "lenient::flag")]
     pub software_management: bool,
     /// Remote desktop.
-    #[serde(default, deserialize_with = "flag")]
+    #[serde(default, deserialize_with = "lenient::flag")]
     pub vnc: bool,
     /// WireGuard tunnel.
-    #[serde(default, deserialize_with = "flag")]
+    #[serde(default, deserialize_with = "lenient::flag")]
     pub wireguard_tunnel: bool,
     /// As [`ConnectAgent::helper_contexts`], in the place some agents put it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub helper_contexts: Vec<String>,
-}
-
-fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
-    Ok(Value::deserialize(deserializer)? == Value::Bool(true))
 }
 
 /// The engine's answer to what an agent sends with an ack id.

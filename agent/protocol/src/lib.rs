@@ -2,6 +2,7 @@
 //!
 //! * [`rest`]: bodies of the `/api/agent/*` routes.
 //! * [`events`]: Socket.IO events between agent and engine.
+//! * [`calls`]: events of the engine that an agent answers.
 //! * [`envelope`]: how a script is signed and how an agent checks it.
 //! * [`keys`]: Ed25519 keys as they travel, fingerprints and the enrollment proof.
 //! * [`framing`]: Engine.IO 4 and Socket.IO packets as text frames.
@@ -9,11 +10,13 @@
 //!
 //! Everything here is pure: no I/O, no clock, no randomness.
 
+pub mod calls;
 pub mod canonical;
 pub mod envelope;
 pub mod events;
 pub mod framing;
 pub mod keys;
+mod lenient;
 pub mod output;
 pub mod rest;
 pub mod succession;

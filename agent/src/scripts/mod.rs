@@ -8,5 +8,5 @@ mod runner;
 mod store;
 
 pub(crate) use left_over::end_left_over;
-pub(crate) use runner::{Runner, Shared};
+pub(crate) use runner::{Runner, Shared, decline};
 pub(crate) use store::Store;

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use borealis_protocol::envelope::{self, Refusal};
 use borealis_protocol::events::{
-    Ack, DECLINED_DISK_ERROR, DECLINED_DISK_FULL, DECLINED_QUEUE_FULL, PROGRESS_CAP_BYTES, QUICK_JOB_ACCEPTED, QUICK_JOB_CANCEL,
-    QUICK_JOB_DECLINED, QUICK_JOB_PROGRESS, QUICK_JOB_RESULT, QUICK_JOB_RUN, QuickJobAccepted, QuickJobCancel, QuickJobDeclined,
+    Ack, DECLINED_DISK_ERROR, DECLINED_DISK_FULL, DECLINED_QUEUE_FULL, PROGRESS_CAP_BYTES, QUICK_JOB_ACCEPTED,
+    QUICK_JOB_DECLINED, QUICK_JOB_PROGRESS, QUICK_JOB_RESULT, QuickJobAccepted, QuickJobCancel, QuickJobDeclined,
     QuickJobProgress, QuickJobResult, QuickJobRun, REASON_AGENT_ERROR, REASON_AGENT_STOPPED, REASON_CANCELLED,
     REASON_OUTCOME_UNKNOWN, REASON_REFUSED, REASON_TIMED_OUT, STATUS_FAILED, STATUS_RUNNING, STATUS_SUCCESS, STATUS_TIMED_OUT,
 };
@@ -25,7 +25,7 @@ use crate::account::Account;
 use crate::backoff::Backoff;
 use crate::clock::{ServerClock, local_now};
 use crate::platform::Platform;
-use crate::socket::{Inbound, Session};
+use crate::socket::Session;
 
 /// Time between two pieces of live output.
 const PROGRESS_EVERY: Duration = Duration::from_millis(500);
@@ -100,29 +100,8 @@ impl Shared {
         self.current().as_ref().map(|current| current.job_id)
     }
 
-    /// Handles one event of the engine; the answer goes out if one was asked for. Events of one socket are handled in the
-    /// order they came.
-    pub(crate) async fn handle(self: &Arc<Self>, inbound: Inbound) {
-        let answer = match inbound.name.as_str() {
-            QUICK_JOB_RUN => match serde_json::from_value::<QuickJobRun>(inbound.argument) {
-                Ok(run) => self.take(run, &inbound.session).await,
-                Err(error) => {
-                    warn!(%error, "a job that cannot be read");
-                    json!({"error": "invalid_payload"})
-                }
-            },
-            QUICK_JOB_CANCEL => match serde_json::from_value::<QuickJobCancel>(inbound.argument) {
-                Ok(cancel) => self.cancel(cancel).await,
-                Err(_) => json!({"error": "invalid_payload"}),
-            },
-            _ => json!({"error": "unsupported_event"}),
-        };
-        if let Some(id) = inbound.ack_id {
-            inbound.session.acknowledge(id, &answer).await;
-        }
-    }
-
-    async fn take(self: &Arc<Self>, run: QuickJobRun, session: &Session) -> Value {
+    /// Takes a job over, or says why not; answers what it did.
+    pub(crate) async fn take(self: &Arc<Self>, run: QuickJobRun, session: &Session) -> Value {
         let job_id = run.job_id;
         let refusal = self.refusal(&run, true).map(|why| {
             warn!(job_id, why, "refused a job");
@@ -162,8 +141,7 @@ impl Shared {
                 }
             }
         };
-        session.emit_for_ack(QUICK_JOB_DECLINED, &QuickJobDeclined { job_id, reason: declined.to_owned() }).await;
-        json!({"error": declined})
+        decline(job_id, declined, session).await
     }
 
     /// Why this job must not be run, if so; with `timely`, also because it comes too late. The signed GUID says which machine is meant;
@@ -184,7 +162,8 @@ impl Shared {
         checked.err().or(late.then_some(Refusal::Expired)).map(|why| why.to_string())
     }
 
-    async fn cancel(self: &Arc<Self>, cancel: QuickJobCancel) -> Value {
+    /// Stops a job, or sees to it that it does not begin; answers what it did.
+    pub(crate) async fn cancel(self: &Arc<Self>, cancel: QuickJobCancel) -> Value {
         let job_id = cancel.job_id;
         info!(job_id, reason = %cancel.reason, "asked to cancel a job");
         if self.stop_running(job_id, &cancel.reason) {
@@ -247,6 +226,12 @@ impl Shared {
         let store = self.store.clone();
         tokio::task::spawn_blocking(move || work(&store)).await.map_err(io::Error::other)?
     }
+}
+
+/// Says that a job was not taken over. The engine offers it again later.
+pub(crate) async fn decline(job_id: i64, reason: &str, session: &Session) -> Value {
+    session.emit_for_ack(QUICK_JOB_DECLINED, &QuickJobDeclined { job_id, reason: reason.to_owned() }).await;
+    json!({"error": reason})
 }
 
 impl Runner {

@@ -2,6 +2,8 @@
 //! class; so a route without a class does not exist, and [`Routes::table`] is the list the access test walks. What an API token
 //! needs follows from the [`Area`] of a route and its method; a route without an area is closed to API tokens.
 
+use std::sync::Arc;
+
 use axum::{
     Router,
     extract::{FromRequestParts, Request, State},
@@ -13,6 +15,7 @@ use borealis_engine::{
     Error, Kind,
     access::{api_tokens::TokenScope, bootstrap, limits, passwords, setup_token},
 };
+use utoipa::openapi::{Paths, RefOr, path::ParameterIn};
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 
 use crate::{
@@ -163,7 +166,8 @@ impl Routes {
                 self.table.push(entry);
             }
         }
-        let guard = middleware::from_fn_with_state((self.app.clone(), class, self.area, limit), check);
+        let guard = Guard { app: self.app.clone(), class, area: self.area, limit, query: query_names(&paths).into() };
+        let guard = middleware::from_fn_with_state(guard, check);
         self.router = self.router.routes((schemas, paths, methods.layer(guard)));
         self
     }
@@ -175,9 +179,57 @@ impl Routes {
     }
 }
 
-type Guard = (App, Class, Area, BodyLimit);
+/// What is known of the routes of one path.
+#[derive(Clone)]
+struct Guard {
+    app: App,
+    class: Class,
+    area: Area,
+    limit: BodyLimit,
+    /// The names that the query of each method may have.
+    query: Arc<[(Method, Vec<String>)]>,
+}
 
-async fn check(State((app, class, area, limit)): State<Guard>, request: Request, next: Next) -> Response {
+/// The names that the queries of these operations have in the document.
+fn query_names(paths: &Paths) -> Vec<(Method, Vec<String>)> {
+    let mut names = Vec::new();
+    for item in paths.paths.values() {
+        for (method, operation) in [
+            (Method::GET, &item.get),
+            (Method::POST, &item.post),
+            (Method::PUT, &item.put),
+            (Method::PATCH, &item.patch),
+            (Method::DELETE, &item.delete),
+        ] {
+            let Some(operation) = operation else { continue };
+            let of_query = operation.parameters.iter().flatten().filter_map(|parameter| match parameter {
+                RefOr::T(parameter) if matches!(parameter.parameter_in, ParameterIn::Query) => Some(parameter.name.clone()),
+                _ => None,
+            });
+            names.push((method, of_query.collect()));
+        }
+    }
+    names
+}
+
+/// Refuses a query with a name that the operation does not have: a misspelt filter would show everything. Agents may be newer than the
+/// engine, and are not refused.
+fn check_query(guard: &Guard, parts: &Parts) -> Result<(), ApiError> {
+    let (Class::Operator | Class::Admin, Some(query)) = (guard.class, parts.uri.query()) else { return Ok(()) };
+    let Some((_, known)) = guard.query.iter().find(|(method, _)| *method == parts.method) else { return Ok(()) };
+    for (name, _) in url::form_urlencoded::parse(query.as_bytes()) {
+        if !known.iter().any(|known| *known == name) {
+            let shown: String = name.chars().take(60).collect();
+            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            let why = format!("is no parameter of this route, whose parameters are: {known}");
+            return Err(Error::field("invalid_query", &shown, why).into());
+        }
+    }
+    Ok(())
+}
+
+async fn check(State(guard): State<Guard>, request: Request, next: Next) -> Response {
+    let Guard { app, class, area, limit, .. } = guard.clone();
     let (mut parts, body) = request.into_parts();
     let needed = area.token_scope(&parts.method);
     let admitted = match class {
@@ -196,7 +248,7 @@ async fn check(State((app, class, area, limit)): State<Guard>, request: Request,
             holder
         }),
     };
-    match admitted {
+    match admitted.and_then(|holder| check_query(&guard, &parts).map(|()| holder)) {
         Ok(holder) => {
             // Kept here, so that what the handler takes is given back when it has answered.
             let admission = Admission::new(app.rooms.of(class), holder);
@@ -230,9 +282,11 @@ pub mod client;
 pub mod device;
 pub mod operator;
 pub mod proxies;
+mod target;
 
 pub use device::Device;
 pub use operator::Operator;
+pub use target::TargetDevice;
 
 macro_rules! from_extensions {
     ($($name:ty),*) => {$(

@@ -8,6 +8,7 @@ use borealis_engine::{
         sessions::{self, Session},
     },
 };
+use uuid::Uuid;
 
 use super::client::{self, Carrier};
 use crate::{errors::ApiError, state::App};
@@ -33,6 +34,15 @@ pub struct Operator {
 enum Proof {
     Session(Session),
     Token(ApiToken),
+}
+
+/// What a request came with, by its id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Credential {
+    /// A session.
+    Session(Uuid),
+    /// An API token.
+    Token(Uuid),
 }
 
 /// What somebody may do who must choose a password first.
@@ -98,6 +108,15 @@ impl Operator {
         match &self.proof {
             Proof::Session(_) => true,
             Proof::Token(token) => token.require(Some(scope)).is_ok(),
+        }
+    }
+
+    /// What the request came with.
+    #[must_use]
+    pub fn credential(&self) -> Credential {
+        match &self.proof {
+            Proof::Session(session) => Credential::Session(session.id),
+            Proof::Token(token) => Credential::Token(token.id),
         }
     }
 

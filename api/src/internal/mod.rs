@@ -1,4 +1,4 @@
-//! The internal listener: what workers ask of the API process. Every request is signed (see [`internal`]); there is no
+//! The internal listener: what workers, and other API processes, ask of the API process. Every request is signed (see [`internal`]); there is no
 //! other way in, and no route of the public listener is here.
 
 use std::collections::HashSet;
@@ -30,14 +30,18 @@ use crate::{
     state::App,
 };
 
+mod calls;
+pub mod peers;
 mod workflow;
+
+pub use calls::AgentCall;
 
 /// The largest body, in bytes.
 pub const BODY_LIMIT: usize = 2 * 1024 * 1024;
 /// The most events of one request.
 pub const EVENTS: usize = 20_000;
 
-/// One route of this listener. All of them are for workers.
+/// One route of this listener. All of them are for workers and for other API processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
     /// Upper case.
@@ -46,22 +50,27 @@ pub struct Entry {
     pub path: &'static str,
 }
 
+/// The route of calls to agents.
+pub const AGENT_CALL: &str = "/api/internal/job-scheduler/agent-call";
+
 /// Every route of this listener.
-pub const TABLE: [Entry; 4] = [
+pub const TABLE: [Entry; 5] = [
+    Entry { method: "POST", path: AGENT_CALL },
     Entry { method: "GET", path: "/api/internal/job-scheduler/epoch" },
     Entry { method: "GET", path: "/api/internal/job-scheduler/public-base-url" },
     Entry { method: "POST", path: "/api/internal/job-scheduler/host-service-event" },
     Entry { method: "POST", path: "/api/internal/job-scheduler/workflow/start" },
 ];
 
-/// A worker that has proven itself.
+/// A worker, or an API process, that has proven itself.
 #[derive(Debug, Clone, Copy)]
 pub struct Worker(pub Uuid);
 
 /// Builds the service of the internal listener; `registry` holds the workflows a worker may start.
 pub fn router(app: &App, registry: Registry) -> Router {
-    let [epoch, base_url, event, start] = TABLE;
+    let [call, epoch, base_url, event, start] = TABLE;
     Router::new()
+        .route(call.path, post(calls::agent_call))
         .route(epoch.path, get(confirm))
         .route(base_url.path, get(public_base_url))
         .route(event.path, post(host_service_event))

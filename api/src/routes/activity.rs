@@ -3,6 +3,7 @@
 use axum::{Json, extract::State};
 use borealis_engine::{
     Error,
+    devices::lookup::Found,
     jobs::activity::{self, ActivityView, QuickRun, QuickRunBody},
 };
 use serde::{Deserialize, Serialize};
@@ -12,9 +13,9 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::{
-    access::{Area, Operator, Routes},
+    access::{Area, Operator, Routes, TargetDevice},
     body::{self, Params, Path},
-    errors::Result,
+    errors::{ApiError, Result},
     sockets::events::ToOperator,
     state::App,
 };
@@ -169,26 +170,32 @@ struct History {
     next_before_id: Option<i64>,
 }
 
+/// The device, or these routes' spelling of its absence.
+fn named(device: Result<TargetDevice>) -> Result<Found> {
+    device.map(|TargetDevice(device)| device).map_err(|ApiError(error)| ApiError(activity::as_contract(error)))
+}
+
 /// The activity history of a device, by hostname or GUID.
 #[utoipa::path(get, path = "/api/device/activity/{hostname}", tag = "Assemblies", params(("hostname" = String, Path), HistoryQuery),
     responses(
         (status = 200, body = History),
         (status = 400, description = "`invalid_query`, `invalid_limit`"),
         (status = 404, description = "`Not found`"),
-        (status = 409, description = "`ambiguous_hostname` with `candidates`"),
+        (status = 409, description = "`ambiguous_hostname` with `guids` and `candidates`"),
     ))]
 async fn history(
     State(app): State<App>,
     operator: Operator,
-    Path(hostname): Path<String>,
+    device: Result<TargetDevice>,
     Params(query): Params<HistoryQuery>,
 ) -> Result<Json<History>> {
+    let device = named(device)?;
     let limit = query.limit.unwrap_or(activity::HISTORY_MAX);
     if !(1..=activity::HISTORY_MAX).contains(&limit) {
         return Err(Error::field("invalid_limit", "limit", format!("must be between 1 and {}", activity::HISTORY_MAX)).into());
     }
     let mut conn = app.pool.acquire().await?;
-    let history = activity::history(&mut conn, &operator.scope, &hostname, query.before_id, limit).await?;
+    let history = activity::history(&mut conn, &operator.scope, device.guid, query.before_id, limit).await?;
     let full = i64::try_from(history.len()).is_ok_and(|count| count == limit);
     let next_before_id = full.then(|| next_before_id(&history, query.before_id.is_none())).flatten();
     Ok(Json(History { history, next_before_id }))
@@ -203,7 +210,7 @@ fn next_before_id(page: &[ActivityView], first: bool) -> Option<i64> {
 
 /// Done.
 #[derive(Debug, Serialize, ToSchema)]
-struct Cleared {
+struct ActivityCleared {
     /// `ok`.
     status: &'static str,
     /// How many activities.
@@ -213,18 +220,18 @@ struct Cleared {
 /// Clear the activity history of a device, except what has not ended.
 #[utoipa::path(delete, path = "/api/device/activity/{hostname}", tag = "Assemblies", params(("hostname" = String, Path)),
     responses(
-        (status = 200, body = Cleared),
+        (status = 200, body = ActivityCleared),
         (status = 404, description = "`Not found`"),
-        (status = 409, description = "`ambiguous_hostname` with `candidates`"),
+        (status = 409, description = "`ambiguous_hostname` with `guids` and `candidates`"),
     ))]
-async fn clear(State(app): State<App>, operator: Operator, Path(hostname): Path<String>) -> Result<Json<Cleared>> {
+async fn clear(State(app): State<App>, operator: Operator, device: Result<TargetDevice>) -> Result<Json<ActivityCleared>> {
+    let device = named(device)?;
     let mut tx = app.pool.begin().await?;
-    let (device, cleared) = activity::clear(&mut tx, &operator.scope, &operator.actor, &hostname).await?;
+    let cleared = activity::clear(&mut tx, &operator.scope, &operator.actor, &device).await?;
     tx.commit().await?;
-    let change =
-        json!({"hostname": device.hostname, "device_guid": device.device_guid, "change": "cleared", "source": "operator"});
+    let change = json!({"hostname": device.hostname, "device_guid": device.guid, "change": "cleared", "source": "operator"});
     app.hub.to_site(device.site_id, ToOperator::DeviceActivity, change).await;
-    Ok(Json(Cleared { status: "ok", cleared }))
+    Ok(Json(ActivityCleared { status: "ok", cleared }))
 }
 
 /// One activity with its output.

@@ -304,7 +304,7 @@ struct DeleteQuery {
 
 /// Removed.
 #[derive(Debug, Serialize, ToSchema)]
-struct Removed {
+struct AssemblyRemoved {
     /// `queued`, as the reference says; it is gone already.
     status: &'static str,
 }
@@ -312,7 +312,7 @@ struct Removed {
 /// Remove an assembly that no scheduled job uses.
 #[utoipa::path(delete, path = "/api/assemblies/{guid}", tag = "Assemblies", params(("guid" = String, Path), DeleteQuery),
     responses(
-        (status = 202, body = Removed),
+        (status = 202, body = AssemblyRemoved),
         (status = 403, description = "`forbidden`, `dev_mode_required`"),
         (status = 404, description = "`not found`"),
         (status = 409, description = "`assembly_in_use` with `jobs`"),
@@ -322,12 +322,12 @@ async fn delete(
     operator: Operator,
     Path(guid): Path<String>,
     Params(query): Params<DeleteQuery>,
-) -> Result<(StatusCode, Json<Removed>)> {
+) -> Result<(StatusCode, Json<AssemblyRemoved>)> {
     let mut tx = app.pool.begin().await?;
     if let Err(error) = assemblies::delete(&mut tx, operator.caller(&app), &guid, query.force).await {
         drop(tx);
         return Err(refused(&app, &operator, "assembly.delete", &guid, error).await);
     }
     tx.commit().await?;
-    Ok((StatusCode::ACCEPTED, Json(Removed { status: "queued" })))
+    Ok((StatusCode::ACCEPTED, Json(AssemblyRemoved { status: "queued" })))
 }

@@ -72,7 +72,7 @@ struct Which {
 
 /// An event.
 #[derive(Debug, Serialize, ToSchema)]
-struct Shown {
+struct AuditEvent {
     id: i64,
     /// RFC 3339.
     at: DateTime<Utc>,
@@ -95,7 +95,7 @@ struct Shown {
     detail: Value,
 }
 
-impl From<Event> for Shown {
+impl From<Event> for AuditEvent {
     fn from(event: Event) -> Self {
         Self {
             id: event.id,
@@ -116,9 +116,9 @@ impl From<Event> for Shown {
 
 /// Events.
 #[derive(Debug, Serialize, ToSchema)]
-struct Events {
+struct AuditEvents {
     /// The latest first.
-    events: Vec<Shown>,
+    events: Vec<AuditEvent>,
     /// For the next page, when there is more.
     next_cursor: Option<i64>,
 }
@@ -184,7 +184,7 @@ fn busy() -> Error {
 
 /// Who did what: a page, the latest first, or an export as JSON lines or CSV. An export is an event too.
 #[utoipa::path(get, path = "/api/audit", tag = "Audit", params(Which), responses(
-    (status = 200, description = "A page; with `format=jsonl` or `csv` a file", body = Events),
+    (status = 200, description = "A page; with `format=jsonl` or `csv` a file", body = AuditEvents),
     (status = 400, description = "`invalid_format`, `invalid_instant`, `invalid_outcome`, `invalid_limit`, `invalid_query`"),
     (status = 403, description = "`forbidden`"),
     (status = 429, description = "`busy`: two exports are running"),
@@ -199,7 +199,7 @@ async fn list(State(app): State<App>, operator: Operator, Params(which): Params<
     let more = i64::try_from(events.len()).is_ok_and(|count| count > limit);
     events.truncate(usize::try_from(limit).unwrap_or_default());
     let next_cursor = events.last().filter(|_| more).map(|last| last.id);
-    Ok(Json(Events { events: events.into_iter().map(Shown::from).collect(), next_cursor }).into_response())
+    Ok(Json(AuditEvents { events: events.into_iter().map(AuditEvent::from).collect(), next_cursor }).into_response())
 }
 
 async fn export(
@@ -255,7 +255,7 @@ async fn export(
 fn lines(events: Vec<Event>) -> std::result::Result<Vec<u8>, Error> {
     let mut text = Vec::new();
     for event in events {
-        serde_json::to_writer(&mut text, &Shown::from(event))?;
+        serde_json::to_writer(&mut text, &AuditEvent::from(event))?;
         text.push(b'\n');
     }
     Ok(text)

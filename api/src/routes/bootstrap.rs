@@ -215,7 +215,7 @@ impl AegisStatus {
 /// The present cipher and the next one.
 #[derive(serde::Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct Rotation {
+struct CipherRotation {
     /// The cipher that opens the secret store now.
     #[serde(default)]
     #[schema(value_type = String)]
@@ -236,7 +236,7 @@ struct Rotated {
 }
 
 /// Change the cipher; needs a step-up. Nothing that is sealed changes, and nobody waits.
-#[utoipa::path(post, path = "/api/aegis/rotate", tag = "Bootstrap", request_body = Rotation, responses(
+#[utoipa::path(post, path = "/api/aegis/rotate", tag = "Bootstrap", request_body = CipherRotation, responses(
     (status = 200, body = Rotated),
     (status = 400, description = "`invalid_request`: the new cipher is too short, or the present one"),
     (status = 401, description = "`unauthorized`, `invalid_cipher`"),
@@ -248,7 +248,7 @@ async fn aegis_rotate(
     State(app): State<App>,
     operator: Operator,
     Head(parts): Head,
-    body::Json(body): body::Json<Rotation>,
+    body::Json(body): body::Json<CipherRotation>,
 ) -> Result<Json<Rotated>> {
     let client = Caller::of(&parts).client;
     app.access().rotate_aegis(&client, operator.session()?, &body.current_cipher, &body.new_cipher).await?;

@@ -105,13 +105,13 @@ struct One {
 
 /// A credential that was written.
 #[derive(Debug, serde::Serialize, ToSchema)]
-struct Written {
+struct CredentialWritten {
     /// `ok`.
     status: &'static str,
     credential: Credential,
 }
 
-impl Written {
+impl CredentialWritten {
     fn json(credential: credentials::Credential) -> Json<Self> {
         Json(Self { status: "ok", credential: credential.into() })
     }
@@ -125,7 +125,7 @@ fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> s
 /// What is written. What is absent stays as it is; a secret that is null or empty is forgotten.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct Body {
+struct CredentialBody {
     /// 1 to 200 characters, unique in any case.
     name: Option<String>,
     /// At most 2000 characters.
@@ -197,7 +197,7 @@ fn site_id(value: Option<Value>) -> Result<Option<i64>> {
     Ok((id > 0).then_some(id))
 }
 
-impl Body {
+impl CredentialBody {
     fn change(self) -> Result<Change> {
         let metadata = match (self.metadata, self.metadata_json) {
             (Some(Value::Object(metadata)), _) => Some(metadata),
@@ -247,21 +247,25 @@ async fn get(State(app): State<App>, operator: Operator, Path(id): Path<i64>) ->
 }
 
 /// Store a credential.
-#[utoipa::path(post, path = "/api/credentials", tag = "Credentials", request_body = Body, responses(
-    (status = 200, body = Written),
+#[utoipa::path(post, path = "/api/credentials", tag = "Credentials", request_body = CredentialBody, responses(
+    (status = 200, body = CredentialWritten),
     (status = 400, description = "`name is required`, `invalid credential_type`, `invalid connection_type`, `metadata must be an object`, `metadata_json must be valid JSON`, `site not found`, `invalid_field`"),
     (status = 403, description = "`forbidden`, `step_up_required`"),
     (status = 409, description = "`credential name already exists`"),
     (status = 423, description = "`aegis_locked`"),
 ))]
-async fn create(State(app): State<App>, operator: Operator, body::Json(body): body::Json<Body>) -> Result<Json<Written>> {
+async fn create(
+    State(app): State<App>,
+    operator: Operator,
+    body::Json(body): body::Json<CredentialBody>,
+) -> Result<Json<CredentialWritten>> {
     operator.require_step_up()?;
-    Ok(Written::json(credentials::create(&app.pool, &app.vault, &operator.actor, &body.change()?).await?))
+    Ok(CredentialWritten::json(credentials::create(&app.pool, &app.vault, &operator.actor, &body.change()?).await?))
 }
 
 /// Change a credential; what is absent stays as it is.
-#[utoipa::path(put, path = "/api/credentials/{id}", tag = "Credentials", params(("id" = i64, Path)), request_body = Body, responses(
-    (status = 200, body = Written),
+#[utoipa::path(put, path = "/api/credentials/{id}", tag = "Credentials", params(("id" = i64, Path)), request_body = CredentialBody, responses(
+    (status = 200, body = CredentialWritten),
     (status = 400, description = "As for a new one"),
     (status = 403, description = "`forbidden`, `step_up_required`"),
     (status = 404, description = "`credential not found`"),
@@ -272,10 +276,10 @@ async fn update(
     State(app): State<App>,
     operator: Operator,
     Path(id): Path<i64>,
-    body::Json(body): body::Json<Body>,
-) -> Result<Json<Written>> {
+    body::Json(body): body::Json<CredentialBody>,
+) -> Result<Json<CredentialWritten>> {
     operator.require_step_up()?;
-    Ok(Written::json(credentials::update(&app.pool, &app.vault, &operator.actor, id, &body.change()?).await?))
+    Ok(CredentialWritten::json(credentials::update(&app.pool, &app.vault, &operator.actor, id, &body.change()?).await?))
 }
 
 /// Delete a credential that no job uses.

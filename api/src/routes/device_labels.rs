@@ -2,10 +2,8 @@
 
 use axum::extract::State;
 use borealis_engine::{
-    Error,
     devices::{hostnames, labels},
     enrollment::{approvals::Wish, requests},
-    keys::parse_guid,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -13,8 +11,8 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Area, Operator, Routes},
-    body::{Json, Params, Path},
+    access::{Area, Operator, Routes, TargetDevice},
+    body::{Json, Params},
     errors::Result,
     sockets::events::ToOperator,
     state::App,
@@ -117,15 +115,15 @@ struct DeviceDescribed {
     (status = 400, description = "`invalid_description`, `invalid_json`"),
     (status = 401, description = "`unauthorized`"),
     (status = 404, description = "`not found`"),
-    (status = 409, description = "`ambiguous_hostname` with `candidates`"),
+    (status = 409, description = "`ambiguous_hostname` with `guids` and `candidates`"),
 ))]
 async fn describe(
     State(app): State<App>,
     operator: Operator,
-    Path(hostname): Path<String>,
+    TargetDevice(device): TargetDevice,
     Json(body): Json<DeviceDescription>,
 ) -> Result<axum::Json<DeviceDescribed>> {
-    labels::describe(&app.pool, &operator.scope, &operator.actor, &hostname, &body.description).await?;
+    labels::describe(&app.pool, &operator.scope, &operator.actor, device.guid, &body.description).await?;
     Ok(axum::Json(DeviceDescribed { status: "ok" }))
 }
 
@@ -160,13 +158,12 @@ struct HostnameApproved {
 async fn approve_hostname(
     State(app): State<App>,
     operator: Operator,
-    Path(guid): Path<String>,
+    TargetDevice(device): TargetDevice,
     Json(body): Json<ApproveHostname>,
 ) -> Result<axum::Json<HostnameApproved>> {
-    let guid = parse_guid(&guid).ok_or_else(|| Error::invalid("invalid guid", "The path does not name a device GUID."))?;
     let seen = requests::hostname(&body.hostname)?;
     let resolution = Wish::parse(None, body.conflict_resolution.as_deref(), false)?.resolution;
-    let renamed = hostnames::approve(&app.pool, &operator.scope, &operator.actor, guid, &seen, resolution).await?;
+    let renamed = hostnames::approve(&app.pool, &operator.scope, &operator.actor, device.guid, &seen, resolution).await?;
     let change = json!({"hostname": renamed.hostname, "change": "hostname"});
     app.hub.to_site(renamed.site_id, ToOperator::DeviceInventory, change).await;
     Ok(axum::Json(HostnameApproved { status: "ok", hostname: renamed.hostname }))

@@ -1,19 +1,15 @@
 //! Device reads.
 
 use axum::{Json, extract::State};
-use borealis_engine::{
-    Error,
-    devices::list::{self, Device, Filter, Page},
-    keys::parse_guid,
-};
+use borealis_engine::devices::list::{self, Device, Filter, Page};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use utoipa::IntoParams;
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Area, Operator, Routes},
-    body::{Params, Path},
+    access::{Area, Operator, Routes, TargetDevice},
+    body::Params,
     errors::Result,
     state::App,
 };
@@ -79,9 +75,8 @@ async fn devices(State(app): State<App>, operator: Operator, Params(which): Para
     (status = 401, description = "`unauthorized`"),
     (status = 404, description = "`not found`"),
 ))]
-async fn device(State(app): State<App>, operator: Operator, Path(guid): Path<String>) -> Result<Json<Device>> {
-    let guid = parse_guid(&guid).ok_or_else(|| Error::invalid("invalid guid", "The path does not name a device GUID."))?;
-    Ok(Json(list::one(&app.pool, &operator.scope, guid).await?))
+async fn device(State(app): State<App>, operator: Operator, TargetDevice(device): TargetDevice) -> Result<Json<Device>> {
+    Ok(Json(list::one(&app.pool, &operator.scope, device.guid).await?))
 }
 
 /// The device of a hostname, or of a GUID in its place.
@@ -89,10 +84,10 @@ async fn device(State(app): State<App>, operator: Operator, Path(guid): Path<Str
     (status = 200, body = Value, description = "The device, with its version status"),
     (status = 401, description = "`unauthorized`"),
     (status = 404, description = "`not found`"),
-    (status = 409, description = "`ambiguous_hostname` with `guids`"),
+    (status = 409, description = "`ambiguous_hostname` with `guids` and `candidates`"),
 ))]
-async fn details(State(app): State<App>, operator: Operator, Path(hostname): Path<String>) -> Result<Json<Device>> {
-    Ok(Json(list::named(&app.pool, &operator.scope, &hostname).await?))
+async fn details(State(app): State<App>, operator: Operator, TargetDevice(device): TargetDevice) -> Result<Json<Device>> {
+    Ok(Json(list::one(&app.pool, &operator.scope, device.guid).await?))
 }
 
 /// The agents that are online, keyed by agent id.

@@ -46,7 +46,7 @@ struct Group {
 
 /// Groups and the sites their members see.
 #[derive(Debug, serde::Serialize, serde::Deserialize, ToSchema)]
-struct Sites {
+struct SiteGroup {
     /// Given by the engine.
     #[serde(default)]
     id: Option<i64>,
@@ -66,7 +66,7 @@ struct Sites {
 
 /// A provider, without its secrets.
 #[derive(Debug, serde::Serialize, ToSchema)]
-struct Shown {
+struct DirectoryProvider {
     id: i64,
     name: String,
     /// `ldap` or `active_directory`.
@@ -100,7 +100,7 @@ struct Shown {
     kerberos_keytab_present: bool,
     sync_interval_seconds: i32,
     group_mappings: Vec<Group>,
-    site_mappings: Vec<Sites>,
+    site_mappings: Vec<SiteGroup>,
     /// Epoch seconds; 0 for never.
     last_sync_at: i64,
     /// `ok`, `failed`, or empty.
@@ -117,7 +117,7 @@ struct Shown {
     updated_at: i64,
 }
 
-impl From<Provider> for Shown {
+impl From<Provider> for DirectoryProvider {
     fn from(provider: Provider) -> Self {
         let epoch = |last: &directory::Last| last.at.map_or(0, |at| at.timestamp());
         let (last_sync_at, last_test_at) = (epoch(&provider.last_sync), epoch(&provider.last_test));
@@ -157,7 +157,7 @@ impl From<Provider> for Shown {
                 .collect(),
             site_mappings: (0..)
                 .zip(provider.site_mappings)
-                .map(|(position, mapping)| Sites {
+                .map(|(position, mapping)| SiteGroup {
                     id: mapping.id,
                     position: Some(position),
                     label: mapping.label,
@@ -180,7 +180,7 @@ impl From<Provider> for Shown {
 /// What is written. What is absent stays as it is.
 #[derive(serde::Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct Body {
+struct DirectoryProviderBody {
     /// Unique in any case.
     name: Option<String>,
     /// `ldap` (the default) or `active_directory`; `ad` too.
@@ -242,7 +242,7 @@ struct Body {
     /// All of them. Without any, everybody the directory knows is a user; with some, only whom one fits may sign in.
     group_mappings: Option<Vec<Group>>,
     /// All of them. With some, the directory decides who sees which sites.
-    site_mappings: Option<Vec<Sites>>,
+    site_mappings: Option<Vec<SiteGroup>>,
 }
 
 /// Servers as clients write them: a list, or text with commas or line ends between.
@@ -289,7 +289,7 @@ fn overrides(value: Value) -> Result<BTreeMap<String, IpAddr>> {
     Ok(found)
 }
 
-impl Body {
+impl DirectoryProviderBody {
     fn change(self) -> Result<Change> {
         Ok(Change {
             name: self.name,
@@ -325,7 +325,7 @@ impl Body {
                 mappings.into_iter().map(mapping).collect()
             }),
             site_mappings: self.site_mappings.map(|mappings| {
-                let mapping = |sites: Sites| SiteMapping {
+                let mapping = |sites: SiteGroup| SiteMapping {
                     id: None,
                     label: sites.label,
                     group_dns: sites.group_dns,
@@ -341,15 +341,15 @@ impl Body {
 #[derive(Debug, serde::Serialize, ToSchema)]
 struct Providers {
     /// In the order they are asked.
-    providers: Vec<Shown>,
+    providers: Vec<DirectoryProvider>,
 }
 
 /// A provider that was written.
 #[derive(Debug, serde::Serialize, ToSchema)]
-struct Written {
+struct DirectoryProviderWritten {
     /// `ok`.
     status: &'static str,
-    provider: Shown,
+    provider: DirectoryProvider,
 }
 
 /// Every provider, in the order they are asked.
@@ -358,28 +358,32 @@ struct Written {
     (status = 403, description = "`forbidden`"),
 ))]
 async fn list(State(app): State<App>, _: Operator) -> Result<Json<Providers>> {
-    Ok(Json(Providers { providers: directory::list(&app.pool).await?.into_iter().map(Shown::from).collect() }))
+    Ok(Json(Providers { providers: directory::list(&app.pool).await?.into_iter().map(DirectoryProvider::from).collect() }))
 }
 
 /// Make a provider. It is off until a test of it has passed. Needs a step-up.
-#[utoipa::path(post, path = "/api/directory/providers", tag = "Directory", request_body = Body, responses(
-    (status = 200, body = Written),
+#[utoipa::path(post, path = "/api/directory/providers", tag = "Directory", request_body = DirectoryProviderBody, responses(
+    (status = 200, body = DirectoryProviderWritten),
     (status = 400, description = "`name_required`, `invalid_server_url`, `invalid_host_override`, `invalid_certificate`, `invalid_filter`, `invalid_attribute`, `invalid_keytab`, `invalid_text`"),
     (status = 403, description = "`forbidden`, `step_up_required`"),
     (status = 404, description = "`site_not_found`"),
     (status = 409, description = "`provider_name_exists`, `test_required`"),
     (status = 423, description = "`aegis_locked`"),
 ))]
-async fn create(State(app): State<App>, operator: Operator, body::Json(body): body::Json<Body>) -> Result<Json<Written>> {
+async fn create(
+    State(app): State<App>,
+    operator: Operator,
+    body::Json(body): body::Json<DirectoryProviderBody>,
+) -> Result<Json<DirectoryProviderWritten>> {
     operator.require_step_up()?;
     let provider = app.access().create_provider(&operator.actor, body.change()?).await?;
-    Ok(Json(Written { status: "ok", provider: provider.into() }))
+    Ok(Json(DirectoryProviderWritten { status: "ok", provider: provider.into() }))
 }
 
 /// Change a provider. What changes how it is reached switches it off until it is tested again; what changes where the bind
 /// password goes forgets it, unless it is sent again. Switching it off ends the sessions of its people. Needs a step-up.
-#[utoipa::path(patch, path = "/api/directory/providers/{id}", tag = "Directory", params(("id" = i64, Path)), request_body = Body, responses(
-    (status = 200, body = Written),
+#[utoipa::path(patch, path = "/api/directory/providers/{id}", tag = "Directory", params(("id" = i64, Path)), request_body = DirectoryProviderBody, responses(
+    (status = 200, body = DirectoryProviderWritten),
     (status = 400, description = "As for a new one"),
     (status = 403, description = "`forbidden`, `step_up_required`"),
     (status = 404, description = "`provider_not_found`, `site_not_found`"),
@@ -390,14 +394,14 @@ async fn update(
     State(app): State<App>,
     operator: Operator,
     Path(id): Path<i64>,
-    body::Json(body): body::Json<Body>,
-) -> Result<Json<Written>> {
+    body::Json(body): body::Json<DirectoryProviderBody>,
+) -> Result<Json<DirectoryProviderWritten>> {
     operator.require_step_up()?;
     let (provider, ended) = app.access().update_provider(&operator.actor, id, body.change()?).await?;
     for session in ended {
         app.hub.drop_session(session).await;
     }
-    Ok(Json(Written { status: "ok", provider: provider.into() }))
+    Ok(Json(DirectoryProviderWritten { status: "ok", provider: provider.into() }))
 }
 
 /// Remove a provider nobody has an account from.

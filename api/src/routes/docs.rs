@@ -9,7 +9,7 @@ use axum::{
 use borealis_engine::Error;
 use utoipa_axum::routes;
 
-use crate::{access::Routes, app::Document, body::Path, errors::Result, state::App};
+use crate::{access::Routes, body::Path, document::Document, errors::Result, state::App};
 
 const DOCS: &str = "/api/docs";
 const PAGE: &str = include_str!("docs/page.html");

@@ -22,6 +22,8 @@ pub mod enrollment;
 pub mod github;
 pub mod health;
 pub mod passkeys;
+pub mod processes;
+pub mod run_events;
 pub mod runs;
 pub mod scheduled_jobs;
 pub mod sites;
@@ -51,6 +53,8 @@ pub fn all(app: &App) -> Routes {
         .merge(github::routes(app))
         .merge(health::routes(app))
         .merge(passkeys::routes(app))
+        .merge(processes::routes(app))
+        .merge(run_events::routes(app))
         .merge(runs::routes(app))
         .merge(scheduled_jobs::routes(app))
         .merge(sites::routes(app))

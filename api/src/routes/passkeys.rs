@@ -167,7 +167,7 @@ async fn authenticate_verify(
 
 /// One of your passkeys.
 #[derive(Debug, serde::Serialize, ToSchema)]
-struct Shown {
+struct PasskeyInfo {
     id: i64,
     /// What it is called.
     label: String,
@@ -179,7 +179,7 @@ struct Shown {
     transports: Vec<String>,
 }
 
-impl From<Passkey> for Shown {
+impl From<Passkey> for PasskeyInfo {
     fn from(passkey: Passkey) -> Self {
         Self {
             id: passkey.id,
@@ -197,7 +197,7 @@ struct All {
     /// `ok`.
     status: &'static str,
     /// The oldest first.
-    passkeys: Vec<Shown>,
+    passkeys: Vec<PasskeyInfo>,
     /// How many there are.
     passkey_count: usize,
 }
@@ -208,7 +208,8 @@ struct All {
     (status = 401, description = "`unauthorized`"),
 ))]
 async fn list(State(app): State<App>, operator: Operator) -> Result<Json<All>> {
-    let passkeys: Vec<Shown> = passkeys::list(&app.pool, operator.user_id).await?.into_iter().map(Shown::from).collect();
+    let passkeys: Vec<PasskeyInfo> =
+        passkeys::list(&app.pool, operator.user_id).await?.into_iter().map(PasskeyInfo::from).collect();
     Ok(Json(All { status: "ok", passkey_count: passkeys.len(), passkeys }))
 }
 
@@ -217,7 +218,7 @@ async fn list(State(app): State<App>, operator: Operator) -> Result<Json<All>> {
 struct Renamed {
     /// `ok`.
     status: &'static str,
-    passkey: Shown,
+    passkey: PasskeyInfo,
     /// How many there are.
     passkey_count: i64,
 }
@@ -244,7 +245,7 @@ async fn rename(
 
 /// A passkey is gone.
 #[derive(Debug, serde::Serialize, ToSchema)]
-struct Removed {
+struct PasskeyRemoved {
     /// `ok`.
     status: &'static str,
     /// True.
@@ -255,13 +256,13 @@ struct Removed {
 
 /// Remove one of your passkeys. Sessions opened with it go on; end them with `DELETE /api/auth/sessions`.
 #[utoipa::path(delete, path = "/api/auth/passkeys/{id}", tag = "Passkeys", params(("id" = i64, Path)), responses(
-    (status = 200, body = Removed),
+    (status = 200, body = PasskeyRemoved),
     (status = 401, description = "`unauthorized`"),
     (status = 403, description = "`bad_origin`"),
     (status = 404, description = "`passkey_not_found`"),
 ))]
-async fn remove(State(app): State<App>, operator: Operator, Path(id): Path<i64>) -> Result<Json<Removed>> {
+async fn remove(State(app): State<App>, operator: Operator, Path(id): Path<i64>) -> Result<Json<PasskeyRemoved>> {
     passkeys::remove(&app.pool, &operator.actor, operator.user_id, id).await?;
     let passkey_count = passkeys::count(&app.pool, operator.user_id).await?;
-    Ok(Json(Removed { status: "ok", removed: true, passkey_count }))
+    Ok(Json(PasskeyRemoved { status: "ok", removed: true, passkey_count }))
 }

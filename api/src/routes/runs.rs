@@ -1,48 +1,22 @@
-//! Workflow runs: every run of every workflow can be listed, watched, cancelled and retried.
+//! Workflow runs: every run of every workflow can be listed, cancelled and retried. Their events are in `run_events.rs`.
 
-use std::{
-    collections::BTreeMap,
-    convert::Infallible,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
-
-use axum::{
-    Json,
-    extract::State,
-    http::{HeaderMap, header},
-    response::{IntoResponse, Response, Sse, sse},
-};
-use borealis_engine::{Error, Kind, Secret, audit};
+use axum::{Json, extract::State};
+use borealis_engine::{Error, audit};
 use borealis_workflows::{CancelAsked, runs};
 use chrono::{DateTime, Utc};
-use futures::Stream;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::sync::{Semaphore, SemaphorePermit};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::{
-    access::{
-        Area, Operator, Routes,
-        client::{self, Carrier},
-        operator,
-    },
+    access::{Area, Operator, Routes},
     body::{OptionalJson, Params, Path},
-    errors::{ApiError, Result},
+    errors::Result,
     state::App,
 };
 
-/// How often an open event stream looks for news.
-const STREAM_EVERY: Duration = Duration::from_millis(400);
-/// Open event streams of one API process; each looks for news on its own.
-static STREAMS: Semaphore = Semaphore::const_new(512);
-/// How many of them one user has, with all sessions and API tokens.
-static STREAMS_OF: Mutex<BTreeMap<i64, u32>> = Mutex::new(BTreeMap::new());
-/// The most of them that one user may have.
-const STREAMS_OF_ONE: u32 = 32;
 /// How many runs a page holds when the caller does not say.
 const PAGE_DEFAULT: i64 = 50;
 
@@ -51,7 +25,6 @@ pub(super) fn routes(app: &App) -> Routes {
         .area(Area::Jobs)
         .operator(routes!(list))
         .operator(routes!(get))
-        .operator(routes!(events))
         .operator(routes!(cancel))
         .operator(routes!(retry))
 }
@@ -153,170 +126,6 @@ async fn get(State(app): State<App>, operator: Operator, Path(id): Path<String>)
     Ok(Json(runs::get(&mut conn, &operator.scope, run_id(&id)?).await?.into()))
 }
 
-/// A transition of a run.
-#[derive(Debug, Serialize, ToSchema)]
-struct Event {
-    /// Its number in the run, from 1.
-    seq: i32,
-    at: DateTime<Utc>,
-    /// `created`, `step_started`, `step_committed`, `waiting`, `woken`, `retry_scheduled`, `worker_lost`, `released`,
-    /// `cancel_requested`, `cancelling`, `retry_requested`, `succeeded`, `failed` or `cancelled`.
-    kind: String,
-    step: String,
-    attempt: i32,
-    worker: String,
-    detail: Value,
-}
-
-impl From<runs::EventView> for Event {
-    fn from(event: runs::EventView) -> Self {
-        let runs::EventView { seq, at, kind, step, attempt, worker, detail } = event;
-        Self { seq, at, kind, step, attempt, worker, detail }
-    }
-}
-
-/// The events of a run.
-#[derive(Debug, Serialize, ToSchema)]
-struct Events {
-    events: Vec<Event>,
-}
-
-/// Which events to read.
-#[derive(Debug, Deserialize, IntoParams)]
-#[into_params(parameter_in = Query)]
-#[serde(deny_unknown_fields)]
-struct EventsQuery {
-    /// Only events after this number.
-    after: Option<i32>,
-}
-
-/// The events of a run, oldest first.
-///
-/// At most 1,000 at a time: as JSON, or with `Accept: text/event-stream` as a stream that ends with the run and resumes after
-/// `Last-Event-ID`.
-#[utoipa::path(get, path = "/api/runs/{id}/events", tag = "Runs", params(("id" = Uuid, Path), EventsQuery),
-    responses((status = 200, body = Events), (status = 404, description = "`not found`")))]
-async fn events(
-    State(app): State<App>,
-    operator: Operator,
-    Path(id): Path<String>,
-    Params(query): Params<EventsQuery>,
-    headers: HeaderMap,
-) -> Result<Response> {
-    let id = run_id(&id)?;
-    let mut conn = app.pool.acquire().await?;
-    runs::get(&mut conn, &operator.scope, id).await?;
-    let resumed = headers.get("last-event-id").and_then(|value| value.to_str().ok()).and_then(|value| value.trim().parse().ok());
-    let after = resumed.or(query.after).unwrap_or(0);
-    let streams = headers
-        .get(header::ACCEPT)
-        .and_then(|value| value.to_str().ok())
-        .is_some_and(|accept| accept.contains("text/event-stream"));
-    if streams {
-        drop(conn);
-        let place = Place::take(operator.user_id).ok_or_else(|| {
-            Error::new(Kind::Limited, "too_many_streams", "Too many event streams are open; try again.").retry_after(5)
-        })?;
-        let (token, carrier) = client::session_token(&headers).unwrap_or(("", Carrier::Bearer));
-        let watcher = Watcher { token: Secret::new(token.to_owned()), carrier, ip: operator.actor.ip };
-        let stream = stream(app.clone(), watcher, place, id, after);
-        return Ok(Sse::new(stream).keep_alive(sse::KeepAlive::new().interval(Duration::from_secs(15))).into_response());
-    }
-    let events = runs::events(&mut conn, id, after).await?.into_iter().map(Event::from).collect();
-    Ok(Json(Events { events }).into_response())
-}
-
-/// The place of one open stream, until it is dropped.
-struct Place {
-    user_id: i64,
-    _of_all: SemaphorePermit<'static>,
-}
-
-impl Place {
-    fn take(user_id: i64) -> Option<Self> {
-        let of_all = STREAMS.try_acquire().ok()?;
-        let mut streams = STREAMS_OF.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = streams.entry(user_id).or_default();
-        if *count >= STREAMS_OF_ONE {
-            return None;
-        }
-        *count += 1;
-        Some(Self { user_id, _of_all: of_all })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut streams = STREAMS_OF.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = streams.get_mut(&self.user_id) {
-            *count -= 1;
-            if *count == 0 {
-                streams.remove(&self.user_id);
-            }
-        }
-    }
-}
-
-/// Who watches a stream: what their request came with.
-struct Watcher {
-    token: Secret<String>,
-    carrier: Carrier,
-    ip: String,
-}
-
-/// Where a stream stands.
-struct Cursor {
-    app: App,
-    watcher: Watcher,
-    /// Given back when the stream ends.
-    _place: Place,
-    id: Uuid,
-    after: i32,
-    waiting: std::collections::VecDeque<Event>,
-    ended: bool,
-}
-
-fn stream(app: App, watcher: Watcher, place: Place, id: Uuid, after: i32) -> impl Stream<Item = Result<sse::Event, Infallible>> {
-    let cursor = Cursor { app, watcher, _place: place, id, after, waiting: std::collections::VecDeque::new(), ended: false };
-    futures::stream::unfold(cursor, |mut cursor| async move {
-        loop {
-            if let Some(event) = cursor.waiting.pop_front() {
-                let sent = sse::Event::default().id(event.seq.to_string()).event("run").json_data(&event).unwrap_or_default();
-                return Some((Ok(sent), cursor));
-            }
-            if cursor.ended {
-                return None;
-            }
-            match news(&cursor).await {
-                // The run's state is read before its events, so an ended run has all of them here.
-                Ok((ended, events)) => {
-                    cursor.ended = ended && events.is_empty();
-                    cursor.after = events.last().map_or(cursor.after, |event| event.seq);
-                    let none = events.is_empty();
-                    cursor.waiting.extend(events);
-                    if none && !cursor.ended {
-                        tokio::time::sleep(STREAM_EVERY).await;
-                    }
-                }
-                // The database is away: the client keeps its place and goes on when it is back.
-                Err(ApiError(error)) if error.kind == Kind::Unavailable => tokio::time::sleep(STREAM_EVERY * 5).await,
-                Err(_) => return None,
-            }
-        }
-    })
-}
-
-/// Reads what is new, with the operator's rights as they are now.
-async fn news(cursor: &Cursor) -> Result<(bool, Vec<Event>)> {
-    let Watcher { token, carrier, ip } = &cursor.watcher;
-    let operator = operator::find(&cursor.app, token.expose(), *carrier, ip.clone()).await?;
-    let operator = operator.ok_or_else(|| Error::new(Kind::Unauthenticated, "unauthorized", "The session has ended."))?;
-    let mut conn = cursor.app.pool.acquire().await?;
-    let run = runs::get(&mut conn, &operator.scope, cursor.id).await?;
-    let events = runs::events(&mut conn, cursor.id, cursor.after).await?;
-    Ok((run.finished_at.is_some(), events.into_iter().map(Event::from).collect()))
-}
-
 /// Why a run is to be cancelled.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -383,6 +192,6 @@ async fn record(tx: &mut borealis_engine::db::Tx<'_>, operator: &Operator, actio
 }
 
 /// A run id from a path; what is no UUID is no run.
-fn run_id(text: &str) -> Result<Uuid> {
+pub(super) fn run_id(text: &str) -> Result<Uuid> {
     Ok(Uuid::parse_str(text).map_err(|_| Error::not_found())?)
 }

@@ -530,15 +530,15 @@ async fn start(
 
 /// Done.
 #[derive(Debug, Serialize, ToSchema)]
-struct Done {
+struct JobRemoved {
     /// `ok`.
     status: &'static str,
 }
 
 /// Remove a scheduled job with its runs. What is running is cancelled first.
 #[utoipa::path(delete, path = "/api/scheduled_jobs/{id}", tag = "Scheduled Jobs", params(("id" = i64, Path)),
-    responses((status = 200, body = Done), (status = 404, description = "`not found`")))]
-async fn delete(State(app): State<App>, operator: Operator, Path(id): Path<i64>) -> Result<Json<Done>> {
+    responses((status = 200, body = JobRemoved), (status = 404, description = "`not found`")))]
+async fn delete(State(app): State<App>, operator: Operator, Path(id): Path<i64>) -> Result<Json<JobRemoved>> {
     let mut tx = app.pool.begin().await?;
     store::lock(&mut tx, &operator.scope, id).await?;
     let (workflows, devices) = occurrence::cancel_all(&mut tx, id).await?;
@@ -548,7 +548,7 @@ async fn delete(State(app): State<App>, operator: Operator, Path(id): Path<i64>)
     store::delete(&mut tx, operator.caller(&app), id).await?;
     tx.commit().await?;
     app.hub.deliver(&devices).await;
-    Ok(Json(Done { status: "ok" }))
+    Ok(Json(JobRemoved { status: "ok" }))
 }
 
 /// Which runs to list.
@@ -600,7 +600,7 @@ async fn runs(
 
 /// What was cleared.
 #[derive(Debug, Serialize, ToSchema)]
-struct Cleared {
+struct RunsCleared {
     /// `ok`.
     status: &'static str,
     /// How many runs.
@@ -612,12 +612,12 @@ struct Cleared {
 
 /// Clear the run history of a job, except its latest occurrence and what has not ended.
 #[utoipa::path(delete, path = "/api/scheduled_jobs/{id}/runs", tag = "Scheduled Jobs", params(("id" = i64, Path)),
-    responses((status = 200, body = Cleared), (status = 404, description = "`not found`")))]
-async fn clear_runs(State(app): State<App>, operator: Operator, Path(id): Path<i64>) -> Result<Json<Cleared>> {
+    responses((status = 200, body = RunsCleared), (status = 404, description = "`not found`")))]
+async fn clear_runs(State(app): State<App>, operator: Operator, Path(id): Path<i64>) -> Result<Json<RunsCleared>> {
     let mut tx = app.pool.begin().await?;
     let (cleared, kept) = store::clear_runs(&mut tx, operator.caller(&app), id).await?;
     tx.commit().await?;
-    Ok(Json(Cleared { status: "ok", cleared, kept_occurrence: kept.map(|at| at.timestamp()) }))
+    Ok(Json(RunsCleared { status: "ok", cleared, kept_occurrence: kept.map(|at| at.timestamp()) }))
 }
 
 /// A cancel that was taken.

@@ -117,7 +117,7 @@ struct NewSite {
 /// How long the next enrollment code can be used.
 #[derive(Debug, Default, serde::Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
-struct Rotation {
+struct EnrollmentCodeLife {
     /// For how many days, 0 for ever; else as the engine is set.
     enrollment_code_days: Option<i32>,
 }
@@ -309,7 +309,7 @@ fn path_id(text: String) -> Result<i64> {
 ///
 /// The old one opens nothing from then on; requests made with it wait for a decision as before.
 #[utoipa::path(post, path = "/api/sites/{site_id}/rotate-enrollment-code", tag = "Sites",
-    params(("site_id" = i64, Path, description = "The site")), request_body = Rotation, responses(
+    params(("site_id" = i64, Path, description = "The site")), request_body = EnrollmentCodeLife, responses(
     (status = 200, body = Site),
     (status = 400, description = "`invalid_enrollment_code_days`"),
     (status = 403, description = "`forbidden`"),
@@ -319,7 +319,7 @@ async fn rotate_enrollment_code(
     State(app): State<App>,
     operator: Operator,
     Path(id): Path<String>,
-    body::OptionalJson(body): body::OptionalJson<Rotation>,
+    body::OptionalJson(body): body::OptionalJson<EnrollmentCodeLife>,
 ) -> Result<Json<Site>> {
     let days = code_days(&app, body.enrollment_code_days)?;
     Ok(Json(sites::rotate_enrollment_code(&app.pool, &operator.actor, path_id(id)?, days).await?.into()))

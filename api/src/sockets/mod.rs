@@ -5,6 +5,7 @@
 
 mod agents;
 mod bus;
+mod calls;
 mod deliver;
 pub mod events;
 mod flapping;
@@ -44,7 +45,8 @@ use tokio::sync::{Mutex, mpsc};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::state::App;
+use crate::{access::Class, internal::peers::Peers, room::Room, state::App};
+pub use calls::{AT_ONCE as CALLS_AT_ONCE, Through};
 use events::ToOperator;
 
 /// How Socket.IO servers of one kind find each other.
@@ -100,6 +102,11 @@ struct Running {
     process_id: Uuid,
     keys: Keys,
     session_idle_s: u32,
+    /// Where others reach the internal listener of this process.
+    internal_url: String,
+    peers: Peers,
+    /// The memory that answers to calls may take while they are read.
+    answers: Arc<Room>,
     registry: Arc<registry::Registry>,
     gate: upgrade::Gate,
     lobby: agents::Lobby,
@@ -232,7 +239,16 @@ impl Hub {
         let _watched = borealis_engine::db::watch("sockets", &pool);
         // Started again after a failure, it goes on with the sockets that are there.
         let before = self.running().cloned();
-        let running = before.clone().unwrap_or_else(|| Arc::new(Running::new(&app, pool.clone(), bus::Bus::new(pool))));
+        let running = match &before {
+            Some(running) => running.clone(),
+            None => match Peers::new(app.keys.clone(), app.process_id) {
+                Ok(peers) => Arc::new(Running::new(&app, pool.clone(), bus::Bus::new(pool), peers)),
+                Err(error) => {
+                    tracing::error!(%error, source = ?error.source, "sockets cannot be served");
+                    return;
+                }
+            },
+        };
         // Its tasks end after the sockets here are closed.
         let ended = CancellationToken::new();
         let tasks = app.tasks.part(ended.clone());
@@ -240,7 +256,7 @@ impl Hub {
             let bus = running.bus.clone();
             move || bus.clone().drive()
         });
-        while let Err(error) = sockets::heartbeat(&running.pool, running.process_id).await {
+        while let Err(error) = sockets::heartbeat(&running.pool, running.process_id, &running.internal_url).await {
             tracing::warn!(%error, "sockets wait for the database");
             tokio::select! {
                 () = tokio::time::sleep(Duration::from_secs(1)) => {}
@@ -284,7 +300,7 @@ impl Hub {
 }
 
 impl Running {
-    fn new(app: &App, hub_pool: Pool, bus: bus::Bus) -> Self {
+    fn new(app: &App, hub_pool: Pool, bus: bus::Bus, peers: Peers) -> Self {
         let server = |prefix: &'static str, message_bytes: usize, buffer: usize, ping_timeout: Duration| {
             let config = PostgresAdapterConfig::new()
                 .with_prefix(prefix)
@@ -315,6 +331,9 @@ impl Running {
             process_id: app.process_id,
             keys: app.keys.clone(),
             session_idle_s: app.settings.access.sessions.idle_s,
+            internal_url: app.settings.internal_url.as_str().trim_end_matches('/').to_owned(),
+            peers,
+            answers: app.rooms.of(Class::Device).trees.clone(),
             registry: Arc::default(),
             gate: upgrade::Gate::default(),
             lobby: agents::Lobby::default(),
@@ -486,7 +505,7 @@ impl Running {
             clock.tick().await;
             let done = async {
                 if said_alive.is_none_or(|at| at.elapsed() >= sockets::HEARTBEAT) {
-                    sockets::heartbeat(&self.pool, self.process_id).await?;
+                    sockets::heartbeat(&self.pool, self.process_id, &self.internal_url).await?;
                     said_alive = Some(Instant::now());
                 }
                 let before = self.company.seen();

@@ -9,8 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use borealis_engine::devices::sockets::{Hello, Local};
+use borealis_engine::devices::sockets::{Hello, Local, Mode};
 use socketioxide::extract::SocketRef;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -42,6 +43,8 @@ pub struct Agent {
     pub opened: Instant,
     /// When its last byte came.
     pub heard: Arc<Heard>,
+    /// The calls to it that may be under way.
+    pub calls: Semaphore,
     /// Reports that wait for room, of an agent that cannot be told to come again.
     pub waiting: AtomicUsize,
     state: Mutex<State>,
@@ -94,6 +97,7 @@ impl Agent {
             cut,
             opened: Instant::now(),
             heard: Arc::default(),
+            calls: Semaphore::new(super::CALLS_AT_ONCE),
             waiting: AtomicUsize::new(0),
             state: Mutex::default(),
         }
@@ -261,6 +265,13 @@ impl Registry {
     /// The machine's socket of that id.
     pub fn agent(&self, socket_id: &str) -> Option<Arc<Agent>> {
         lock(&self.agents).by_socket.get(socket_id).cloned()
+    }
+
+    /// The registered socket of a device's service, the newest if there are several.
+    pub fn agent_of(&self, device: Uuid) -> Option<Arc<Agent>> {
+        let own = lock(&self.agents).by_device.get(&device).cloned().unwrap_or_default();
+        let is_service = |agent: &Arc<Agent>| agent.hello().is_some_and(|hello| hello.mode == Mode::System);
+        own.into_iter().rev().find(|agent| !agent.cut.is_cancelled() && is_service(agent))
     }
 
     /// All machine sockets.

@@ -7,7 +7,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     task::{Context, Poll},
     time::Duration,
@@ -46,16 +46,21 @@ pub struct Allowance {
     pub message_bytes: Option<u64>,
 }
 
+/// The most answers that a peer is expected to give: those that never came are no allowance for ever.
+const ASKED_MAX: u32 = 64;
+
 /// When a peer was last heard. Any byte counts: an answer to a ping cannot be sent inside a long message.
 #[derive(Debug)]
 pub struct Heard {
     opened: Instant,
     after_ms: AtomicU64,
+    /// Answers that are to come.
+    asked: AtomicU32,
 }
 
 impl Default for Heard {
     fn default() -> Self {
-        Self { opened: Instant::now(), after_ms: AtomicU64::new(0) }
+        Self { opened: Instant::now(), after_ms: AtomicU64::new(0), asked: AtomicU32::new(0) }
     }
 }
 
@@ -63,6 +68,17 @@ impl Heard {
     fn note(&self, now: Instant) {
         let after = now.saturating_duration_since(self.opened).as_millis();
         self.after_ms.store(u64::try_from(after).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// The peer is asked something: one message of it does not count against its rate.
+    pub fn ask(&self) {
+        let _ = self.asked.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |asked| (asked < ASKED_MAX).then_some(asked + 1));
+    }
+
+    /// How many of these messages the peer was asked for.
+    fn answers(&self, messages: u32) -> u32 {
+        let before = self.asked.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |asked| Some(asked.saturating_sub(messages)));
+        before.map_or(0, |asked| asked.min(messages))
     }
 
     /// When the last byte came; when it was opened, before the first.
@@ -201,7 +217,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
             let bytes = read.len() as f64 + f64::from(counted.frames) * FRAME_BYTES;
             let wait = this
                 .message_bucket
-                .take(f64::from(counted.messages), now)
+                .take(f64::from(counted.messages - this.heard.answers(counted.messages)), now)
                 .max(this.byte_bucket.take(bytes, now))
                 .min(LONGEST_PAUSE);
             if !wait.is_zero() {

@@ -169,6 +169,21 @@ pub async fn find(pool: &db::Pool, token: &str, ip: &str) -> Result<Option<ApiTo
     }))
 }
 
+/// Which of these tokens still stand, by the same conditions as [`find`].
+///
+/// # Errors
+/// When the database is away.
+pub async fn standing(pool: &db::Pool, tokens: &[Uuid]) -> Result<Vec<Uuid>> {
+    Ok(sqlx::query_scalar!(
+        "SELECT t.id FROM api_tokens t JOIN users u ON u.id = t.user_id
+         WHERE t.id = ANY($1) AND t.expires_at > now() AND u.may_sign_in
+           AND EXISTS (SELECT 1 FROM aegis) AND EXISTS (SELECT 1 FROM ready_admins)",
+        tokens,
+    )
+    .fetch_all(pool)
+    .await?)
+}
+
 /// What a new token is asked to be.
 #[derive(Debug, Clone, Default)]
 pub struct New {

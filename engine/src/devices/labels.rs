@@ -1,11 +1,11 @@
 //! What operators call a device: finding it by a part of its hostname, and its description.
 
 use serde_json::json;
+use uuid::Uuid;
 
 use crate::{
     audit, db,
     error::{Error, Result},
-    jobs::targets,
     keys::guid_text,
     names,
     scope::{Actor, Scope},
@@ -73,11 +73,11 @@ pub async fn search(pool: &db::Pool, scope: &Scope, text: &str) -> Result<Vec<Fo
         .collect())
 }
 
-/// Changes the description of the device in `scope` that a path names by hostname or GUID.
+/// Changes the description of a device in `scope`.
 ///
 /// # Errors
-/// 400 `invalid_description`; 404 `not found`; 409 `ambiguous_hostname`.
-pub async fn describe(pool: &db::Pool, scope: &Scope, actor: &Actor, name: &str, description: &str) -> Result<()> {
+/// 400 `invalid_description`; 404 `not found`.
+pub async fn describe(pool: &db::Pool, scope: &Scope, actor: &Actor, device: Uuid, description: &str) -> Result<()> {
     let description = description.trim();
     let is_control = |c: char| c.is_control() && c != '\n' && c != '\t';
     if description.chars().count() > DESCRIPTION_MAX_CHARS || description.chars().any(is_control) {
@@ -85,20 +85,22 @@ pub async fn describe(pool: &db::Pool, scope: &Scope, actor: &Actor, name: &str,
         return Err(Error::field("invalid_description", "description", why));
     }
     let mut tx = pool.begin().await?;
-    let device = targets::by_path(&mut tx, scope, name).await?;
-    let before = sqlx::query_scalar!("SELECT description FROM devices WHERE guid = $1 FOR UPDATE", device.device_guid)
-        .fetch_optional(&mut *tx)
-        .await?
-        .ok_or_else(Error::not_found)?;
-    sqlx::query!("UPDATE devices SET description = $2 WHERE guid = $1", device.device_guid, description)
-        .execute(&mut *tx)
-        .await?;
+    let before = sqlx::query!(
+        "SELECT hostname, site_id, description FROM devices
+         WHERE guid = $1 AND ($2::bigint[] IS NULL OR site_id = ANY($2)) FOR UPDATE",
+        device,
+        scope.site_ids(),
+    )
+    .fetch_optional(&mut *tx)
+    .await?
+    .ok_or_else(Error::not_found)?;
+    sqlx::query!("UPDATE devices SET description = $2 WHERE guid = $1", device, description).execute(&mut *tx).await?;
     let entry = audit::Entry {
         action: "device.describe",
         object_kind: "device",
-        object_id: guid_text(device.device_guid),
-        site_id: device.site_id,
-        detail: json!({"hostname": device.hostname, "before": before, "after": description}),
+        object_id: guid_text(device),
+        site_id: before.site_id,
+        detail: json!({"hostname": before.hostname, "before": before.description, "after": description}),
         ..audit::Entry::default()
     };
     audit::record(&mut tx, actor, entry).await?;

@@ -56,7 +56,8 @@ pub struct Page {
 /// that Postgres gave, never parsed.
 #[derive(Debug)]
 pub struct Device {
-    guid: Uuid,
+    /// The device.
+    pub guid: Uuid,
     /// What is shown at the top, and overrides what the summary says of it.
     scalars: Map<String, Value>,
     /// None of a slim one.
@@ -359,24 +360,6 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
 pub async fn one(pool: &db::Pool, scope: &Scope, guid: Uuid) -> Result<Device> {
     let filter = Filter { guid: Some(guid), limit: Some(1), ..Filter::default() };
     page(pool, scope, &filter).await?.devices.pop().map(with_version).ok_or_else(Error::not_found)
-}
-
-/// The device in `scope` that a path names by hostname or GUID.
-///
-/// # Errors
-/// 404 `not found`; 409 `ambiguous_hostname` with `guids` when several have the name.
-pub async fn named(pool: &db::Pool, scope: &Scope, name: &str) -> Result<Device> {
-    if let Some(guid) = crate::keys::parse_guid(name) {
-        return one(pool, scope, guid).await;
-    }
-    let filter = Filter { hostname: Some(name.trim().to_owned()), limit: Some(20), ..Filter::default() };
-    let mut found = page(pool, scope, &filter).await?.devices;
-    if found.len() > 1 {
-        let guids: Vec<String> = found.iter().map(|device| guid_text(device.guid)).collect();
-        let message = "Several devices have this hostname; use the GUID of the one you mean.";
-        return Err(Error::conflict("ambiguous_hostname", message).with("guids", guids));
-    }
-    found.pop().map(with_version).ok_or_else(Error::not_found)
 }
 
 /// What reads of a single device add. There is no published build to compare with yet: the installed one is the target.

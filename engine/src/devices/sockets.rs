@@ -426,17 +426,46 @@ pub async fn operators(pool: &Pool, sessions: &[Uuid], idle_s: u32) -> Result<Ve
     Ok(rows)
 }
 
-/// Says that this process lives.
+/// Which API process has a device's socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
+    /// The process.
+    pub process: Uuid,
+    /// Where its internal listener is reached; empty of a process that does not say it.
+    pub internal_url: String,
+}
+
+/// The living process that has the socket of a device's service.
 ///
 /// # Errors
 /// When the database is away.
-pub async fn heartbeat(pool: &Pool, process: Uuid) -> Result<()> {
+pub async fn owner(pool: &Pool, device: Uuid) -> Result<Option<Owner>> {
+    Ok(sqlx::query_as!(
+        Owner,
+        "SELECT p.id AS process, p.internal_url FROM device_sockets s JOIN api_processes p ON p.id = s.api_process
+         WHERE s.device_guid = $1 AND s.service_mode = 'system' AND p.last_seen_at > now() - make_interval(secs => $2)",
+        device,
+        PROCESS_SILENCE_S
+    )
+    .fetch_optional(pool)
+    .await?)
+}
+
+/// Says that this process lives, and where others reach its internal listener.
+///
+/// # Errors
+/// When the database is away.
+pub async fn heartbeat(pool: &Pool, process: Uuid, internal_url: &str) -> Result<()> {
     // An update alone writes half of what an insert that meets its row does.
     let known = sqlx::query!("UPDATE api_processes SET last_seen_at = now() WHERE id = $1", process).execute(pool).await?;
     if known.rows_affected() == 0 {
-        sqlx::query!("INSERT INTO api_processes (id) VALUES ($1) ON CONFLICT (id) DO UPDATE SET last_seen_at = now()", process)
-            .execute(pool)
-            .await?;
+        sqlx::query!(
+            "INSERT INTO api_processes (id, internal_url) VALUES ($1, $2) ON CONFLICT (id) DO UPDATE SET last_seen_at = now()",
+            process,
+            internal_url
+        )
+        .execute(pool)
+        .await?;
     }
     Ok(())
 }

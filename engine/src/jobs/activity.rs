@@ -14,6 +14,7 @@ use crate::{
     assemblies::{self, Reference, RunMode, ScriptRequest},
     audit::{self, Entry},
     db::Pool,
+    devices::lookup::Found,
     error::{Error, Kind, Result},
     scope::{Actor, Scope},
 };
@@ -277,8 +278,9 @@ pub struct ActivityView {
     pub scheduled_job_kind: String,
 }
 
-/// These routes spell their 404 with a capital letter.
-fn as_contract(error: Error) -> Error {
+/// The routes of activities spell their 404 with a capital letter.
+#[must_use]
+pub fn as_contract(error: Error) -> Error {
     if error.kind == Kind::NotFound { Error { code: "Not found", ..error } } else { error }
 }
 
@@ -286,19 +288,18 @@ fn epoch(at: Option<DateTime<Utc>>) -> i64 {
     at.map_or(0, |at| at.timestamp())
 }
 
-/// The history of the device a path names: what has not ended first, then the newest, at most `limit`. With `before`, only
+/// The history of a device: what has not ended first, then the newest, at most `limit`. With `before`, only
 /// rows with a smaller id, newest first.
 ///
 /// # Errors
-/// 404; 409 `ambiguous_hostname`.
+/// When the database is away.
 pub async fn history(
     conn: &mut PgConnection,
     scope: &Scope,
-    device: &str,
+    device: Uuid,
     before: Option<i64>,
     limit: i64,
 ) -> Result<Vec<ActivityView>> {
-    let device = targets::by_path(conn, scope, device).await.map_err(as_contract)?;
     let rows = sqlx::query!(
         r#"SELECT a.id, a.device_guid, a.hostname, a.site_id, a.script_name, a.script_path, a.script_type, a.created_at, a.status, a.error,
                   a.exit_code, a.stdout <> '' AS "has_stdout!", a.stderr <> '' AS "has_stderr!", a.queue_lane, a.activity_kind,
@@ -313,7 +314,7 @@ pub async fn history(
                ORDER BY $3::bigint IS NULL AND p.status IN ('Queued', 'Running') DESC, p.id DESC LIMIT $4)
            ORDER BY $3::bigint IS NULL AND a.status IN ('Queued', 'Running') DESC,
                     CASE WHEN $3::bigint IS NULL THEN coalesce(a.updated_at, a.started_at, a.created_at) END DESC, a.id DESC"#,
-        device.device_guid,
+        device,
         scope.site_ids(),
         before,
         limit.clamp(1, HISTORY_MAX),
@@ -402,14 +403,13 @@ pub async fn one(conn: &mut PgConnection, scope: &Scope, id: i64) -> Result<Acti
 /// Answers how many rows went.
 ///
 /// # Errors
-/// 404; 409 `ambiguous_hostname`.
-pub async fn clear(conn: &mut PgConnection, scope: &Scope, actor: &Actor, device: &str) -> Result<(ResolvedTarget, u64)> {
-    let device = targets::by_path(conn, scope, device).await.map_err(as_contract)?;
+/// When the database is away.
+pub async fn clear(conn: &mut PgConnection, scope: &Scope, actor: &Actor, device: &Found) -> Result<u64> {
     let cleared = sqlx::query!(
         "DELETE FROM activity_history a
          WHERE a.device_guid = $1 AND ($2::bigint[] IS NULL OR a.site_id = ANY($2)) AND a.delivery = 'done'
            AND NOT EXISTS (SELECT FROM scheduled_job_runs r WHERE r.id = a.run_id AND r.status IN ('Pending', 'Running'))",
-        device.device_guid,
+        device.guid,
         scope.site_ids(),
     )
     .execute(&mut *conn)
@@ -418,13 +418,13 @@ pub async fn clear(conn: &mut PgConnection, scope: &Scope, actor: &Actor, device
     let entry = Entry {
         action: "device.clear_activity",
         object_kind: "device",
-        object_id: device.device_guid.to_string(),
+        object_id: device.guid.to_string(),
         site_id: device.site_id,
         detail: json!({"cleared": cleared}),
         ..Entry::default()
     };
     audit::record(conn, actor, entry).await?;
-    Ok((device, cleared))
+    Ok(cleared)
 }
 
 #[cfg(test)]

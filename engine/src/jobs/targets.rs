@@ -11,13 +11,11 @@ use uuid::Uuid;
 
 use super::spec::{self, TargetInput};
 use crate::{
+    devices::lookup::{self, Found},
     error::{Error, Kind, Result},
     names,
     scope::Scope,
 };
-
-/// The most names an error lists.
-const NAMED_MAX: usize = 50;
 
 /// A device a job is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,32 +45,6 @@ pub const JOB_REFUSAL: Refusal = Refusal { out_of_scope: "out_of_scope_targets",
 pub const QUICK_RUN_REFUSAL: Refusal =
     Refusal { out_of_scope: "out_of_scope_hostnames", unknown: "unknown_target", member: "hostnames" };
 
-/// A device as lookups find it.
-#[derive(Debug, Clone)]
-struct Found {
-    guid: Uuid,
-    hostname: String,
-    hostname_key: String,
-    site_id: Option<i64>,
-    site_name: Option<String>,
-}
-
-/// The devices in scope that have one of `guids`, or one of `names` (keys) as hostname.
-async fn lookup(conn: &mut PgConnection, scope: &Scope, guids: &[Uuid], names: &[String]) -> Result<Vec<Found>> {
-    Ok(sqlx::query_as!(
-        Found,
-        r#"SELECT d.guid, d.hostname, d.hostname_key, d.site_id, s.name AS "site_name?"
-           FROM devices d LEFT JOIN sites s ON s.id = d.site_id
-           WHERE (d.guid = ANY($1) OR d.hostname_key = ANY($2)) AND ($3::bigint[] IS NULL OR d.site_id = ANY($3))
-           ORDER BY d.guid"#,
-        guids,
-        names,
-        scope.site_ids(),
-    )
-    .fetch_all(conn)
-    .await?)
-}
-
 /// Resolves what an operator wrote, each entry to exactly one device in scope; all or nothing.
 async fn find(conn: &mut PgConnection, scope: &Scope, inputs: &[&TargetInput], refusal: Refusal) -> Result<Vec<Found>> {
     let (mut guids, mut names) = (Vec::new(), Vec::new());
@@ -82,7 +54,7 @@ async fn find(conn: &mut PgConnection, scope: &Scope, inputs: &[&TargetInput], r
             names.extend(hostname.as_deref().map(names::key));
         }
     }
-    let found = lookup(conn, scope, &guids, &names).await?;
+    let found = lookup::all(conn, scope, &guids, &names).await?;
     let by_guid: HashMap<Uuid, &Found> = found.iter().map(|device| (device.guid, device)).collect();
     let mut by_name: HashMap<&str, Vec<&Found>> = HashMap::new();
     for device in &found {
@@ -110,11 +82,11 @@ async fn find(conn: &mut PgConnection, scope: &Scope, inputs: &[&TargetInput], r
                     devices.push((*device).clone());
                 }
             }
-            several => return Err(ambiguous(hostname.as_deref().unwrap_or_default(), several.iter().copied())),
+            several => return Err(lookup::ambiguous(hostname.as_deref().unwrap_or_default(), several.iter().copied())),
         }
     }
     if !missing.is_empty() {
-        missing.truncate(NAMED_MAX);
+        missing.truncate(lookup::NAMED_MAX);
         let names = missing.join(", ");
         return Err(match scope {
             Scope::All => Error::invalid(refusal.unknown, format!("There is no device {names}.")),
@@ -125,16 +97,6 @@ async fn find(conn: &mut PgConnection, scope: &Scope, inputs: &[&TargetInput], r
         .with(refusal.member, missing));
     }
     Ok(devices)
-}
-
-fn ambiguous<'a>(hostname: &str, candidates: impl Iterator<Item = &'a Found>) -> Error {
-    let candidates: Vec<Value> = candidates
-        .take(NAMED_MAX)
-        .map(|device| json!({"guid": device.guid, "hostname": device.hostname, "site_id": device.site_id, "site_name": device.site_name}))
-        .collect();
-    Error::conflict("ambiguous_hostname", format!("Several devices are called {hostname}; use a GUID."))
-        .with("hostname", hostname)
-        .with("candidates", candidates)
 }
 
 /// Resolves the targets of a job that is saved, and answers their saved form. `scope` is the caller's, and inside the job's
@@ -184,24 +146,6 @@ pub async fn to_run_now(conn: &mut PgConnection, scope: &Scope, hosts: &[TargetI
     let hosts: Vec<&TargetInput> = hosts.iter().collect();
     let found = find(conn, scope, &hosts, QUICK_RUN_REFUSAL).await?;
     Ok(found.into_iter().map(|d| ResolvedTarget { device_guid: d.guid, hostname: d.hostname, site_id: d.site_id }).collect())
-}
-
-/// The device a path names, by GUID or hostname, in scope.
-///
-/// # Errors
-/// 404 when there is none in scope, 409 `ambiguous_hostname` with the candidates.
-pub async fn by_path(conn: &mut PgConnection, scope: &Scope, text: &str) -> Result<ResolvedTarget> {
-    let guid = Uuid::parse_str(text).ok();
-    let guids: Vec<Uuid> = guid.into_iter().collect();
-    let found = lookup(conn, scope, &guids, &[names::key(text)]).await?;
-    let exact = guid.and_then(|guid| found.iter().find(|device| device.guid == guid));
-    match (exact, found.as_slice()) {
-        (Some(device), _) | (None, [device]) => {
-            Ok(ResolvedTarget { device_guid: device.guid, hostname: device.hostname.clone(), site_id: device.site_id })
-        }
-        (None, []) => Err(Error::not_found()),
-        (None, several) => Err(ambiguous(text, several.iter())),
-    }
 }
 
 /// The devices a job's saved targets are now, inside `scope`, each once and in the order of their GUIDs. Devices that must

@@ -171,7 +171,16 @@ pub async fn jobs(conn: &mut PgConnection, scope: &Scope, filter: JobFilter, lim
            ) c
            WHERE ($1::bigint[] IS NULL OR job_site_ids(j.targets) <@ $1)
              AND ($2::bigint IS NULL OR j.id = $2)
-             AND ($3::bigint IS NULL OR $3 = ANY(job_site_ids(j.targets)) OR j.targets @> '[{"kind": "all_devices"}]')
+             AND ($3::bigint IS NULL OR $3 = ANY(job_site_ids(j.targets))
+                  -- All devices are those that the job may reach: see `targets::reach`.
+                  OR (j.targets @> '[{"kind": "all_devices"}]' AND EXISTS (SELECT FROM sites WHERE id = $3)
+                      AND (j.scope_site_ids IS NULL OR $3 = ANY(j.scope_site_ids))
+                      AND NOT EXISTS (
+                          SELECT FROM unnest(ARRAY[j.owner_user_id, j.editor_user_id]) AS person (id)
+                          WHERE NOT EXISTS (
+                              SELECT FROM users u WHERE u.id = person.id AND NOT u.directory_disabled
+                                AND (u.role = 'Admin' OR EXISTS (
+                                     SELECT FROM user_site_assignments a WHERE a.user_id = u.id AND a.site_id = $3))))))
              AND ($4::bigint IS NULL OR j.id < $4)
            ORDER BY j.id DESC LIMIT $5"#,
         scope.site_ids(),
@@ -329,14 +338,15 @@ pub async fn runs(
         r#"SELECT r.id, r.job_id, r.scheduled_at, r.started_at, r.finished_at, r.status, r.error, r.skip_reason, o.cause, r.device_guid,
                   r.target_hostname, r.site_id, r.shared_execution, r.component_index, r.component_kind, r.component_name,
                   coalesce(r.workflow_run_id, o.workflow_run_id) AS workflow_run_id, r.cancel_requested_at,
-                  coalesce(r.started_at, r.scheduled_at) AS "sort_at!"
+                  r.scheduled_at AS sort_at
            FROM scheduled_job_runs r JOIN job_occurrences o ON o.id = r.occurrence_id
            WHERE r.job_id = $1
              AND ($2::bigint[] IS NULL OR r.site_id = ANY($2) OR (r.site_id IS NULL AND r.device_guid IS NULL))
              AND coalesce(r.finished_at, r.started_at, r.scheduled_at) >= now() - make_interval(days => $3)
-             -- Whatever the arguments, a range of the index that the page is ordered by.
-             AND (coalesce(r.started_at, r.scheduled_at), r.id) < (coalesce($4, 'infinity'::timestamptz), coalesce($5, 9223372036854775807))
-           ORDER BY coalesce(r.started_at, r.scheduled_at) DESC, r.id DESC LIMIT $6"#,
+             -- Whatever the arguments, a range of the index that the page is ordered by: by what of a run never changes, so that a run
+             -- that starts meanwhile is on one page and not on none.
+             AND (r.scheduled_at, r.id) < (coalesce($4, 'infinity'::timestamptz), coalesce($5, 9223372036854775807))
+           ORDER BY r.scheduled_at DESC, r.id DESC LIMIT $6"#,
         job_id,
         scope.site_ids(),
         days,

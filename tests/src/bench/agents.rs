@@ -10,6 +10,7 @@ use super::{
     environment::{cpu_seconds, machine, resident_mib, tree_cpu_seconds},
     load, peers, per_second, plain,
     stand::Stand,
+    statements,
 };
 use crate::{eventually, fleet::Fleet};
 
@@ -44,12 +45,14 @@ pub async fn run(options: &Options) -> Report {
     let machines = stand.machines(options.agents).await;
     let before = resident_mib(stand.installation.api.pid());
     let cpu = || (cpu_seconds(stand.installation.api.pid()), tree_cpu_seconds(stand.environment.cluster.pid()));
+    statements::begin(&stand.database.pool).await;
     let (cpu_before, began) = (cpu(), Instant::now());
     let fleet = Fleet::start(machines, crate::fleet::Settings { status: false, ..stand.settings() });
     let all = options.agents as u64;
     fleet.until("all agents are connected", LIMIT, |counts| counts.connected == all).await;
     let rate = per_second(options.agents, began.elapsed());
     let cpu_after = cpu();
+    statements::print(&stand.database.pool, "letting agents in").await;
     report.at_least(1_500.0, "agents let in: connected, authenticated and registered", rate, "agents/s");
     report.figure("a connect, p50", micros(&fleet.latencies().connect, 50.0), "ms");
     report.figure("a connect, p99", micros(&fleet.latencies().connect, 99.0), "ms");

@@ -6,12 +6,13 @@
 //! * [`reference`]: what the machine can do at best: `pgbench -N`.
 //! * [`stand`]: an engine with machines; [`load`]: requests at a fixed rate; [`plain`]: the plainest programs beside it.
 //! * [`statements`]: where Postgres' time went.
-//! * one file per bench: [`durable`], [`dispatch`], [`scheduler`], [`agents`], [`api`], [`recovery`], [`waits`], [`idle`].
+//! * one file per bench: [`durable`], [`dispatch`], [`scheduler`], [`agents`], [`calls`], [`api`], [`recovery`], [`waits`], [`idle`].
 //! * [`peers`]: other systems beside ours.
 
 pub mod access;
 pub mod agents;
 pub mod api;
+pub mod calls;
 pub mod dispatch;
 pub mod durable;
 pub mod environment;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use borealis_tests::bench::{
-    Report, access, agents, api, dispatch, durable, idle, plain, recovery, report, scheduler, statements, waits,
+    Report, access, agents, api, calls, dispatch, durable, idle, plain, recovery, report, scheduler, statements, waits,
 };
 use clap::{Parser, Subcommand};
 
@@ -33,6 +33,8 @@ enum Bench {
     Agents(agents::Options),
     /// The pages people look at, with 10,000 devices.
     Api(api::Options),
+    /// Calls to an agent, through its API process and through another one.
+    Calls(calls::Options),
     /// Signing in: what it costs, whom it slows down, what it tells.
     Access(access::Options),
     /// SIGKILL of the only busy worker while another stands by.
@@ -58,7 +60,7 @@ enum Bench {
 }
 
 /// What `all` is.
-const ALL: [&str; 9] = ["durable", "recovery", "waits", "idle", "scheduler", "dispatch", "agents", "api", "access"];
+const ALL: [&str; 10] = ["durable", "recovery", "waits", "idle", "scheduler", "dispatch", "agents", "calls", "api", "access"];
 /// Those that take `--peers`.
 const WITH_PEERS: [&str; 2] = ["durable", "agents"];
 
@@ -70,6 +72,7 @@ async fn run(bench: &Bench) -> Option<Report> {
         Bench::Scheduler(options) => scheduler::run(options).await,
         Bench::Agents(options) => agents::run(options).await,
         Bench::Api(options) => api::run(options).await,
+        Bench::Calls(options) => calls::run(options).await,
         Bench::Access(options) => access::run(options).await,
         Bench::Recovery(options) => recovery::run(options).await,
         Bench::Waits(options) => waits::run(options).await,

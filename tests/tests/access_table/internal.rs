@@ -12,6 +12,9 @@ use super::{World, complain, is_error};
 fn body(world: &World, route: &str) -> Option<Value> {
     match route {
         "GET /api/internal/job-scheduler/epoch" | "GET /api/internal/job-scheduler/public-base-url" => Some(Value::Null),
+        "POST /api/internal/job-scheduler/agent-call" => {
+            Some(json!({"device_guid": world.device.guid, "call": "processes.list", "request": {"action": "list"}}))
+        }
         "POST /api/internal/job-scheduler/host-service-event" => {
             Some(json!({"device_guid": world.device.guid, "event_name": "quick_job_run"}))
         }
