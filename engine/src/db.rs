@@ -164,7 +164,9 @@ pub fn timeouts() -> u64 {
 /// What is set on every connection. A process that froze inside a transaction must not keep its locks for longer than its leases.
 /// The others have Postgres notice a process that has vanished without a word, so that it holds no locks for long; they are
 /// without effect on a unix socket, and behind a pooler they watch the pooler.
-const LIMITS: [(&str, &str); 5] = [
+const LIMITS: [(&str, &str); 6] = [
+    // To compile a statement takes longer than any of ours may.
+    ("jit", "off"),
     ("idle_in_transaction_session_timeout", "10s"),
     ("tcp_user_timeout", "15s"),
     ("tcp_keepalives_idle", "10"),

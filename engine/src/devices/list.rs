@@ -330,7 +330,7 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
                   x.services_reported_at AS "services_reported_at?", x.sessions_reported_at AS "sessions_reported_at?",
                   x.processes_reported_at AS "processes_reported_at?"
            FROM page AS d
-           JOIN device_presence AS p ON p.guid = d.guid
+           CROSS JOIN LATERAL device_presence_of(d.guid, d.last_seen, d.left_at) AS p
            LEFT JOIN sites AS s ON s.id = d.site_id
            LEFT JOIN device_details AS x ON x.device_guid = d.guid AND NOT $8
            ORDER BY d.hostname_key, d.guid"#,

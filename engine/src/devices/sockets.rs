@@ -235,13 +235,16 @@ pub async fn register(tx: &mut Tx<'_>, process: Uuid, registrations: &[Registrat
     )
     .execute(&mut **tx)
     .await?;
-    // A renamed machine repairs its agent id.
+    let machine_ids: Vec<String> = winners.iter().map(|one| one.hello.bearer.machine_id.clone()).collect();
+    // A renamed machine repairs its agent id, and the first that says its machine id binds the device to it.
     sqlx::query!(
-        "UPDATE devices d SET agent_id = n.agent FROM unnest($1::uuid[], $2::text[], $3::text[]) AS n (device, agent, mode)
-         WHERE d.guid = n.device AND n.mode = 'system' AND d.agent_id <> n.agent",
+        "UPDATE devices d SET agent_id = n.agent, machine_id = coalesce(d.machine_id, nullif(n.machine, ''))
+         FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[]) AS n (device, agent, mode, machine)
+         WHERE d.guid = n.device AND n.mode = 'system' AND (d.agent_id <> n.agent OR (d.machine_id IS NULL AND n.machine <> ''))",
         &guids,
         &agents,
-        &modes
+        &modes,
+        &machine_ids,
     )
     .execute(&mut **tx)
     .await?;
@@ -252,9 +255,10 @@ pub async fn register(tx: &mut Tx<'_>, process: Uuid, registrations: &[Registrat
 async fn judge(tx: &mut Tx<'_>, known: &mut machines::Known, one: &Registration) -> Result<Verdict> {
     let bearer = Bearer { hostname: one.hello.hostname.clone(), address: one.address.clone(), ..one.hello.bearer.clone() };
     let verdict = known.judge(&bearer);
-    machines::note(&mut *tx, one.device, known, &bearer, verdict).await?;
-    if verdict == Verdict::Admit {
-        known.admitted(&bearer);
+    match verdict {
+        // Written with all that are admitted.
+        Verdict::Admit => known.admitted(&bearer),
+        Verdict::Contested | Verdict::Held => machines::note(&mut *tx, one.device, known, &bearer, verdict).await?,
     }
     Ok(verdict)
 }

@@ -159,8 +159,11 @@ pub async fn known(conn: &mut PgConnection, devices: &[Uuid]) -> Result<HashMap<
                         WHERE a.device_guid = d.guid AND a.kind = 'identity' AND a.status IN ('pending', 'denied')
                           AND a.facts #>> '{held,instance}' IS NOT NULL) AS "waiting!"
            FROM devices d
-           LEFT JOIN (device_sockets s JOIN api_processes p ON p.id = s.api_process AND p.last_seen_at > now() - make_interval(secs => $2))
-                ON s.device_guid = d.guid AND s.service_mode = 'system'
+           -- By its key, also when the planner takes the table for empty: after a restart all agents come at once.
+           LEFT JOIN LATERAL (
+               SELECT k.instance, k.contested_by, k.contested_at FROM device_sockets k JOIN api_processes p ON p.id = k.api_process
+               WHERE k.device_guid = d.guid AND k.service_mode = 'system' AND p.last_seen_at > now() - make_interval(secs => $2)
+               OFFSET 0) s ON true
            WHERE d.guid = ANY($1)"#,
         devices,
         PROCESS_SILENCE_S,

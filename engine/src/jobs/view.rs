@@ -441,12 +441,12 @@ pub async fn devices(
     };
     let rows = sqlx::query!(
         r#"SELECT r.id, r.device_guid, coalesce(d.hostname, r.target_hostname, '') AS "hostname!",
-                  coalesce(p.online, false) AS "online!",
+                  p.online AS "online!",
                   r.site_id, coalesce(s.name, '') AS "site_name!", r.resolution_status, r.resolution_reason, r.error,
                   coalesce(r.finished_at, r.started_at) AS ran_on, r.status
            FROM scheduled_job_runs r
            LEFT JOIN devices d ON d.guid = r.device_guid
-           LEFT JOIN device_presence p ON p.guid = d.guid
+           CROSS JOIN LATERAL device_presence_of(d.guid, d.last_seen, d.left_at) AS p
            LEFT JOIN sites s ON s.id = r.site_id
            WHERE r.occurrence_id = $1 AND r.device_guid IS NOT NULL AND ($2::bigint[] IS NULL OR r.site_id = ANY($2))
            ORDER BY coalesce(d.hostname_key, r.target_hostname) COLLATE "C", r.id LIMIT $3"#,
@@ -517,7 +517,7 @@ async fn planned(conn: &mut PgConnection, scope: &Scope, job_id: i64, saved: &Va
     let guids: Vec<Uuid> = resolved.iter().map(|target| target.device_guid).collect();
     let rows = sqlx::query!(
         r#"SELECT d.guid, d.hostname, d.site_id, coalesce(s.name, '') AS "site_name!", p.online AS "online!"
-           FROM devices d JOIN device_presence p ON p.guid = d.guid LEFT JOIN sites s ON s.id = d.site_id
+           FROM devices d CROSS JOIN LATERAL device_presence_of(d.guid, d.last_seen, d.left_at) AS p LEFT JOIN sites s ON s.id = d.site_id
            WHERE d.guid = ANY($1) ORDER BY d.hostname_key, d.guid LIMIT $2"#,
         &guids,
         DEVICES_MAX,
