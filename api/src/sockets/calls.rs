@@ -22,8 +22,6 @@ use crate::metrics::METERS;
 
 /// Calls to one device that are under way at once; further ones wait, within the time limit of the call.
 pub const AT_ONCE: usize = 8;
-/// How often the process that has a device's socket is looked for: the device may be moving from one to another.
-const LOOKS: usize = 2;
 
 /// Which sockets a call may go through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,27 +67,19 @@ impl Hub {
 impl Running {
     async fn call(&self, device: Uuid, spec: Spec, request: &Value, through: Through) -> Result<Outcome> {
         let deadline = Instant::now() + spec.limit;
-        let mut asked = None;
-        for _ in 0..LOOKS {
-            if let Some(agent) = self.registry.agent_of(device) {
-                return Ok(call_here(&agent, spec, request, deadline).await);
-            }
-            if through == Through::Here {
-                break;
-            }
-            match sockets::owner(&self.pool, device).await? {
-                // It is where it was, or it is lost.
-                Some(owner) if owner.process != self.process_id && asked != Some(owner.process) => {
-                    asked = Some(owner.process);
-                    match self.peers.call(&owner.internal_url, device, spec, request, deadline).await {
-                        Outcome::Away => {}
-                        outcome => return Ok(outcome),
-                    }
-                }
-                _ => break,
-            }
+        if let Some(agent) = self.registry.agent_of(device) {
+            return Ok(call_here(&agent, spec, request, deadline).await);
         }
-        Ok(Outcome::Away)
+        if through == Through::Here {
+            return Ok(Outcome::Away);
+        }
+        // Once: a device that is moving from one process to another may have been asked before it was lost.
+        match sockets::owner(&self.pool, device).await? {
+            Some(owner) if owner.process != self.process_id => {
+                Ok(self.peers.call(&owner.internal_url, device, spec, request, deadline).await)
+            }
+            _ => Ok(Outcome::Away),
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use crate::{
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
     /// Calls a second.
-    #[arg(long, default_value_t = 100.0)]
+    #[arg(long, default_value_t = 30.0)]
     pub rate: f64,
     /// Seconds of each load.
     #[arg(long, default_value_t = 15)]
