@@ -191,13 +191,23 @@ pub const ACTION_LIST: &str = "list";
 /// The most processes that an agent of ours lists.
 pub const PROCESSES_MAX: usize = 8_000;
 
+/// How often a client that shows processes should ask again, in milliseconds.
+pub const PROCESSES_REFRESH_MS: i64 = 5_000;
+
+/// How old a list of processes may be, in seconds, when a caller asks for `asked`: 0.25 to 15, and 5 when it asks for none.
+#[must_use]
+pub fn process_list_age_s(asked: Option<f64>) -> f64 {
+    asked.filter(|asked| !asked.is_nan()).map_or(5.0, |asked| asked.clamp(0.25, 15.0))
+}
+
 /// What [`PROCESS_MANAGEMENT_REQUEST`] says.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ProcessRequest {
     /// [`ACTION_LIST`]; agents may know other words.
     #[serde(default)]
     pub action: String,
-    /// How old a snapshot may be, in seconds, so that the agent need not take a new one.
+    /// How old a snapshot may be, in seconds, so that the agent need not take a new one; 0 when nothing is said. See
+    /// [`process_list_age_s`].
     #[serde(default)]
     pub max_age_seconds: f64,
     /// When the engine asked, in epoch seconds.
@@ -322,6 +332,21 @@ mod tests {
         assert_eq!((long.0.as_str(), long.1.len()), ("refused", MESSAGE_CHARS));
         for text in ["[null]", "[]", "[1]", "[[true]]", "[\"ok\"]", "{}", "[{]", "", "[{\"ok\":\"yes\"}]"] {
             assert_eq!(Answer::read(text), Answer::Unreadable, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_age_of_a_list_is_bounded() {
+        for (asked, seconds) in [
+            (None, 5.0),
+            (Some(f64::NAN), 5.0),
+            (Some(-1.0), 0.25),
+            (Some(0.1), 0.25),
+            (Some(3.0), 3.0),
+            (Some(1e300), 15.0),
+            (Some(f64::INFINITY), 15.0),
+        ] {
+            assert!((process_list_age_s(asked) - seconds).abs() < f64::EPSILON, "{asked:?}");
         }
     }
 

@@ -6,7 +6,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use borealis_protocol::calls::{
-    ACTION_LIST, AGENT_ERROR, PROCESS_MANAGEMENT_REQUEST, PROCESSES_MAX, Process, ProcessRequest, ProcessSnapshot, Refusal,
+    ACTION_LIST, AGENT_ERROR, PROCESS_MANAGEMENT_REQUEST, PROCESSES_MAX, PROCESSES_REFRESH_MS, Process, ProcessRequest,
+    ProcessSnapshot, Refusal, process_list_age_s,
 };
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
@@ -18,14 +19,10 @@ use super::Role;
 use crate::clock::local_now;
 use crate::socket::Inbound;
 
-/// How old a snapshot may be when the engine does not say it, in seconds, and the bounds of what it says.
-const MAX_AGE_S: (f64, f64, f64) = (0.25, 5.0, 15.0);
 /// Over how long the use of processors is measured when there is no recent measurement to start from.
 const MEASURE: Duration = Duration::from_millis(300);
 /// A measurement that is older than this is none to start from: the use since then says nothing about now.
 const RECENT: Duration = Duration::from_secs(15);
-/// How often a client that shows the processes should ask, in milliseconds.
-const REFRESH_INTERVAL_MS: i64 = 5_000;
 /// The most characters of a command line, and of all of them together.
 const COMMAND_LINE_CHARS: (usize, usize) = (4_096, 3 * 1024 * 1024);
 /// Requests that are handled at once; all but the first are answered from its snapshot.
@@ -74,8 +71,7 @@ impl Role for Processes {
 }
 
 fn max_age(asked: f64) -> Duration {
-    let (least, usual, most) = MAX_AGE_S;
-    Duration::from_secs_f64(if asked > 0.0 { asked.clamp(least, most) } else { usual })
+    Duration::from_secs_f64(process_list_age_s(Some(asked).filter(|asked| *asked > 0.0)))
 }
 
 impl Measured {
@@ -173,7 +169,7 @@ fn snapshot(system: &System, users: Option<&Users>) -> ProcessSnapshot {
             }
         })
         .collect();
-    ProcessSnapshot { reported_at: now, refresh_interval_ms: REFRESH_INTERVAL_MS, truncated, processes }
+    ProcessSnapshot { reported_at: now, refresh_interval_ms: PROCESSES_REFRESH_MS, truncated, processes }
 }
 
 /// A user's name, or the id of one that has none.

@@ -15,7 +15,10 @@ use borealis_engine::{
     Error, Kind,
     access::{api_tokens::TokenScope, bootstrap, limits, passwords, setup_token},
 };
-use utoipa::openapi::{Paths, RefOr, path::ParameterIn};
+use utoipa::openapi::{
+    PathItem, Paths, RefOr,
+    path::{Operation, ParameterIn},
+};
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 
 use crate::{
@@ -152,14 +155,7 @@ impl Routes {
         let usual = if class == Class::Anonymous { BodyLimit::ANONYMOUS } else { BodyLimit::USUAL };
         let limit = self.body.unwrap_or(usual);
         for (path, item) in &paths.paths {
-            let operations = [
-                (Method::GET, item.get.is_some()),
-                (Method::POST, item.post.is_some()),
-                (Method::PUT, item.put.is_some()),
-                (Method::PATCH, item.patch.is_some()),
-                (Method::DELETE, item.delete.is_some()),
-            ];
-            for (method, _) in operations.into_iter().filter(|(_, present)| *present) {
+            for (method, _) in operations(item) {
                 let is_operators = matches!(class, Class::Operator | Class::Admin);
                 let token_scope = self.area.token_scope(&method).filter(|_| is_operators);
                 let entry = Entry { method: method.to_string(), path: path.clone(), class, token_scope, body_bytes: limit.bytes };
@@ -190,18 +186,24 @@ struct Guard {
     query: Arc<[(Method, Vec<String>)]>,
 }
 
+/// The operations of a path, each with its method.
+fn operations(item: &PathItem) -> impl Iterator<Item = (Method, &Operation)> {
+    [
+        (Method::GET, &item.get),
+        (Method::POST, &item.post),
+        (Method::PUT, &item.put),
+        (Method::PATCH, &item.patch),
+        (Method::DELETE, &item.delete),
+    ]
+    .into_iter()
+    .filter_map(|(method, operation)| Some((method, operation.as_ref()?)))
+}
+
 /// The names that the queries of these operations have in the document.
 fn query_names(paths: &Paths) -> Vec<(Method, Vec<String>)> {
     let mut names = Vec::new();
     for item in paths.paths.values() {
-        for (method, operation) in [
-            (Method::GET, &item.get),
-            (Method::POST, &item.post),
-            (Method::PUT, &item.put),
-            (Method::PATCH, &item.patch),
-            (Method::DELETE, &item.delete),
-        ] {
-            let Some(operation) = operation else { continue };
+        for (method, operation) in operations(item) {
             let of_query = operation.parameters.iter().flatten().filter_map(|parameter| match parameter {
                 RefOr::T(parameter) if matches!(parameter.parameter_in, ParameterIn::Query) => Some(parameter.name.clone()),
                 _ => None,

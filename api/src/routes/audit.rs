@@ -44,7 +44,6 @@ pub(super) fn routes(app: &App) -> Routes {
 /// Which events.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-#[serde(deny_unknown_fields)]
 struct Which {
     /// Not before this: RFC 3339, or epoch seconds.
     from: Option<String>,

@@ -28,7 +28,6 @@ pub(super) fn routes(app: &App) -> Routes {
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-#[serde(deny_unknown_fields)]
 struct DeviceSearch {
     /// A part of the hostname, in any case; at least three characters.
     #[serde(default)]

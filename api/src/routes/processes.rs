@@ -6,7 +6,7 @@ use borealis_engine::{
     devices::calls::{ListProcesses, Process, ProcessRequest},
     keys::guid_text,
 };
-use borealis_protocol::calls::ACTION_LIST;
+use borealis_protocol::calls::{ACTION_LIST, PROCESSES_REFRESH_MS, process_list_age_s};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
@@ -18,18 +18,12 @@ use crate::{
     state::App,
 };
 
-/// How old a list may be, in seconds: the least, when nothing is said, and the most.
-const MAX_AGE_S: (f64, f64, f64) = (0.25, 5.0, 15.0);
-/// The least time between two looks that a client is told, in milliseconds.
-const REFRESH_INTERVAL_MS: i64 = 5_000;
-
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone()).area(Area::Devices).operator(routes!(list))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-#[serde(deny_unknown_fields)]
 struct ProcessesQuery {
     /// How old the list may be, in seconds: 0.25 to 15, by default 5. Values outside become the nearest.
     max_age_seconds: Option<f64>,
@@ -79,14 +73,12 @@ async fn list(
     TargetDevice(device): TargetDevice,
     Params(query): Params<ProcessesQuery>,
 ) -> Result<Json<ProcessList>> {
-    let (least, usual, most) = MAX_AGE_S;
-    let max_age_seconds = query.max_age_seconds.unwrap_or(usual);
-    if !max_age_seconds.is_finite() {
+    if query.max_age_seconds.is_some_and(|asked| !asked.is_finite()) {
         return Err(Error::field("invalid_max_age_seconds", "max_age_seconds", "must be a number.").into());
     }
     let request = ProcessRequest {
         action: ACTION_LIST.to_owned(),
-        max_age_seconds: max_age_seconds.clamp(least, most),
+        max_age_seconds: process_list_age_s(query.max_age_seconds),
         requested_at: chrono::Utc::now().timestamp(),
     };
     let snapshot = app.hub.call::<ListProcesses>(device.guid, &request).await?;
@@ -97,7 +89,7 @@ async fn list(
         agent_id: device.agent_id,
         agent_socket: true,
         reported_at: snapshot.reported_at,
-        refresh_interval_ms: snapshot.refresh_interval_ms.max(REFRESH_INTERVAL_MS),
+        refresh_interval_ms: snapshot.refresh_interval_ms.max(PROCESSES_REFRESH_MS),
         count: snapshot.processes.len(),
         truncated: snapshot.truncated,
         processes: snapshot.processes,

@@ -75,7 +75,6 @@ struct RunEvents {
 /// Which events to read.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-#[serde(deny_unknown_fields)]
 struct EventsQuery {
     /// Only events after this number.
     after: Option<i32>,

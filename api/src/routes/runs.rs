@@ -77,7 +77,6 @@ impl From<runs::RunView> for Run {
 /// Which runs to list.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-#[serde(deny_unknown_fields)]
 struct ListQuery {
     /// Only runs of this workflow.
     workflow: Option<String>,
