@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use borealis_protocol::events::{Ack, CONNECT_AGENT, Capabilities, ConnectAgent};
 use borealis_protocol::framing::{self, Frame, Open};
 use borealis_protocol::{CONTEXT_SYSTEM, HEADER_AGENT_CONTEXT, agent_id};
-use futures::{Sink, SinkExt as _, Stream, StreamExt as _};
+use futures::{FutureExt as _, Sink, SinkExt as _, Stream, StreamExt as _};
 use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -314,10 +314,12 @@ impl Socket {
         let silence = Duration::from_millis(open.ping_interval.saturating_add(open.ping_timeout).clamp(1000, 600_000));
         let (session, frames) = Session::new();
         let registered_at: Mutex<Option<Instant>> = Mutex::new(None);
+        let mut registration = std::pin::pin!(self.register(&session, &registered_at));
         let mut ended = tokio::select! {
-            ended = write_frames(sink, frames) => ended,
-            ended = self.read_frames(stream, &session, silence) => ended,
-            ended = self.register(&session, &registered_at) => ended,
+            ended = write_frames(sink, frames) => registration.now_or_never().unwrap_or(ended),
+            // An engine that refuses may hang up at once: its answer counts, not the end of the socket.
+            ended = self.read_frames(stream, &session, silence) => registration.now_or_never().unwrap_or(ended),
+            ended = &mut registration => ended,
             () = session.unknown.cancelled() => Ended::new("the engine knows of no socket of this agent"),
         };
         session.closed.cancel();

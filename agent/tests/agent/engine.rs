@@ -74,8 +74,8 @@ impl Engine {
                     let mut first = [0u8; 3];
                     while stream.peek(&mut first).await.is_ok_and(|count| count > 0 && count < 3) {}
                     if &first == b"GET" {
-                        let answer = seen.lock().unwrap().refuse_hello.clone();
-                        if let Some(peer) = Peer::accept(stream, answer.unwrap_or_else(|| json!({"status": "ok"}))).await {
+                        let refusal = seen.lock().unwrap().refuse_hello.clone();
+                        if let Some(peer) = Peer::accept(stream, refusal).await {
                             let _ = send.send(peer).await;
                         }
                     } else {
@@ -227,7 +227,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    pub async fn accept(stream: TcpStream, answer: Value) -> Option<Self> {
+    pub async fn accept(stream: TcpStream, refusal: Option<Value>) -> Option<Self> {
         let mut path = String::new();
         let mut bearer = String::new();
         #[allow(clippy::result_large_err, reason = "the signature the library asks for")]
@@ -245,7 +245,14 @@ impl Peer {
         let (id, name, argument) = peer.event().await?;
         assert_eq!(name, CONNECT_AGENT);
         peer.hello = ConnectAgent::from_value(&argument).unwrap();
-        peer.ack(id?, answer).await;
+        let hangs_up = refusal.is_some();
+        let answer = Frame::Ack { id: id?, args: vec![refusal.unwrap_or_else(|| json!({"status": "ok"}))] };
+        peer.socket.feed(Message::text(framing::encode(&answer))).await.ok()?;
+        if hangs_up {
+            // In one packet with the answer, so that the agent reads both at once.
+            peer.socket.feed(Message::text(framing::encode(&Frame::Disconnect))).await.ok()?;
+        }
+        peer.socket.flush().await.ok()?;
         Some(peer)
     }
 

@@ -274,9 +274,9 @@ async fn an_agent_whose_identity_another_machine_has_is_quiet_until_it_may_ask_a
     let held = json!({"error": "identity_held", "status_code": 409, "retry_after_ms": 8_000});
     engine.seen.lock().unwrap().refuse_hello = Some(held);
     let agent = Running::start(&engine, &dir.path().join("state"), Some(CODE));
-    let first = engine.socket().await;
+    let mut first = engine.socket().await;
     assert_eq!((first.hello.machine_id.len(), first.hello.instance.len()), (64, 36), "it says who it is");
-    drop(first);
+    while first.frame().await.is_some() {}
     let seen = std::sync::Arc::clone(&engine.seen);
     let posts = || seen.lock().unwrap().posts.len();
     // What was on its way has arrived once nothing has come for a second.
