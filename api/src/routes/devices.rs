@@ -57,7 +57,6 @@ fn says_yes(text: &str) -> bool {
 async fn devices(State(app): State<App>, operator: Operator, Params(which): Params<Which>) -> Result<Json<Page>> {
     let given = |text: &str| Some(text.trim().replace('\0', "")).filter(|text| !text.is_empty());
     let filter = Filter {
-        guid: None,
         hostname: given(&which.hostname),
         connection_type: given(&which.connection_type),
         only_agents: says_yes(&which.only_agents),

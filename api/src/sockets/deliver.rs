@@ -116,8 +116,15 @@ pub async fn run(running: Arc<Running>) {
 async fn send(running: &Running, devices: &[Uuid], reconnected: bool) -> (usize, Option<Error>) {
     let mut taken = Batch::default();
     for (at, chunk) in devices.chunks(DEVICES).enumerate() {
-        loop {
-            let (next, all_written) = tokio::join!(take(running, chunk, reconnected), write(running, taken));
+        let open = match delivery::open(&running.pool, chunk).await {
+            Ok(open) => open,
+            Err(error) => {
+                write(running, taken).await;
+                return (at * DEVICES, Some(error));
+            }
+        };
+        while !open.is_empty() {
+            let (next, all_written) = tokio::join!(take(running, &open, reconnected), write(running, taken));
             taken = match next {
                 Ok(next) => next,
                 Err(error) => return (at * DEVICES, Some(error)),

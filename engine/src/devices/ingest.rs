@@ -201,8 +201,8 @@ impl Scalars {
         }
     }
 
-    /// Writes them, but for a hostname that changed, in one statement on the narrow row. `alive` says whether the report is a sign of
-    /// life.
+    /// Writes them, but for a hostname that changed, in one statement on the narrow row. The first hostname of a device that reports
+    /// the approved one has not changed. `alive` says whether the report is a sign of life.
     async fn write(&self, db: &mut sqlx::PgConnection, guid: Uuid, alive: bool) -> Result<Written<'_>> {
         let row = sqlx::query!(
             r#"UPDATE devices AS d SET
@@ -215,7 +215,10 @@ impl Scalars {
                    uptime = coalesce($13, d.uptime), cpu_percent = coalesce($14, d.cpu_percent),
                    memory_percent = coalesce($15, d.memory_percent), connection_type = coalesce($16, d.connection_type),
                    connection_endpoint = coalesce($17, d.connection_endpoint),
-                   agent_release_channel = coalesce($18, d.agent_release_channel), agent_branch = coalesce($19, d.agent_branch)
+                   agent_release_channel = coalesce($18, d.agent_release_channel), agent_branch = coalesce($19, d.agent_branch),
+                   reported_hostname = CASE WHEN d.reported_hostname = '' AND d.hostname = $3 THEN $3 ELSE d.reported_hostname END,
+                   reported_hostname_key =
+                       CASE WHEN d.reported_hostname = '' AND d.hostname = $3 THEN $20 ELSE d.reported_hostname_key END
                WHERE d.guid = $1
                RETURNING d.site_id, coalesce((SELECT s.name FROM sites AS s WHERE s.id = d.site_id), '') AS "site_name!",
                          coalesce(d.reported_hostname <> $3, false) AS "renamed!",
@@ -239,6 +242,7 @@ impl Scalars {
             self.connection_endpoint,
             self.channel,
             self.branch,
+            self.hostname.as_ref().map(Name::key),
         )
         .fetch_optional(db)
         .await?

@@ -27,8 +27,6 @@ pub const COLLECTING_S: i64 = 130;
 /// Which devices.
 #[derive(Debug, Clone, Default)]
 pub struct Filter {
-    /// This one only.
-    pub guid: Option<Uuid>,
     /// With exactly this hostname, in any case.
     pub hostname: Option<String>,
     /// With this connection type, in any case.
@@ -128,7 +126,6 @@ type Document = Option<Json<Box<RawValue>>>;
 struct Row {
     guid: Uuid,
     hostname: String,
-    hostname_key: String,
     reported_hostname: String,
     hostname_change: Option<String>,
     agent_socket: bool,
@@ -299,21 +296,46 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
         Some(limit) if (1..=MAX_ROWS).contains(&limit) => limit,
         Some(_) => return Err(Error::field("invalid_limit", "limit", format!("must be 1 to {MAX_ROWS}"))),
     };
+    let mut picked = pick(pool, scope, filter, limit + 1).await?;
+    let more = i64::try_from(picked.len()).unwrap_or(i64::MAX) > limit;
+    picked.truncate(usize::try_from(limit).unwrap_or_default());
+    let next_cursor = picked.last().filter(|_| more).map(|(name, guid)| encode_cursor(name, *guid));
+    let guids: Vec<Uuid> = picked.into_iter().map(|(_, guid)| guid).collect();
+    Ok(Page { devices: describe(pool, scope, &guids, filter.slim).await?, next_cursor })
+}
+
+/// Which devices pass the filter: the key of the hostname and the GUID of each. Planned anew each time, as the filter decides
+/// which index helps; that is cheap because it reads one table.
+async fn pick(pool: &db::Pool, scope: &Scope, filter: &Filter, limit: i64) -> Result<Vec<(String, Uuid)>> {
     let (after_name, after_guid) = filter.cursor.as_deref().map(decode_cursor).transpose()?.unzip();
-    let mut rows = sqlx::query_as!(
+    let picked = sqlx::query!(
+        r#"SELECT d.hostname_key, d.guid FROM devices AS d
+           WHERE ($1::bigint[] IS NULL OR d.site_id = ANY($1))
+             AND ($2::text IS NULL OR d.hostname_key = $2)
+             AND ($3::text IS NULL OR lower(d.connection_type COLLATE "C") = lower($3 COLLATE "C"))
+             AND (NOT $4 OR d.connection_type = '')
+             AND ($5::text IS NULL OR (d.hostname_key, d.guid) > ($5, $6))
+           ORDER BY d.hostname_key, d.guid
+           LIMIT $7"#,
+        scope.site_ids(),
+        filter.hostname.as_deref().map(names::key),
+        filter.connection_type,
+        filter.only_agents,
+        after_name,
+        after_guid,
+        limit,
+    )
+    .fetch_all(&mut *db::begin_wide(pool).await?)
+    .await?;
+    Ok(picked.into_iter().map(|row| (row.hostname_key, row.guid)).collect())
+}
+
+/// What there is to show of these devices, by hostname; those outside `scope` are left out. Each row is looked up by its key,
+/// whatever Postgres thinks of the size of the tables and of the list, so that one kept plan is good for all.
+async fn describe(pool: &db::Pool, scope: &Scope, guids: &[Uuid], slim: bool) -> Result<Vec<Device>> {
+    let rows = sqlx::query_as!(
         Row,
-        r#"WITH page AS MATERIALIZED (
-               SELECT d.* FROM devices AS d
-               WHERE ($1::bigint[] IS NULL OR d.site_id = ANY($1))
-                 AND ($2::uuid IS NULL OR d.guid = $2)
-                 AND ($3::text IS NULL OR d.hostname_key = $3)
-                 AND ($4::text IS NULL OR lower(d.connection_type COLLATE "C") = lower($4 COLLATE "C"))
-                 AND (NOT $5 OR d.connection_type = '')
-                 AND ($6::text IS NULL OR (d.hostname_key, d.guid) > ($6, $7))
-               ORDER BY d.hostname_key, d.guid
-               LIMIT $9
-           )
-           SELECT d.guid, d.hostname, d.hostname_key, d.reported_hostname,
+        r#"SELECT d.guid, d.hostname, d.reported_hostname,
                   CASE WHEN d.reported_hostname_key IN ('', d.hostname_key) THEN NULL
                        WHEN EXISTS (SELECT FROM devices o WHERE o.hostname_key = d.reported_hostname_key AND o.guid <> d.guid
                                     AND o.site_id IS NOT DISTINCT FROM d.site_id) THEN 'conflict'
@@ -329,28 +351,21 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
                   x.processes AS "processes?: Json<Box<RawValue>>", x.role_health AS "role_health?", x.agent_update AS "agent_update?",
                   x.services_reported_at AS "services_reported_at?", x.sessions_reported_at AS "sessions_reported_at?",
                   x.processes_reported_at AS "processes_reported_at?"
-           FROM page AS d
+           FROM unnest((SELECT $1::uuid[])) AS wanted (guid)
+           CROSS JOIN LATERAL (SELECT * FROM devices WHERE guid = wanted.guid LIMIT 1) AS d
            CROSS JOIN LATERAL device_presence_of(d.guid, d.last_seen, d.left_at) AS p
-           LEFT JOIN sites AS s ON s.id = d.site_id
-           LEFT JOIN device_details AS x ON x.device_guid = d.guid AND NOT $8
+           LEFT JOIN LATERAL (SELECT name, description FROM sites WHERE id = d.site_id LIMIT 1) AS s ON true
+           LEFT JOIN LATERAL (SELECT * FROM device_details WHERE device_guid = d.guid AND NOT $3 LIMIT 1) AS x ON true
+           WHERE $2::bigint[] IS NULL OR d.site_id = ANY($2)
            ORDER BY d.hostname_key, d.guid"#,
+        guids,
         scope.site_ids(),
-        filter.guid,
-        filter.hostname.as_deref().map(names::key),
-        filter.connection_type,
-        filter.only_agents,
-        after_name,
-        after_guid,
-        filter.slim,
-        limit + 1,
+        slim,
     )
-    .fetch_all(&mut *db::begin_wide(pool).await?)
+    .fetch_all(pool)
     .await?;
-    let more = i64::try_from(rows.len()).unwrap_or(i64::MAX) > limit;
-    rows.truncate(usize::try_from(limit).unwrap_or_default());
-    let next_cursor = rows.last().filter(|_| more).map(|last| encode_cursor(&last.hostname_key, last.guid));
     let now = Utc::now();
-    Ok(Page { devices: rows.into_iter().map(|row| row.into_device(filter.slim, now)).collect(), next_cursor })
+    Ok(rows.into_iter().map(|row| row.into_device(slim, now)).collect())
 }
 
 /// One device in `scope`.
@@ -358,8 +373,7 @@ pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Pag
 /// # Errors
 /// 404 `not found`.
 pub async fn one(pool: &db::Pool, scope: &Scope, guid: Uuid) -> Result<Device> {
-    let filter = Filter { guid: Some(guid), limit: Some(1), ..Filter::default() };
-    page(pool, scope, &filter).await?.devices.pop().map(with_version).ok_or_else(Error::not_found)
+    describe(pool, scope, &[guid], false).await?.pop().map(with_version).ok_or_else(Error::not_found)
 }
 
 /// What reads of a single device add. There is no published build to compare with yet: the installed one is the target.

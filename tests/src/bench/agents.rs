@@ -61,9 +61,11 @@ pub async fn run(options: &Options) -> Report {
     report.figure("reference: a plain TCP echo", echo.accepts_per_s, "accepts/s");
     report.figure("agents let in, to the echo", rate / echo.accepts_per_s, "x");
 
+    statements::begin(&stand.database.pool).await;
     let (cpu_before, began) = (cpu(), Instant::now());
     tokio::time::sleep(Duration::from_secs(options.settle)).await;
     let (cpu_after, lasted) = (cpu(), began.elapsed().as_secs_f64());
+    statements::print(&stand.database.pool, "heartbeats").await;
     let connected = resident_mib(stand.installation.api.pid());
     report.at_most(50.0, "memory of the API for each agent", (connected - before) * 1024.0 / options.agents as f64, "KiB");
     report.figure("memory of the API with all of them", connected, "MiB");
