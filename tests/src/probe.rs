@@ -167,6 +167,14 @@ async fn attempt(cx: &mut StepContext) -> StepResult {
     if input.get("final").is_some() {
         return Err(StepError::Final("no way".into()));
     }
+    if input.get("ends_failed").is_some() {
+        let key = cx.key();
+        let row = "INSERT INTO probe_rows (key) VALUES ($1) ON CONFLICT (key) DO UPDATE SET written = probe_rows.written + 1 RETURNING written";
+        let written: i32 = sqlx::query_scalar(row).bind(key).fetch_one(&mut **cx.tx().await?).await?;
+        // Retried, it goes well.
+        let failed = Outcome::Failed { error: "bad_luck: The work went wrong.".into(), output: json!({"written": written}) };
+        return Ok(if written == 1 { failed } else { Outcome::Next(json!({"written": written})) });
+    }
     if input.get("unstorable").is_some() {
         return Ok(Outcome::Next(json!("a NUL \u{0} that Postgres does not take")));
     }

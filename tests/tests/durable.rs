@@ -402,6 +402,29 @@ async fn a_panic_and_an_outcome_the_database_refuses_fail_one_run_and_nothing_el
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_step_may_fail_its_run_and_keep_what_it_wrote() {
+    let mut bench = Bench::new().await;
+    bench.worker("w1");
+    let run = bench.start(&probe::moody(), json!({"ends_failed": true})).await;
+    bench.reaches(run, "failed").await;
+    assert_eq!(bench.state(run).await, ("failed".into(), "try".into(), Some("bad_luck: The work went wrong.".into())));
+    let output = async || -> Option<Value> {
+        sqlx::query_scalar("SELECT output FROM workflow_runs WHERE id = $1").bind(run).fetch_one(bench.pool()).await.unwrap()
+    };
+    assert_eq!(output().await, Some(json!({"written": 1})));
+    assert_eq!(bench.count("SELECT count(*) FROM probe_rows WHERE written = 1").await, 1, "it stays");
+    assert_eq!(bench.count("SELECT count(*) FROM probe_attempts").await, 1, "nothing was tried again");
+
+    let mut tx = bench.pool().begin().await.unwrap();
+    retry(&mut tx, run, "test").await.unwrap();
+    tx.commit().await.unwrap();
+    bench.reaches(run, "succeeded").await;
+    assert_eq!(output().await, Some(json!({"written": 2})), "the step ran again, under the same key");
+    bench.is_clean().await;
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_failed_run_can_be_retried_from_its_failed_step() {
     let mut bench = Bench::new().await;
     bench.worker("w1");

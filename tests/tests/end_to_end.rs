@@ -314,6 +314,56 @@ async fn cancelling_a_long_script_ends_it_and_its_children() {
 }
 
 #[tokio::test]
+async fn a_job_run_and_its_workflow_run_end_alike() {
+    let house = House::new().await;
+    let admin = &house.admin;
+    let ends = async |run: &Value, state: &str| {
+        let path = format!("/api/runs/{}", run["workflow_run_id"].as_str().expect("a workflow run"));
+        eventually(&format!("{path} is {state}"), SOON, async || {
+            let found = admin.get(&path).await.ok();
+            assert!(found["finished_at"].is_null() || found["state"] == state, "ended as {found}");
+            (found["state"] == state).then_some(found)
+        })
+        .await
+    };
+
+    // The script fails on its only device, and is retried through the run that carried it.
+    let switch = house._state.path().join("switch");
+    let job = house.run_now(&format!("test -e '{}'", switch.display())).await;
+    let failed = ends(&house.until(job, "Failed").await, "failed").await;
+    assert_eq!(
+        (&failed["error"], &failed["output"]),
+        (&json!("runs_failed: 1 of 1 runs did not end well: 1 Failed."), &json!({"statuses": {"Failed": 1}})),
+    );
+    let listed = admin.get("/api/runs?state=failed").await.ok();
+    assert_eq!(listed["runs"][0]["id"], failed["id"], "{listed}");
+    std::fs::write(&switch, "").expect("a file");
+    let retry = format!("/api/runs/{}/retry", failed["id"].as_str().expect("an id"));
+    let retried = admin.post(&retry, json!({})).await.ok()["run"].clone();
+    assert_ne!(retried["id"], failed["id"], "another occurrence");
+    let _ = ends(&json!({"workflow_run_id": retried["id"]}), "succeeded").await;
+    let runs = house.runs(job).await;
+    assert_eq!(runs.iter().map(|run| &run["status"]).collect::<Vec<_>>(), ["Success", "Failed"], "newest first");
+    let again = format!("/api/runs/{}/retry", retried["id"].as_str().expect("an id"));
+    let _ = admin.post(&again, json!({})).await.error(409, "run_not_failed");
+
+    // A cancel of the only run cancels what carries it.
+    let job = house.run_now("sleep 300").await;
+    let run = house.until(job, "Running").await;
+    let _ = admin.post(&format!("/api/scheduled_jobs/{job}/runs/{}/cancel", run["id"]), json!({})).await.ok();
+    let _ = ends(&run, "cancelled").await;
+    assert_eq!(house.until(job, "Failed").await["error"], "cancelled_by_operator");
+
+    // And the other way round.
+    let job = house.run_now("sleep 300").await;
+    let run = house.until(job, "Running").await;
+    let cancel = format!("/api/runs/{}/cancel", run["workflow_run_id"].as_str().expect("a workflow run"));
+    let _ = admin.post(&cancel, json!({})).await.ok();
+    let _ = ends(&run, "cancelled").await;
+    assert_eq!(house.until(job, "Failed").await["error"], "cancelled_by_operator");
+}
+
+#[tokio::test]
 async fn a_device_that_is_away_gets_its_script_when_it_appears() {
     let mut house = House::new().await;
     house.agent.take().expect("an agent").kill();

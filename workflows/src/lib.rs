@@ -3,6 +3,7 @@
 pub mod durable;
 pub mod hold;
 pub mod housekeeping;
+pub mod jobs;
 pub mod metrics;
 pub mod runs;
 pub mod scheduled_run;

@@ -62,13 +62,13 @@ pub fn definition() -> Workflow {
         .on_cancel(|cx| Box::pin(cancel(cx)))
 }
 
-/// Starts the runs of opened occurrences, in the caller's transaction and once per occurrence.
+/// Starts the runs of opened occurrences, in the caller's transaction and once per occurrence. Answers the runs.
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn start_occurrences(conn: &mut PgConnection, occurrence_ids: &[i64]) -> Result<()> {
+pub async fn start_occurrences(conn: &mut PgConnection, occurrence_ids: &[i64]) -> Result<Vec<Uuid>> {
     if occurrence_ids.is_empty() {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let facts = occurrence::facts(conn, occurrence_ids).await?;
     let ids: Vec<i64> = facts.iter().map(|facts| facts.id).collect();
@@ -81,7 +81,19 @@ pub async fn start_occurrences(conn: &mut PgConnection, occurrence_ids: &[i64]) 
     });
     let started = start::start_many(conn, &definition(), new.collect()).await?;
     let carriers: Vec<(i64, Uuid)> = ids.into_iter().zip(started.iter().map(|started| started.run_id)).collect();
-    occurrence::carried_by(conn, &carriers).await
+    occurrence::carried_by(conn, &carriers).await?;
+    Ok(started.into_iter().map(|started| started.run_id).collect())
+}
+
+/// The occurrence that a run was started for.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn occurrence_of(conn: &mut PgConnection, run_id: Uuid) -> Result<Option<i64>> {
+    let input = sqlx::query_scalar!("SELECT input FROM workflow_runs WHERE id = $1 AND workflow = $2", run_id, NAME)
+        .fetch_optional(conn)
+        .await?;
+    Ok(input.and_then(|input| Input::deserialize(input).ok()).map(|input| input.occurrence_id))
 }
 
 /// Freezes the targets and writes what is to be sent to each, in the transaction that commits this step.
@@ -134,12 +146,15 @@ async fn results(cx: &mut StepContext) -> StepResult {
     Ok(Outcome::Wait(Wait { signal: Some(RESULTS.to_owned()), children: false, at_most: None, state: json!(null) }))
 }
 
-/// Closes the occurrence and starts the one that waited for it.
+/// Closes the occurrence and starts the one that waited for it. Where not every device's run went well, this run has failed, too.
 async fn finish(cx: &mut StepContext) -> StepResult {
     let Input { occurrence_id } = cx.input()?;
     let summary = close(cx.tx().await?, occurrence_id).await?;
     inside(cx);
-    Outcome::done(&summary)
+    match summary.trouble() {
+        Some(error) => Ok(Outcome::Failed { error, output: json!(summary) }),
+        None => Outcome::done(&summary),
+    }
 }
 
 /// The fail point in the middle of a step, after its effect has begun.

@@ -2,7 +2,7 @@
 
 use axum::{Json, extract::State};
 use borealis_engine::{Error, audit};
-use borealis_workflows::{CancelAsked, runs};
+use borealis_workflows::{CancelAsked, jobs, runs};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -169,16 +169,15 @@ async fn cancel(
     Ok(Json(Accepted { status, run }))
 }
 
-/// Let a failed run try its failed step again.
+/// Let a failed run try its failed step again. The run of a scheduled job's occurrence that has ended is retried by a new run for the
+/// targets that did not end well; that one is answered.
 #[utoipa::path(post, path = "/api/runs/{id}/retry", tag = "Runs", params(("id" = Uuid, Path)),
-    responses((status = 200, body = Accepted), (status = 404, description = "`not found`"), (status = 409, description = "`run_not_failed`")))]
+    responses((status = 200, body = Accepted), (status = 404, description = "`not found`"), (status = 409, description = "`run_not_failed`; for a job `job_disabled`, `occurrence_in_progress`, `nothing_to_retry`")))]
 async fn retry(State(app): State<App>, operator: Operator, Path(id): Path<String>) -> Result<Json<Accepted>> {
     let id = run_id(&id)?;
     let mut tx = app.pool.begin().await?;
-    runs::get(&mut tx, &operator.scope, id).await?;
-    borealis_workflows::retry(&mut tx, id, &operator.username).await?;
-    record(&mut tx, &operator, "workflow_run.retry", id, Value::Null).await?;
-    let run = runs::get(&mut tx, &operator.scope, id).await?.into();
+    let goes_on = jobs::retry_run(&mut tx, operator.caller(&app), id).await?;
+    let run = runs::get(&mut tx, &operator.scope, goes_on).await?.into();
     tx.commit().await?;
     Ok(Json(Accepted { status: "queued", run }))
 }

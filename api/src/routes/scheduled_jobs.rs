@@ -10,14 +10,13 @@ use borealis_engine::{
     db::{self, Tx},
     idempotency::{self, Claim},
     jobs::{
-        occurrence::{self, Requested},
-        run,
         schedule::{PREVIEW_MAX, Schedule, ScheduleInput},
         spec::JobBody,
         store,
         view::{self, DeviceResult, JobFilter, JobView, RunView},
     },
 };
+use borealis_workflows::jobs::{self, Which};
 use chrono::SecondsFormat;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -227,6 +226,8 @@ struct DeviceDocument {
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 struct ListQuery {
+    /// Only jobs of exactly this name. Names need not be unique.
+    name: Option<String>,
     /// Only jobs that reach this site; what is no positive number is no filter.
     site: Option<String>,
     /// The same.
@@ -272,7 +273,8 @@ fn full<T>(page: &[T], limit: i64) -> Option<&T> {
 async fn list(State(app): State<App>, operator: Operator, Params(query): Params<ListQuery>) -> Result<Json<JobList>> {
     let limit = bounded(query.limit, view::JOBS_MAX)?;
     let site_id = query.site_id.or(query.site).and_then(|text| text.trim().parse().ok()).filter(|site| *site > 0);
-    let filter = JobFilter { id: None, site_id, before: query.cursor };
+    let filter =
+        JobFilter { name: query.name.map(|name| name.replace('\0', "")), site_id, before: query.cursor, ..JobFilter::default() };
     let jobs = view::jobs(&mut *db::begin_wide(&app.pool).await?, &operator.scope, filter, limit).await?;
     let next_cursor = full(&jobs, limit).map(|job| job.id);
     Ok(Json(JobList { jobs, next_cursor }))
@@ -499,28 +501,9 @@ async fn start(
         Claim::Replay(status, answer) => return replay(status, answer),
         Claim::Fresh(slot) => slot,
     };
-    let job = store::lock(&mut tx, &operator.scope, id).await?;
-    if !job.spec.enabled {
-        return Err(Error::conflict("job_disabled", "The job is disabled.").into());
-    }
-    if !body.allow_overlap && store::in_progress(&mut tx, id).await? {
-        return Err(store::occurrence_in_progress().into());
-    }
-    let only_devices = if retry { Some(store::to_retry(&mut tx, &operator.scope, id).await?) } else { None };
-    let new = Requested {
-        job_id: id,
-        at: store::now(&mut tx).await?,
-        cause,
-        scope_site_ids: operator.scope.site_ids().map(<[i64]>::to_vec),
-        only_devices,
-        requested_by: operator.username.clone(),
-    };
-    let occurrence_id = occurrence::open(&mut tx, &new).await?;
-    borealis_engine::db::plan_afresh(&mut tx).await?;
-    occurrence::freeze(&mut tx, occurrence_id).await?;
-    borealis_workflows::scheduled_run::start_occurrences(&mut tx, &[occurrence_id]).await?;
-    let (at, runs) = store::started(&mut tx, occurrence_id).await?;
-    store::record(&mut tx, &operator.actor, &format!("scheduled_job.{cause}"), id, json!({"occurrence": at.timestamp()})).await?;
+    let which = if retry { Which::UnsuccessfulOfLatest } else { Which::All };
+    let started = jobs::start_now(&mut tx, operator.caller(app), id, which, body.allow_overlap).await?;
+    let (at, runs) = store::started(&mut tx, started.id).await?;
     let job = view::job(&mut tx, &operator.scope, id).await?;
     let answer = json!(Started { status: "queued", occurrence: at.timestamp(), runs, job });
     slot.keep(&mut tx, 200, &answer).await?;
@@ -540,12 +523,7 @@ struct JobRemoved {
     responses((status = 200, body = JobRemoved), (status = 404, description = "`not found`")))]
 async fn delete(State(app): State<App>, operator: Operator, Path(id): Path<i64>) -> Result<Json<JobRemoved>> {
     let mut tx = app.pool.begin().await?;
-    store::lock(&mut tx, &operator.scope, id).await?;
-    let (workflows, devices) = occurrence::cancel_all(&mut tx, id).await?;
-    for workflow in workflows {
-        borealis_workflows::request_cancel(&mut tx, workflow, run::CANCELLED_BY_OPERATOR).await?;
-    }
-    store::delete(&mut tx, operator.caller(&app), id).await?;
+    let devices = jobs::delete(&mut tx, operator.caller(&app), id).await?;
     tx.commit().await?;
     app.hub.deliver(&devices).await;
     Ok(Json(JobRemoved { status: "ok" }))
@@ -643,10 +621,7 @@ async fn cancel_run(
 ) -> Result<Json<Cancelling>> {
     let mut tx = app.pool.begin().await?;
     view::job(&mut tx, &operator.scope, id).await?;
-    let cancelled = run::request_cancel(&mut tx, &operator.scope, id, run_id, &operator.actor).await?;
-    for workflow in &cancelled.finished_workflows {
-        borealis_workflows::signal(&mut tx, *workflow, borealis_workflows::scheduled_run::RESULTS, &Value::Null).await?;
-    }
+    let cancelled = jobs::cancel_run(&mut tx, operator.caller(&app), id, run_id).await?;
     tx.commit().await?;
     app.hub.deliver(&cancelled.devices).await;
     Ok(Json(Cancelling { status: if cancelled.ended.contains(&run_id) { "cancelled" } else { "cancelling" } }))

@@ -403,6 +403,18 @@ pub struct Summary {
     pub next_queued: Option<i64>,
 }
 
+impl Summary {
+    /// What the operator of a job is told when not every run went well: how many of how many, and how they ended.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        let is_well = |status: &str| ["Success", "Warning", "Skipped"].contains(&status);
+        let bad: Vec<_> = self.statuses.iter().filter(|(status, _)| !is_well(status)).collect();
+        let (count, all) = (bad.iter().map(|(_, count)| **count).sum::<i64>(), self.statuses.values().sum::<i64>());
+        let each: Vec<String> = bad.iter().map(|(status, count)| format!("{count} {status}")).collect();
+        (count > 0).then(|| format!("runs_failed: {count} of {all} runs did not end well: {}.", each.join(", ")))
+    }
+}
+
 /// How many runs of an occurrence have not ended.
 ///
 /// # Errors
@@ -457,6 +469,38 @@ pub async fn close(conn: &mut PgConnection, occurrence_id: i64) -> Result<Summar
     .fetch_optional(&mut *conn)
     .await?;
     Ok(Summary { statuses, next_queued })
+}
+
+/// The job of an occurrence that has ended and was carried out by this workflow run.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn closed_by(conn: &mut PgConnection, occurrence_id: i64, workflow_run_id: Uuid) -> Result<Option<i64>> {
+    Ok(sqlx::query_scalar!(
+        "SELECT job_id FROM job_occurrences WHERE id = $1 AND workflow_run_id = $2 AND state = 'closed'",
+        occurrence_id,
+        workflow_run_id,
+    )
+    .fetch_optional(conn)
+    .await?)
+}
+
+/// The workflow run of the occurrence of a run, when an operator has cancelled every run of it that was not skipped.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn cancelled_whole(conn: &mut PgConnection, run_id: i64) -> Result<Option<Uuid>> {
+    Ok(sqlx::query_scalar!(
+        "SELECT o.workflow_run_id FROM job_occurrences o
+         WHERE o.id = (SELECT r.occurrence_id FROM scheduled_job_runs r WHERE r.id = $1) AND o.state = 'open'
+           AND NOT EXISTS (SELECT FROM scheduled_job_runs r WHERE r.occurrence_id = o.id AND r.status <> 'Skipped'
+                           AND (r.cancel_requested_at IS NULL OR r.cancel_reason IS DISTINCT FROM $2))",
+        run_id,
+        super::run::CANCELLED_BY_OPERATOR,
+    )
+    .fetch_optional(conn)
+    .await?
+    .flatten())
 }
 
 /// Cancels every unfinished occurrence of a job that is about to go. Answers the workflow runs to be cancelled with them

@@ -343,6 +343,27 @@ pub async fn to_retry(conn: &mut PgConnection, scope: &Scope, job_id: i64) -> Re
     Ok(devices)
 }
 
+/// The devices whose run in an occurrence did not end well, as far as the caller may see them.
+///
+/// # Errors
+/// 409 `nothing_to_retry` when there are none.
+pub async fn failed_in(conn: &mut PgConnection, scope: &Scope, occurrence_id: i64) -> Result<Vec<Uuid>> {
+    let devices = sqlx::query_scalar!(
+        r#"SELECT DISTINCT device_guid AS "device_guid!" FROM scheduled_job_runs
+           WHERE occurrence_id = $1 AND device_guid IS NOT NULL AND status NOT IN ('Success', 'Warning', 'Skipped')
+             AND ($2::bigint[] IS NULL OR site_id = ANY($2))
+           ORDER BY 1"#,
+        occurrence_id,
+        scope.site_ids(),
+    )
+    .fetch_all(conn)
+    .await?;
+    if devices.is_empty() {
+        return Err(Error::conflict("nothing_to_retry", "No target of this occurrence has failed."));
+    }
+    Ok(devices)
+}
+
 /// Whether an occurrence of the job has not ended.
 ///
 /// # Errors

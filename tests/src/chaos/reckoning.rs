@@ -52,6 +52,7 @@ const NEVER: [(&str, &str); 10] = [
         "SELECT id::text || ' ' || workflow || ' ' || coalesce(error, '') FROM workflow_runs
          WHERE state = 'failed' AND NOT (error LIKE 'worker_lost:%' AND worker_deaths >= 3)
            AND NOT (workflow = 'fragile' AND error LIKE 'interrupted:%')
+           AND NOT (workflow = 'scheduled_run' AND error LIKE 'runs_failed:%')
            AND NOT (workflow = 'moody' AND error LIKE 'database_unavailable:%' AND attempt >= 3)",
     ),
     ("an instant of a schedule that was used twice", "SELECT job_id::text FROM job_occurrences GROUP BY job_id, scheduled_at HAVING count(*) > 1"),
@@ -64,8 +65,10 @@ const NEVER: [(&str, &str); 10] = [
     ),
     ("an event of an activity that was refused", "SELECT id::text FROM activity_events WHERE kind = 'refused'"),
     (
-        "an occurrence whose workflow run did not succeed",
-        "SELECT o.id::text || ' ' || w.state FROM job_occurrences o JOIN workflow_runs w ON w.id = o.workflow_run_id WHERE w.state <> 'succeeded'",
+        "an occurrence whose workflow run did not end as its runs did",
+        "SELECT o.id::text || ' ' || w.state FROM job_occurrences o JOIN workflow_runs w ON w.id = o.workflow_run_id
+         WHERE w.state <> CASE WHEN EXISTS (SELECT FROM scheduled_job_runs r WHERE r.occurrence_id = o.id
+                                            AND r.status NOT IN ('Success', 'Warning', 'Skipped')) THEN 'failed' ELSE 'succeeded' END",
     ),
 ];
 

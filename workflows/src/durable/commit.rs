@@ -135,6 +135,11 @@ impl Commit {
                 commit.kind = "done";
                 commit.data = output;
             }
+            Ok(Outcome::Failed { error, output }) => {
+                commit.kind = "fail";
+                commit.error = Some(error.replace('\0', " "));
+                commit.data = output;
+            }
             Ok(Outcome::Wait(wait)) => {
                 commit.kind = "wait";
                 commit.data = wait.state;
@@ -301,7 +306,8 @@ async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> 
                        WHEN 'succeeded' THEN 'succeeded' WHEN 'failed' THEN 'failed' WHEN 'cancelled' THEN 'cancelled' WHEN 'cancelling' THEN 'cancelling'
                        ELSE CASE WHEN r.step = 'cancel' THEN 'cancelling' WHEN a.kind = 'wait' THEN 'waiting' ELSE 'pending' END END,
                    state_data = CASE WHEN a.kind IN ('next', 'wait') THEN a.data ELSE r.state_data END,
-                   output = CASE WHEN workflow_becomes(a.kind, a.next_step IS NULL, r.step, false) IN ('succeeded', 'cancelled') THEN a.data ELSE r.output END,
+                   output = CASE WHEN workflow_becomes(a.kind, a.next_step IS NULL, r.step, false) IN ('succeeded', 'cancelled') THEN a.data
+                       WHEN a.kind = 'fail' THEN nullif(a.data, 'null') ELSE r.output END,
                    error = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, false)
                        WHEN 'failed' THEN a.error WHEN 'cancelled' THEN coalesce(r.cancel_reason, 'cancelled') ELSE r.error END,
                    parked = workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL) = 'waiting',

@@ -192,6 +192,14 @@ pub enum Outcome {
     Next(Value),
     /// The run has succeeded with this value, whatever steps are left.
     Done(Value),
+    /// The run has failed, for this reason and with this value, and what the step has written stays: the work went wrong, not the
+    /// step. A retry runs the step again.
+    Failed {
+        /// Why, as `code: sentence`.
+        error: String,
+        /// What it ended with.
+        output: Value,
+    },
     /// Sleep without a worker until a signal, the children or an instant; then the same step runs again with this state.
     Wait(Wait),
 }

@@ -299,7 +299,7 @@ pub async fn retry(conn: &mut PgConnection, run_id: Uuid, requested_by: &str) ->
     sqlx::query!(
         r#"WITH run AS (
                UPDATE workflow_runs
-               SET state = CASE WHEN step = 'cancel' THEN 'cancelling' ELSE 'pending' END, attempt = 0, worker_deaths = 0, error = NULL,
+               SET state = CASE WHEN step = 'cancel' THEN 'cancelling' ELSE 'pending' END, attempt = 0, worker_deaths = 0, error = NULL, output = NULL,
                    finished_at = NULL, event_seq = event_seq + 1, ready_at = now(), updated_at = now()
                WHERE id = $1
                RETURNING id, workflow, version, event_seq, priority, step, ready_at, parent_id
