@@ -13,6 +13,7 @@ use borealis_engine::{
     work,
 };
 use bytes::BytesMut;
+use chrono::{DateTime, Datelike as _, Utc};
 use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 
@@ -217,6 +218,21 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T>
             Err(_) => Err(Error::not_found().into()),
         }
     }
+}
+
+/// The instant that a parameter of a query names, in epoch seconds or as RFC 3339; none when it is empty.
+///
+/// # Errors
+/// 400 `invalid_instant` that names the `field`.
+pub fn instant(text: Option<&str>, field: &str) -> Result<Option<DateTime<Utc>>, Error> {
+    let Some(text) = text.map(str::trim).filter(|text| !text.is_empty()) else { return Ok(None) };
+    let read = match text.parse::<i64>() {
+        Ok(seconds) => DateTime::from_timestamp(seconds, 0),
+        Err(_) => DateTime::parse_from_rfc3339(text).ok().map(|at| at.to_utc()),
+    };
+    let storable = read.filter(|at| (1970..=9999).contains(&at.year()));
+    let wanted = "must be RFC 3339, as 2026-01-31T00:00:00Z, or epoch seconds, between 1970 and the year 9999";
+    storable.map(Some).ok_or_else(|| Error::field("invalid_instant", field, wanted))
 }
 
 #[cfg(test)]

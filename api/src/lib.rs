@@ -11,6 +11,7 @@ pub mod errors;
 pub mod event_streams;
 pub mod github;
 pub mod internal;
+pub mod large;
 pub mod metrics;
 pub mod reconcilers;
 pub mod room;

@@ -21,7 +21,7 @@ use utoipa_axum::routes;
 
 use crate::{
     access::{Area, Operator, Routes},
-    body::Params,
+    body::{self, Params},
     errors::Result,
     state::App,
 };
@@ -138,16 +138,6 @@ fn format(text: Option<&str>) -> Result<Format> {
     }
 }
 
-fn instant(text: Option<&str>, field: &str) -> Result<Option<DateTime<Utc>>> {
-    let Some(text) = text.map(str::trim).filter(|text| !text.is_empty()) else { return Ok(None) };
-    let read = match text.parse::<i64>() {
-        Ok(seconds) => DateTime::from_timestamp(seconds, 0),
-        Err(_) => DateTime::parse_from_rfc3339(text).ok().map(|at| at.to_utc()),
-    };
-    let refuse = || Error::field("invalid_instant", field, "must be RFC 3339, as 2026-01-31T00:00:00Z, or epoch seconds.").into();
-    read.map(Some).ok_or_else(refuse)
-}
-
 impl Which {
     fn filter(&self) -> Result<Filter> {
         let given =
@@ -157,8 +147,8 @@ impl Which {
             return Err(Error::field("invalid_outcome", "outcome", "must be success or failure.").into());
         }
         Ok(Filter {
-            from: instant(self.from.as_deref(), "from")?,
-            to: instant(self.to.as_deref(), "to")?,
+            from: body::instant(self.from.as_deref(), "from")?,
+            to: body::instant(self.to.as_deref(), "to")?,
             actor: given(&self.actor),
             action: given(&self.action),
             object_kind: given(&self.object_kind),

@@ -1,7 +1,7 @@
 //! Device reads.
 
-use axum::{Json, extract::State};
-use borealis_engine::devices::list::{self, Device, Filter, Page};
+use axum::{Json, extract::State, response::Response};
+use borealis_engine::devices::list::{self, Device, Filter};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use utoipa::IntoParams;
@@ -9,8 +9,9 @@ use utoipa_axum::routes;
 
 use crate::{
     access::{Area, Operator, Routes, TargetDevice},
-    body::Params,
+    body::{self, Params},
     errors::Result,
+    large::Encodings,
     state::App,
 };
 
@@ -35,6 +36,17 @@ struct Which {
     /// Only this hostname, in any case.
     #[serde(default)]
     hostname: String,
+    /// Only those with this text, in any case, in a hostname, address, description, domain, user, operating system or GUID.
+    #[serde(default)]
+    q: String,
+    /// Only those of which something has changed since, but for what every heartbeat changes (`last_seen`, `uptime` and the use of processor
+    /// and memory): RFC 3339, or epoch seconds, such as `as_of` of an answer. Removed devices, and what time alone changes (`status`), are not
+    /// told.
+    changed_after: Option<String>,
+    /// `hostname` (the default), `created_at` or `last_seen`; `-last_seen` is the latest first. A list by `last_seen` has one page.
+    sort: Option<String>,
+    /// Only these fields of each device, names separated by commas: `hostname,status,last_seen`.
+    fields: Option<String>,
     /// `1`, `true` or `yes`: without the large documents.
     #[serde(default)]
     slim: String,
@@ -48,23 +60,33 @@ fn says_yes(text: &str) -> bool {
     matches!(text.trim().to_lowercase().as_str(), "1" | "true" | "yes")
 }
 
-/// The devices in the caller's sites, by hostname.
+/// The devices in the caller's sites. Compressed for clients that take gzip.
 #[utoipa::path(get, path = "/api/devices", tag = "Devices", params(Which), responses(
-    (status = 200, body = Value, description = "`{devices: [...], next_cursor}`"),
-    (status = 400, description = "`invalid_limit`, `invalid_cursor`, `invalid_query`"),
+    (status = 200, body = Value, description = "`{devices: [...], next_cursor, as_of}`"),
+    (status = 400, description = "`invalid_limit`, `invalid_cursor`, `invalid_fields`, `invalid_instant`, `invalid_query`, `invalid_search`, `invalid_sort`"),
     (status = 401, description = "`unauthorized`"),
 ))]
-async fn devices(State(app): State<App>, operator: Operator, Params(which): Params<Which>) -> Result<Json<Page>> {
+async fn devices(
+    State(app): State<App>,
+    operator: Operator,
+    encodings: Encodings,
+    Params(which): Params<Which>,
+) -> Result<Response> {
     let given = |text: &str| Some(text.trim().replace('\0', "")).filter(|text| !text.is_empty());
     let filter = Filter {
         hostname: given(&which.hostname),
+        search: given(&which.q),
         connection_type: given(&which.connection_type),
         only_agents: says_yes(&which.only_agents),
+        changed_after: body::instant(which.changed_after.as_deref(), "changed_after")?,
+        sort: which.sort.filter(|sort| !sort.is_empty()),
         slim: says_yes(&which.slim),
+        fields: which.fields.filter(|names| !names.trim().is_empty()),
         limit: which.limit,
         cursor: which.cursor.filter(|cursor| !cursor.is_empty()),
     };
-    Ok(Json(list::page(&app.pool, &operator.scope, &filter).await?))
+    let page = list::page(&app.pool, &operator.scope, &filter).await?;
+    encodings.json(page.devices.len(), page).await
 }
 
 /// One device.

@@ -1,16 +1,19 @@
-//! Devices as operators see them. The caller's sites are part of every query.
+//! Devices as operators list them. The caller's sites are part of every query. How a device is written is in `shown.rs`.
+
+use std::sync::Arc;
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use chrono::{DateTime, SecondsFormat, Utc};
-use serde::{
-    Serialize,
-    ser::{SerializeMap, Serializer},
-};
+use chrono::{DateTime, Utc};
+use serde::Serialize;
 use serde_json::{Map, Value, json, value::RawValue};
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::{role_health, sockets::PROCESS_SILENCE_S};
+pub use super::shown::Device;
+use super::{
+    shown::{Row, Shown, epoch},
+    sockets::PROCESS_SILENCE_S,
+};
 use crate::{
     db,
     error::{Error, Result},
@@ -21,318 +24,226 @@ use crate::{
 
 /// The most devices one answer holds.
 pub const MAX_ROWS: i64 = 10_000;
+/// The longest text that devices are searched for, in characters.
+pub const SEARCH_MAX: usize = 200;
 /// A device seen within this many seconds is being collected from.
 pub const COLLECTING_S: i64 = 130;
+/// How long before an answer its `as_of` is, in seconds: what was being written at that time is in the next answer.
+const AS_OF_S: i64 = 15;
 
 /// Which devices.
 #[derive(Debug, Clone, Default)]
 pub struct Filter {
     /// With exactly this hostname, in any case.
     pub hostname: Option<String>,
+    /// With this text in a hostname, address, description, domain, user, operating system or GUID, in any case.
+    pub search: Option<String>,
     /// With this connection type, in any case.
     pub connection_type: Option<String>,
     /// Only machines with an agent, that is without a connection type.
     pub only_agents: bool,
+    /// Only those of which something has changed since, but for what every heartbeat changes.
+    pub changed_after: Option<DateTime<Utc>>,
+    /// The order; by hostname when there is none. See [`Sort::parse`].
+    pub sort: Option<String>,
     /// Without the large documents.
     pub slim: bool,
+    /// Only these fields, names separated by commas.
+    pub fields: Option<String>,
     /// The most rows; [`MAX_ROWS`] unless less.
     pub limit: Option<i64>,
     /// Where the page before ended, as it answered.
     pub cursor: Option<String>,
 }
 
+/// What a list is ordered by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Key {
+    Hostname,
+    CreatedAt,
+    LastSeen,
+}
+
+/// The order of a list. Devices that are equal are in the order of their GUIDs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Sort {
+    key: Key,
+    descending: bool,
+}
+
+impl Sort {
+    /// `hostname`, `created_at` or `last_seen`, descending after a `-`.
+    fn parse(text: &str) -> Result<Self> {
+        let (name, descending) = text.strip_prefix('-').map_or((text, false), |name| (name, true));
+        let key = match name {
+            "hostname" => Key::Hostname,
+            "created_at" => Key::CreatedAt,
+            "last_seen" => Key::LastSeen,
+            _ => {
+                let wanted = "must be hostname, created_at or last_seen, after a `-` for the opposite order";
+                return Err(Error::field("invalid_sort", "sort", wanted));
+            }
+        };
+        Ok(Self { key, descending })
+    }
+
+    fn name(self) -> &'static str {
+        match self.key {
+            Key::Hostname => "hostname",
+            Key::CreatedAt => "created_at",
+            Key::LastSeen => "last_seen",
+        }
+    }
+
+    /// What a cursor of this order begins with; none for an order that changes while pages are read.
+    fn mark(self) -> Option<char> {
+        match (self.key, self.descending) {
+            (Key::Hostname, false) => Some('h'),
+            (Key::Hostname, true) => Some('H'),
+            (Key::CreatedAt, false) => Some('c'),
+            (Key::CreatedAt, true) => Some('C'),
+            (Key::LastSeen, _) => None,
+        }
+    }
+}
+
 /// One page.
 #[derive(Debug, Serialize)]
 pub struct Page {
-    /// The devices, by hostname.
+    /// The devices, in the order that was asked for.
     pub devices: Vec<Device>,
     /// For the next page, when there is more.
     pub next_cursor: Option<String>,
+    /// What to ask `changed_after` next, to hear of what has changed since this answer: epoch seconds.
+    pub as_of: i64,
 }
 
-/// A device as operators read it. The large documents are in the answer twice, as clients of the reference read either; they are the text
-/// that Postgres gave, never parsed.
-#[derive(Debug)]
-pub struct Device {
-    /// The device.
-    pub guid: Uuid,
-    /// What is shown at the top, and overrides what the summary says of it.
-    scalars: Map<String, Value>,
-    /// None of a slim one.
-    documents: Option<Documents>,
-}
-
-/// The large documents of a device.
-#[derive(Debug)]
-struct Documents {
-    named: [(&'static str, Box<RawValue>); 8],
-    summary: Map<String, Value>,
-    role_health: Value,
-    reported_at: [(&'static str, i64); 3],
-}
-
-impl Serialize for Device {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(None)?;
-        for (name, value) in &self.scalars {
-            map.serialize_entry(name, value)?;
-        }
-        if let Some(documents) = &self.documents {
-            // Written once, shown twice.
-            let summary = Merged { under: &documents.summary, over: &self.scalars };
-            let summary = serde_json::value::to_raw_value(&summary).map_err(serde::ser::Error::custom)?;
-            for (name, document) in &documents.named {
-                map.serialize_entry(name, document)?;
-            }
-            map.serialize_entry("summary", &summary)?;
-            map.serialize_entry("details", &Details { named: &documents.named, summary: &summary })?;
-            map.serialize_entry("agent_role_health", &documents.role_health)?;
-            for (name, at) in documents.reported_at {
-                map.serialize_entry(name, &at)?;
-            }
-        }
-        map.end()
-    }
-}
-
-/// An object with the entries of two; those of `over` win.
-struct Merged<'a> {
-    under: &'a Map<String, Value>,
-    over: &'a Map<String, Value>,
-}
-
-impl Serialize for Merged<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.under.iter().filter(|(name, _)| !self.over.contains_key(*name)).chain(self.over))
-    }
-}
-
-/// The documents and the summary, in one object.
-struct Details<'a> {
-    named: &'a [(&'static str, Box<RawValue>)],
-    summary: &'a RawValue,
-}
-
-impl Serialize for Details<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let documents = self.named.iter().map(|(name, document)| (*name, &**document));
-        serializer.collect_map(documents.chain([("summary", self.summary)]))
-    }
-}
-
-/// A stored document, as its text.
-type Document = Option<Json<Box<RawValue>>>;
-
-struct Row {
+/// Where a page ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Place {
     guid: Uuid,
-    hostname: String,
-    reported_hostname: String,
-    hostname_change: Option<String>,
-    agent_socket: bool,
-    online: bool,
-    connection_state: String,
-    site_id: Option<i64>,
-    site_name: Option<String>,
-    site_description: Option<String>,
-    agent_id: String,
-    status: String,
-    description: String,
-    created_at: DateTime<Utc>,
-    last_enrollment_at: DateTime<Utc>,
-    last_seen: Option<DateTime<Utc>>,
-    agent_build_id: String,
-    device_type: String,
-    domain: String,
-    external_ip: String,
-    internal_ip: String,
-    last_reboot: String,
-    last_user: String,
-    operating_system: String,
-    uptime: i64,
-    cpu_percent: Option<f64>,
-    memory_percent: Option<f64>,
-    connection_type: String,
-    connection_endpoint: String,
-    agent_release_channel: String,
-    agent_branch: String,
-    summary: Option<Value>,
-    memory: Document,
-    network: Document,
-    software: Document,
-    services: Document,
-    storage: Document,
-    cpu: Document,
-    sessions: Document,
-    processes: Document,
-    role_health: Option<Value>,
-    agent_update: Option<Value>,
-    services_reported_at: Option<DateTime<Utc>>,
-    sessions_reported_at: Option<DateTime<Utc>>,
-    processes_reported_at: Option<DateTime<Utc>>,
+    hostname_key: Option<String>,
+    created_at: Option<DateTime<Utc>>,
 }
 
-/// Epoch seconds, 0 for never.
-fn epoch(at: Option<DateTime<Utc>>) -> i64 {
-    at.map_or(0, |at| at.timestamp())
+fn encode_cursor(sort: Sort, last: &Picked) -> Option<String> {
+    let mark = sort.mark()?;
+    let key = match sort.key {
+        Key::CreatedAt => last.created_at.timestamp_micros().to_string(),
+        _ => last.hostname_key.clone(),
+    };
+    Some(URL_SAFE_NO_PAD.encode(format!("{mark}{}{key}", last.guid)))
 }
 
-/// RFC 3339, empty for never.
-fn iso(at: Option<DateTime<Utc>>) -> String {
-    at.map(|at| at.to_rfc3339_opts(SecondsFormat::Secs, true)).unwrap_or_default()
+fn decode_cursor(sort: Sort, cursor: &str) -> Result<Place> {
+    let read = || {
+        let text = URL_SAFE_NO_PAD.decode(cursor).ok().and_then(|bytes| String::from_utf8(bytes).ok())?;
+        let rest = text.strip_prefix(sort.mark()?)?;
+        let (guid, key) = (Uuid::try_parse(rest.get(..36)?).ok()?, rest.get(36..).filter(|key| !key.contains('\0'))?);
+        Some(match sort.key {
+            Key::CreatedAt => {
+                Place { guid, hostname_key: None, created_at: Some(DateTime::from_timestamp_micros(key.parse().ok()?)?) }
+            }
+            _ => Place { guid, hostname_key: Some(key.to_owned()), created_at: None },
+        })
+    };
+    read().ok_or_else(|| Error::field("invalid_cursor", "cursor", "is not one that this list gave out in this order"))
 }
 
-impl Row {
-    fn into_device(self, slim: bool, now: DateTime<Utc>) -> Device {
-        let last_seen = self.last_seen;
-        let update = |name: &str| self.agent_update.as_ref().and_then(|all| all.get(name)).and_then(Value::as_str).unwrap_or("");
-        let guid = guid_text(self.guid);
-        let scalars = json!({
-            "hostname": self.hostname,
-            "description": self.description,
-            "created_at": self.created_at.timestamp(),
-            "created_at_iso": iso(Some(self.created_at)),
-            "last_enrollment_at": self.last_enrollment_at.timestamp(),
-            "last_enrollment_at_iso": iso(Some(self.last_enrollment_at)),
-            "agent_hash": self.agent_build_id,
-            "agent_build_id": self.agent_build_id,
-            "agent_guid": guid,
-            "guid": guid,
-            "agent_id": self.agent_id,
-            "device_type": self.device_type,
-            "domain": self.domain,
-            "external_ip": self.external_ip,
-            "internal_ip": self.internal_ip,
-            "last_reboot": self.last_reboot,
-            "last_seen": epoch(last_seen),
-            "last_seen_iso": iso(last_seen),
-            "cpu_percent": self.cpu_percent,
-            "memory_percent": self.memory_percent,
-            "last_user": self.last_user,
-            "operating_system": self.operating_system,
-            "uptime": self.uptime,
-            "connection_type": self.connection_type,
-            "connection_endpoint": self.connection_endpoint,
-            "agent_release_channel_override": "",
-            "agent_release_channel": self.agent_release_channel,
-            "agent_branch": self.agent_branch,
-            "agent_update_channel": update("channel"),
-            "agent_update_target_build_id": update("target_build_id"),
-            "agent_update_state": update("state"),
-            "agent_update_error": update("error"),
-            "agent_update_source": update("source"),
-            "site_id": self.site_id,
-            "site_name": self.site_name.unwrap_or_default(),
-            "site_description": self.site_description.unwrap_or_default(),
-            "status": if self.online { "Online" } else { "Offline" },
-            "enrollment_status": self.status,
-        });
-        let mut scalars = match scalars {
-            Value::Object(scalars) => scalars,
-            _ => Map::new(),
-        };
-        let more: [(&str, Value); 4] = [
-            ("reported_hostname", self.reported_hostname.into()),
-            ("hostname_change", self.hostname_change.into()),
-            ("agent_socket", self.agent_socket.into()),
-            ("connection_state", self.connection_state.into()),
-        ];
-        scalars.extend(more.map(|(name, value)| (name.to_owned(), value)));
-        if slim {
-            return Device { guid: self.guid, scalars, documents: None };
-        }
-        let list = |stored: Document| stored.map_or_else(|| raw("[]"), |document| document.0);
-        let health: role_health::Document =
-            self.role_health.and_then(|stored| serde_json::from_value(stored).ok()).unwrap_or_default();
-        let documents = Documents {
-            named: [
-                ("memory", list(self.memory)),
-                ("network", list(self.network)),
-                ("software", list(self.software)),
-                ("services", list(self.services)),
-                ("storage", list(self.storage)),
-                ("cpu", self.cpu.map_or_else(|| raw("{}"), |document| document.0)),
-                ("sessions", list(self.sessions)),
-                ("processes", list(self.processes)),
-            ],
-            summary: match self.summary {
-                Some(Value::Object(summary)) => summary,
-                _ => Map::new(),
-            },
-            role_health: health.shown(now.timestamp()),
-            reported_at: [
-                ("services_reported_at", epoch(self.services_reported_at)),
-                ("sessions_reported_at", epoch(self.sessions_reported_at)),
-                ("processes_reported_at", epoch(self.processes_reported_at)),
-            ],
-        };
-        Device { guid: self.guid, scalars, documents: Some(documents) }
-    }
-}
-
-/// A document of our own.
-fn raw(text: &str) -> Box<RawValue> {
-    RawValue::from_string(text.to_owned()).unwrap_or_default()
-}
-
-fn encode_cursor(name: &str, guid: Uuid) -> String {
-    URL_SAFE_NO_PAD.encode(format!("{guid}{name}"))
-}
-
-fn decode_cursor(cursor: &str) -> Result<(String, Uuid)> {
-    let text = URL_SAFE_NO_PAD.decode(cursor).ok().and_then(|bytes| String::from_utf8(bytes).ok());
-    text.as_deref()
-        .and_then(|text| Some((text.get(36..)?.to_owned(), Uuid::try_parse(text.get(..36)?).ok()?)))
-        .filter(|(name, _)| !name.contains('\0'))
-        .ok_or_else(|| Error::field("invalid_cursor", "cursor", "is not one this list gave out"))
-}
-
-/// The devices in `scope` that pass the filter, by hostname.
+/// The devices in `scope` that pass the filter. A list by `last_seen` is one page: its order changes while it is read.
 ///
 /// # Errors
-/// 400 `invalid_cursor`, `invalid_limit`.
+/// 400 `invalid_cursor`, `invalid_fields`, `invalid_limit`, `invalid_search`, `invalid_sort`.
 pub async fn page(pool: &db::Pool, scope: &Scope, filter: &Filter) -> Result<Page> {
     let limit = match filter.limit {
         None => MAX_ROWS,
         Some(limit) if (1..=MAX_ROWS).contains(&limit) => limit,
         Some(_) => return Err(Error::field("invalid_limit", "limit", format!("must be 1 to {MAX_ROWS}"))),
     };
-    let mut picked = pick(pool, scope, filter, limit + 1).await?;
+    if filter.search.as_ref().is_some_and(|text| text.chars().count() > SEARCH_MAX) {
+        return Err(Error::field("invalid_search", "q", format!("must have at most {SEARCH_MAX} characters")));
+    }
+    let shown = match &filter.fields {
+        Some(names) => Shown::only(names)?,
+        None if filter.slim => Shown::Slim,
+        None => Shown::All,
+    };
+    let sort = filter.sort.as_deref().map_or(Ok(Sort { key: Key::Hostname, descending: false }), Sort::parse)?;
+    let as_of = Utc::now().timestamp() - AS_OF_S;
+    let mut picked = pick(pool, scope, filter, sort, limit + 1).await?;
     let more = i64::try_from(picked.len()).unwrap_or(i64::MAX) > limit;
     picked.truncate(usize::try_from(limit).unwrap_or_default());
-    let next_cursor = picked.last().filter(|_| more).map(|(name, guid)| encode_cursor(name, *guid));
-    let guids: Vec<Uuid> = picked.into_iter().map(|(_, guid)| guid).collect();
-    Ok(Page { devices: describe(pool, scope, &guids, filter.slim).await?, next_cursor })
+    let next_cursor = picked.last().filter(|_| more).and_then(|last| encode_cursor(sort, last));
+    let guids: Vec<Uuid> = picked.into_iter().map(|picked| picked.guid).collect();
+    Ok(Page { devices: describe(pool, scope, &guids, shown).await?, next_cursor, as_of })
 }
 
-/// Which devices pass the filter: the key of the hostname and the GUID of each. Planned anew each time, as the filter decides
-/// which index helps; that is cheap because it reads one table.
-async fn pick(pool: &db::Pool, scope: &Scope, filter: &Filter, limit: i64) -> Result<Vec<(String, Uuid)>> {
-    let (after_name, after_guid) = filter.cursor.as_deref().map(decode_cursor).transpose()?.unzip();
-    let picked = sqlx::query!(
-        r#"SELECT d.hostname_key, d.guid FROM devices AS d
+/// A device that passes a filter.
+struct Picked {
+    guid: Uuid,
+    hostname_key: String,
+    created_at: DateTime<Utc>,
+}
+
+/// Which devices pass the filter, in its order. Planned anew each time, as filter and order decide which index helps; that is cheap
+/// because it reads one table.
+async fn pick(pool: &db::Pool, scope: &Scope, filter: &Filter, sort: Sort, limit: i64) -> Result<Vec<Picked>> {
+    let after = filter.cursor.as_deref().map(|cursor| decode_cursor(sort, cursor)).transpose()?;
+    let after = after.as_ref();
+    let search = filter.search.as_deref().map(pattern);
+    Ok(sqlx::query_as!(
+        Picked,
+        r#"SELECT d.guid, d.hostname_key, d.created_at FROM devices AS d
            WHERE ($1::bigint[] IS NULL OR d.site_id = ANY($1))
              AND ($2::text IS NULL OR d.hostname_key = $2)
              AND ($3::text IS NULL OR lower(d.connection_type COLLATE "C") = lower($3 COLLATE "C"))
              AND (NOT $4 OR d.connection_type = '')
-             AND ($5::text IS NULL OR (d.hostname_key, d.guid) > ($5, $6))
-           ORDER BY d.hostname_key, d.guid
-           LIMIT $7"#,
+             AND ($5::text IS NULL OR d.hostname ILIKE $5 OR d.reported_hostname ILIKE $5 OR d.description ILIKE $5 OR d.internal_ip ILIKE $5
+                  OR d.external_ip ILIKE $5 OR d.domain ILIKE $5 OR d.last_user ILIKE $5 OR d.operating_system ILIKE $5
+                  OR d.guid::text ILIKE $5)
+             AND ($6::timestamptz IS NULL OR d.changed_at >= $6)
+             AND ($7::text IS NULL OR CASE WHEN $8 THEN (d.hostname_key, d.guid) < ($7, $9) ELSE (d.hostname_key, d.guid) > ($7, $9) END)
+             AND ($10::timestamptz IS NULL
+                  OR CASE WHEN $8 THEN (d.created_at, d.guid) < ($10, $9) ELSE (d.created_at, d.guid) > ($10, $9) END)
+           ORDER BY CASE WHEN $11 = 'hostname' AND NOT $8 THEN d.hostname_key END, CASE WHEN $11 = 'hostname' AND $8 THEN d.hostname_key END DESC,
+                    CASE WHEN $11 = 'created_at' AND NOT $8 THEN d.created_at END, CASE WHEN $11 = 'created_at' AND $8 THEN d.created_at END DESC,
+                    CASE WHEN $11 = 'last_seen' AND NOT $8 THEN d.last_seen END NULLS FIRST,
+                    CASE WHEN $11 = 'last_seen' AND $8 THEN d.last_seen END DESC NULLS LAST,
+                    CASE WHEN NOT $8 THEN d.guid END, CASE WHEN $8 THEN d.guid END DESC
+           LIMIT $12"#,
         scope.site_ids(),
         filter.hostname.as_deref().map(names::key),
         filter.connection_type,
         filter.only_agents,
-        after_name,
-        after_guid,
+        search,
+        filter.changed_after,
+        after.and_then(|after| after.hostname_key.clone()),
+        sort.descending,
+        after.map(|after| after.guid),
+        after.and_then(|after| after.created_at),
+        sort.name(),
         limit,
     )
     .fetch_all(&mut *db::begin_wide(pool).await?)
-    .await?;
-    Ok(picked.into_iter().map(|row| (row.hostname_key, row.guid)).collect())
+    .await?)
 }
 
-/// What there is to show of these devices, by hostname; those outside `scope` are left out. Each row is looked up by its key,
+/// What ILIKE finds a text with.
+fn pattern(text: &str) -> String {
+    let mut pattern = String::from("%");
+    for letter in text.chars() {
+        if matches!(letter, '%' | '_' | '\\') {
+            pattern.push('\\');
+        }
+        pattern.push(letter);
+    }
+    pattern.push('%');
+    pattern
+}
+
+/// What there is to show of these devices, in this order; those outside `scope` are left out. Each row is looked up by its key,
 /// whatever Postgres thinks of the size of the tables and of the list, so that one kept plan is good for all.
-async fn describe(pool: &db::Pool, scope: &Scope, guids: &[Uuid], slim: bool) -> Result<Vec<Device>> {
+async fn describe(pool: &db::Pool, scope: &Scope, guids: &[Uuid], shown: Shown) -> Result<Vec<Device>> {
     let rows = sqlx::query_as!(
         Row,
         r#"SELECT d.guid, d.hostname, d.reported_hostname,
@@ -351,21 +262,21 @@ async fn describe(pool: &db::Pool, scope: &Scope, guids: &[Uuid], slim: bool) ->
                   x.processes AS "processes?: Json<Box<RawValue>>", x.role_health AS "role_health?", x.agent_update AS "agent_update?",
                   x.services_reported_at AS "services_reported_at?", x.sessions_reported_at AS "sessions_reported_at?",
                   x.processes_reported_at AS "processes_reported_at?"
-           FROM unnest((SELECT $1::uuid[])) AS wanted (guid)
+           FROM unnest((SELECT $1::uuid[])) WITH ORDINALITY AS wanted (guid, at)
            CROSS JOIN LATERAL (SELECT * FROM devices WHERE guid = wanted.guid LIMIT 1) AS d
            CROSS JOIN LATERAL device_presence_of(d.guid, d.last_seen, d.left_at) AS p
            LEFT JOIN LATERAL (SELECT name, description FROM sites WHERE id = d.site_id LIMIT 1) AS s ON true
-           LEFT JOIN LATERAL (SELECT * FROM device_details WHERE device_guid = d.guid AND NOT $3 LIMIT 1) AS x ON true
+           LEFT JOIN LATERAL (SELECT * FROM device_details WHERE device_guid = d.guid AND $3 LIMIT 1) AS x ON true
            WHERE $2::bigint[] IS NULL OR d.site_id = ANY($2)
-           ORDER BY d.hostname_key, d.guid"#,
+           ORDER BY wanted.at"#,
         guids,
         scope.site_ids(),
-        slim,
+        shown.has_documents(),
     )
     .fetch_all(pool)
     .await?;
-    let now = Utc::now();
-    Ok(rows.into_iter().map(|row| row.into_device(slim, now)).collect())
+    let shown = Arc::new(shown);
+    Ok(rows.into_iter().map(|row| Device { row, shown: Arc::clone(&shown) }).collect())
 }
 
 /// One device in `scope`.
@@ -373,22 +284,7 @@ async fn describe(pool: &db::Pool, scope: &Scope, guids: &[Uuid], slim: bool) ->
 /// # Errors
 /// 404 `not found`.
 pub async fn one(pool: &db::Pool, scope: &Scope, guid: Uuid) -> Result<Device> {
-    describe(pool, scope, &[guid], false).await?.pop().map(with_version).ok_or_else(Error::not_found)
-}
-
-/// What reads of a single device add. There is no published build to compare with yet: the installed one is the target.
-fn with_version(mut device: Device) -> Device {
-    let text = |name: &str| device.scalars.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
-    let (build, channel) = (text("agent_build_id"), text("agent_release_channel"));
-    let extra = [
-        ("agent_version_status", if build.is_empty() { "Needs Updated".into() } else { "Up-to-Date".into() }),
-        ("agent_target_build_id", build.into()),
-        ("agent_target_published_at", 0.into()),
-        ("agent_release_channel_override", Value::Null),
-        ("agent_release_channel_effective", if channel.is_empty() { "stable".into() } else { channel.into() }),
-    ];
-    device.scalars.extend(extra.map(|(name, value)| (name.to_owned(), value)));
-    device
+    describe(pool, scope, &[guid], Shown::WithVersion).await?.pop().ok_or_else(Error::not_found)
 }
 
 /// The agents that are online in `scope`, keyed by agent id: one entry per live socket.
@@ -456,11 +352,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cursor_is_what_was_given_out() {
-        let guid = Uuid::from_u128(5);
-        assert_eq!(decode_cursor(&encode_cursor("wéb", guid)).unwrap(), ("wéb".to_owned(), guid));
-        for bad in ["", "?", "YWJj", &URL_SAFE_NO_PAD.encode("é".repeat(40)), &encode_cursor("a\0", guid)] {
-            assert_eq!(decode_cursor(bad).unwrap_err().code, "invalid_cursor");
+    fn a_cursor_is_what_was_given_out_in_its_order() {
+        let picked = Picked { guid: Uuid::from_u128(5), hostname_key: "wéb".to_owned(), created_at: DateTime::UNIX_EPOCH };
+        for text in ["hostname", "-hostname", "created_at", "-created_at"] {
+            let sort = Sort::parse(text).unwrap();
+            let cursor = encode_cursor(sort, &picked).unwrap();
+            let place = decode_cursor(sort, &cursor).unwrap();
+            assert_eq!(place.guid, picked.guid);
+            match sort.key {
+                Key::CreatedAt => assert_eq!(place.created_at, Some(picked.created_at)),
+                _ => assert_eq!(place.hostname_key.as_deref(), Some("wéb")),
+            }
+            let other = Sort { descending: !sort.descending, ..sort };
+            assert_eq!(decode_cursor(other, &cursor).unwrap_err().code, "invalid_cursor");
         }
+        assert!(encode_cursor(Sort::parse("last_seen").unwrap(), &picked).is_none());
+        let sort = Sort::parse("hostname").unwrap();
+        let zero = encode_cursor(sort, &Picked { hostname_key: "a\0".to_owned(), ..picked }).unwrap();
+        for bad in ["", "?", "YWJj", &URL_SAFE_NO_PAD.encode("é".repeat(40)), &zero] {
+            assert_eq!(decode_cursor(sort, bad).unwrap_err().code, "invalid_cursor");
+        }
+        for wrong in ["", "-", "name", "--hostname", "hostname "] {
+            assert_eq!(Sort::parse(wrong).unwrap_err().code, "invalid_sort");
+        }
+    }
+
+    #[test]
+    fn what_is_searched_for_is_text() {
+        assert_eq!(pattern(r"50%_\a"), r"%50\%\_\\a%");
     }
 }

@@ -9,5 +9,6 @@ pub mod list;
 pub mod lookup;
 pub mod metadata;
 pub mod role_health;
+mod shown;
 pub mod sockets;
 pub mod summary;

@@ -136,7 +136,8 @@ async fn restart(stand: &mut Stand, fleet: &Fleet, options: &Options, report: &m
         }
     };
     let all_back = std::sync::atomic::AtomicBool::new(false);
-    let people = load::get_until(PEOPLE, Some(&token), |_| page.clone(), || all_back.load(std::sync::atomic::Ordering::Relaxed));
+    let people =
+        load::get_until(PEOPLE, Some(token.as_str()), |_| page.clone(), || all_back.load(std::sync::atomic::Ordering::Relaxed));
     let agents = async {
         let times = tokio::join!(back(0.5), back(0.99), back(1.0));
         all_back.store(true, std::sync::atomic::Ordering::Relaxed);

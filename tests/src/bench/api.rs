@@ -81,8 +81,29 @@ pub async fn run(options: &Options) -> Report {
         report.figure(format!("{name}, processor time of Postgres"), (after.1 - before.1) * 1e3 / requests, "ms");
         report.at_most(0.0, format!("{name}, failed"), load.failed as f64, "");
     }
+    whole_list(&stand, lasts, &mut report).await;
     fleet.stop().await;
     report
+}
+
+/// Columns of a table of devices.
+const COLUMNS: &str =
+    "guid,hostname,status,site_name,operating_system,last_seen,internal_ip,external_ip,last_user,agent_build_id,connection_state";
+/// How often a second a client reads the whole list.
+const LISTS: f64 = 2.0;
+
+/// All devices at once, as a console's table asks for them.
+async fn whole_list(stand: &Stand, lasts: Duration, report: &mut Report) {
+    let url = stand.installation.base.join(&format!("/api/devices?fields={COLUMNS}")).expect("a URL").to_string();
+    let says = load::Says { bearer: Some(stand.token()), gzip: true };
+    statements::begin(&stand.database.pool).await;
+    let load = load::get(LISTS, lasts, says, |_| url.clone()).await;
+    statements::print(&stand.database.pool, "the whole list").await;
+    let name = "all devices, eleven columns, compressed";
+    report.at_most(150.0, format!("{name}, p99"), load.latencies.percentile(99.0), "ms");
+    report.figure(format!("{name}, p50"), load.latencies.percentile(50.0), "ms");
+    report.at_most(400.0, format!("{name}, size"), load.bytes as f64 / load.latencies.count().max(1) as f64 / 1e3, "KB");
+    report.at_most(0.0, format!("{name}, failed"), load.failed as f64, "");
 }
 
 /// A page people look at.

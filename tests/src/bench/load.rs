@@ -30,14 +30,30 @@ static HTTP: LazyLock<reqwest::Client> = LazyLock::new(|| {
     reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(30)).build().expect("an HTTP client")
 });
 
+/// What a request says beside its URL.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Says<'a> {
+    /// The token it comes with.
+    pub bearer: Option<&'a str>,
+    /// Whether it takes compressed answers; they are counted as they come.
+    pub gzip: bool,
+}
+
+impl<'a> From<Option<&'a str>> for Says<'a> {
+    fn from(bearer: Option<&'a str>) -> Self {
+        Self { bearer, gzip: false }
+    }
+}
+
 /// GETs `url(n)` for n = 0, 1, ... at `rate` a second for `lasts`, and waits for all answers.
-pub async fn get(rate: f64, lasts: Duration, bearer: Option<&str>, url: impl Fn(usize) -> String) -> Load {
+pub async fn get<'a>(rate: f64, lasts: Duration, says: impl Into<Says<'a>>, url: impl Fn(usize) -> String) -> Load {
     let until = Instant::now() + lasts;
-    get_until(rate, bearer, url, || Instant::now() >= until).await
+    get_until(rate, says, url, || Instant::now() >= until).await
 }
 
 /// The same until `done`.
-pub async fn get_until(rate: f64, bearer: Option<&str>, url: impl Fn(usize) -> String, done: impl Fn() -> bool) -> Load {
+pub async fn get_until<'a>(rate: f64, says: impl Into<Says<'a>>, url: impl Fn(usize) -> String, done: impl Fn() -> bool) -> Load {
+    let says = says.into();
     let load = Arc::new(Mutex::new(Load::default()));
     let sent = AtomicUsize::new(0);
     let mut requests = JoinSet::new();
@@ -48,8 +64,11 @@ pub async fn get_until(rate: f64, bearer: Option<&str>, url: impl Fn(usize) -> S
         let planned = began + Duration::from_secs_f64(number as f64 / rate);
         tokio::time::sleep_until(planned).await;
         let mut request = HTTP.get(url(number));
-        if let Some(token) = bearer {
+        if let Some(token) = says.bearer {
             request = request.bearer_auth(token);
+        }
+        if says.gzip {
+            request = request.header(reqwest::header::ACCEPT_ENCODING, "gzip");
         }
         let load = load.clone();
         requests.spawn(async move {
