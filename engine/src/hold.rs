@@ -19,6 +19,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sqlx::PgConnection;
+use strum::VariantArray as _;
 use uuid::Uuid;
 
 use crate::{
@@ -44,7 +45,8 @@ pub const NO_EPOCH: i64 = 0;
 pub const EVERY_EPOCH: i64 = i64::MAX;
 
 /// Why the engine is held; the same set is a CHECK of `engine_epoch`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Reason {
     /// An administrator said so.
     Asked,
@@ -55,17 +57,10 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// Every reason.
-    pub const ALL: [Self; 3] = [Self::Asked, Self::OlderDatabase, Self::OtherDatabase];
-
     /// The text stored and sent.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Asked => "asked",
-            Self::OlderDatabase => "older_database",
-            Self::OtherDatabase => "other_database",
-        }
+        self.into()
     }
 
     /// Whether the database is a restored one.
@@ -75,7 +70,7 @@ impl Reason {
     }
 
     fn parse(text: &str) -> Self {
-        Self::ALL.into_iter().find(|reason| reason.as_str() == text).unwrap_or(Self::Asked)
+        Self::VARIANTS.iter().copied().find(|reason| reason.as_str() == text).unwrap_or(Self::Asked)
     }
 }
 

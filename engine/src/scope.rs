@@ -96,7 +96,8 @@ impl Caller<'_> {
 }
 
 /// The kinds of actor; the same set is a CHECK of `audit_events`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum ActorKind {
     /// Nobody we know.
     #[default]
@@ -115,12 +116,6 @@ impl ActorKind {
     /// The text stored.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Anonymous => "anonymous",
-            Self::Operator => "operator",
-            Self::Device => "device",
-            Self::Worker => "worker",
-            Self::System => "system",
-        }
+        self.into()
     }
 }

@@ -18,7 +18,8 @@ pub const OPEN_S: i32 = 300;
 pub const MAX_FAILURES: i32 = 5;
 
 /// What a challenge is for; the same set is a CHECK of the table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Purpose {
     /// The second step of a sign-in.
     Mfa,
@@ -31,13 +32,10 @@ pub enum Purpose {
 }
 
 impl Purpose {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Mfa => "mfa",
-            Self::BootstrapAdmin => "bootstrap_admin",
-            Self::PasskeyRegister => "passkey_register",
-            Self::PasskeyAuthenticate => "passkey_authenticate",
-        }
+    /// The text stored.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        self.into()
     }
 }
 

@@ -30,7 +30,7 @@ pub const DISPLAY_NAME_MAX_CHARS: usize = 200;
 pub const BATCH_MAX: usize = 1000;
 
 /// What a user may do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
 pub enum Role {
     /// Everything, everywhere.
     Admin,
@@ -42,10 +42,7 @@ impl Role {
     /// The text stored and shown.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Admin => "Admin",
-            Self::User => "User",
-        }
+        self.into()
     }
 
     /// Reads a role, any case.

@@ -19,7 +19,8 @@ pub const HEARTBEAT: Duration = Duration::from_secs(4);
 pub const PROCESS_SILENCE_S: f64 = 15.0;
 
 /// The two kinds of agent runtime.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "lowercase")]
 pub enum Mode {
     /// The service.
     System,
@@ -40,10 +41,7 @@ impl Mode {
     /// The text stored.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::System => "system",
-            Self::CurrentUser => "currentuser",
-        }
+        self.into()
     }
 }
 

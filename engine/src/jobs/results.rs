@@ -36,7 +36,7 @@ const ENGINE_METADATA: [&str; 5] =
     ["assembly_source", "assembly_guid", "scheduled_job_id", "scheduled_job_run_id", "scheduled_ts"];
 
 /// The status of an activity; the same set is a CHECK of `activity_history`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
 pub enum Status {
     /// Not begun.
     Queued,
@@ -51,6 +51,7 @@ pub enum Status {
     /// Never delivered.
     Expired,
     /// No answer in time.
+    #[strum(serialize = "Timed Out")]
     TimedOut,
     /// Not meant to run.
     Skipped,
@@ -60,16 +61,7 @@ impl Status {
     /// The text stored and shown.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Queued => "Queued",
-            Self::Running => "Running",
-            Self::Success => "Success",
-            Self::Warning => "Warning",
-            Self::Failed => "Failed",
-            Self::Expired => "Expired",
-            Self::TimedOut => "Timed Out",
-            Self::Skipped => "Skipped",
-        }
+        self.into()
     }
 
     /// Reads a stored or reported text in any spelling that agents use; none when it means nothing to us.

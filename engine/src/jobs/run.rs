@@ -1,6 +1,7 @@
 //! The state machine of one target of one occurrence: a run.
 
 use sqlx::PgConnection;
+use strum::VariantArray as _;
 use uuid::Uuid;
 
 use crate::{
@@ -20,8 +21,8 @@ const MAY_GO_ON: &str = "\n[The run was ended. This agent cannot stop a script: 
 /// How long an agent may take to answer a cancel before the run ends without it, in seconds.
 pub const CANCEL_ANSWER_S: i32 = 60;
 
-/// Where a run stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// Where a run stands. What has ended stays as it is; the database sees to that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, strum::IntoStaticStr, strum::VariantArray)]
 pub enum RunStatus {
     /// Frozen as a target; nothing has reached the device.
     Pending,
@@ -36,75 +37,29 @@ pub enum RunStatus {
     /// The device did not appear before the job's expiry.
     Expired,
     /// The script took too long, or nothing was heard of it again.
+    #[strum(serialize = "Timed Out")]
     TimedOut,
     /// It was never meant to run: overlap, misfire, no devices.
     Skipped,
 }
 
-/// What can happen to a run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RunEvent {
-    /// The device reported that it has it or has begun.
-    Started,
-    /// All its scripts have ended; the worst outcome counts.
-    Ended(RunStatus),
-    /// The device did not appear in time.
-    Expired,
-    /// Too long, or nothing heard.
-    TimedOut,
-    /// An operator cancelled it before the device had it, or the device did not answer the cancel.
-    Cancelled,
-    /// There is nothing to do.
-    Skipped,
-}
-
 impl RunStatus {
-    /// All of them, as in the CHECK of `scheduled_job_runs.status`.
-    pub const ALL: [Self; 8] =
-        [Self::Pending, Self::Running, Self::Success, Self::Warning, Self::Failed, Self::Expired, Self::TimedOut, Self::Skipped];
-
     /// The text stored and shown.
     #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Pending => "Pending",
-            Self::Running => "Running",
-            Self::Success => "Success",
-            Self::Warning => "Warning",
-            Self::Failed => "Failed",
-            Self::Expired => "Expired",
-            Self::TimedOut => "Timed Out",
-            Self::Skipped => "Skipped",
-        }
+    pub fn as_str(self) -> &'static str {
+        self.into()
     }
 
     /// The status of that text.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|status| status.as_str() == text)
+        Self::VARIANTS.iter().copied().find(|status| status.as_str() == text)
     }
 
     /// Whether nothing can happen any more.
     #[must_use]
     pub const fn is_terminal(self) -> bool {
         !matches!(self, Self::Pending | Self::Running)
-    }
-
-    /// Where `event` leads from here; `None` when it changes nothing. A terminal status is never left.
-    #[must_use]
-    pub fn transition(self, event: RunEvent) -> Option<Self> {
-        match (self, event) {
-            (status, _) if status.is_terminal() => None,
-            (Self::Pending, RunEvent::Started) => Some(Self::Running),
-            (_, RunEvent::Started) => None,
-            (_, RunEvent::Ended(end)) => end.is_terminal().then_some(end),
-            (Self::Pending, RunEvent::Expired) => Some(Self::Expired),
-            (_, RunEvent::Expired) => None,
-            (_, RunEvent::TimedOut) => Some(Self::TimedOut),
-            (_, RunEvent::Cancelled) => Some(Self::Failed),
-            (Self::Pending, RunEvent::Skipped) => Some(Self::Skipped),
-            (_, RunEvent::Skipped) => None,
-        }
     }
 }
 
@@ -298,44 +253,4 @@ pub async fn enforce_limits(conn: &mut PgConnection, limit: i64) -> Result<Cance
         done.finished_workflows.extend(finished_workflow(conn, run.occurrence_id).await?);
     }
     Ok(done)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_terminal_status_is_never_left() {
-        let events = [
-            RunEvent::Started,
-            RunEvent::Expired,
-            RunEvent::TimedOut,
-            RunEvent::Cancelled,
-            RunEvent::Skipped,
-            RunEvent::Ended(RunStatus::Success),
-        ];
-        for status in RunStatus::ALL.into_iter().filter(|status| status.is_terminal()) {
-            for event in events {
-                assert_eq!(status.transition(event), None, "{status:?} on {event:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_running_script_cannot_expire_but_can_time_out() {
-        assert_eq!(RunStatus::Running.transition(RunEvent::Expired), None);
-        assert_eq!(RunStatus::Pending.transition(RunEvent::Expired), Some(RunStatus::Expired));
-        assert_eq!(RunStatus::Running.transition(RunEvent::TimedOut), Some(RunStatus::TimedOut));
-        assert_eq!(RunStatus::Running.transition(RunEvent::Ended(RunStatus::Pending)), None, "an end is terminal");
-    }
-
-    #[test]
-    fn the_database_knows_the_same_set() {
-        let migration = include_str!("../../../migrations/0004_jobs.sql");
-        let table = migration.split("CREATE TABLE scheduled_job_runs").nth(1).unwrap();
-        let check = table.split("CHECK (status IN (").nth(1).unwrap().split("))").next().unwrap();
-        let stored: Vec<_> = check.split(',').map(|text| text.trim().trim_matches('\'')).collect();
-        let known: Vec<_> = RunStatus::ALL.iter().map(|status| status.as_str()).collect();
-        assert_eq!(stored, known);
-    }
 }

@@ -21,6 +21,7 @@ use std::str::FromStr;
 use chrono::{DateTime, Datelike, Days, Duration, Months, NaiveDateTime, Utc};
 use serde::Deserialize;
 use serde_json::Value;
+use strum::VariantArray as _;
 
 pub use self::policy::{Expiration, MisfirePolicy, OverlapPolicy};
 use self::{cron::Cron, start::Instant};
@@ -35,19 +36,24 @@ const LAST_YEAR: i32 = 2100;
 pub const PREVIEW_MAX: usize = 100;
 
 /// The schedule types; the same set is a CHECK of `scheduled_jobs`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum ScheduleType {
     /// Once, as soon as it is saved.
     Immediately,
     /// Once, at `start`.
     Once,
     /// Every 5 minutes from `start`.
+    #[strum(serialize = "every_5_minutes")]
     Every5Minutes,
     /// Every 10 minutes from `start`.
+    #[strum(serialize = "every_10_minutes")]
     Every10Minutes,
     /// Every 15 minutes from `start`.
+    #[strum(serialize = "every_15_minutes")]
     Every15Minutes,
     /// Every 30 minutes from `start`.
+    #[strum(serialize = "every_30_minutes")]
     Every30Minutes,
     /// Every hour from `start`.
     EveryHour,
@@ -64,39 +70,10 @@ pub enum ScheduleType {
 }
 
 impl ScheduleType {
-    /// Every type.
-    pub const ALL: [Self; 12] = [
-        Self::Immediately,
-        Self::Once,
-        Self::Every5Minutes,
-        Self::Every10Minutes,
-        Self::Every15Minutes,
-        Self::Every30Minutes,
-        Self::EveryHour,
-        Self::Daily,
-        Self::Weekly,
-        Self::Monthly,
-        Self::Yearly,
-        Self::Cron,
-    ];
-
     /// The text stored and sent.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Immediately => "immediately",
-            Self::Once => "once",
-            Self::Every5Minutes => "every_5_minutes",
-            Self::Every10Minutes => "every_10_minutes",
-            Self::Every15Minutes => "every_15_minutes",
-            Self::Every30Minutes => "every_30_minutes",
-            Self::EveryHour => "every_hour",
-            Self::Daily => "daily",
-            Self::Weekly => "weekly",
-            Self::Monthly => "monthly",
-            Self::Yearly => "yearly",
-            Self::Cron => "cron",
-        }
+        self.into()
     }
 
     /// Whether it has at most one occurrence.
@@ -127,8 +104,8 @@ impl FromStr for ScheduleType {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|kind| kind.as_str() == text).ok_or_else(|| {
-            let known: Vec<_> = Self::ALL.iter().map(|kind| kind.as_str()).collect();
+        Self::VARIANTS.iter().copied().find(|kind| kind.as_str() == text).ok_or_else(|| {
+            let known: Vec<_> = Self::VARIANTS.iter().map(|kind| kind.as_str()).collect();
             Error::field("invalid_schedule_type", "schedule.type", format!("must be one of {}", known.join(", ")))
         })
     }
@@ -139,7 +116,7 @@ impl FromStr for ScheduleType {
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ScheduleInput {
-    /// One of [`ScheduleType::ALL`]; absent: `immediately`.
+    /// One of the names of [`ScheduleType`]; absent: `immediately`.
     #[serde(rename = "type")]
     pub kind: Value,
     /// The anchor. Needed by every type but `immediately` and `cron`.

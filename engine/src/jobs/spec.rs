@@ -72,7 +72,8 @@ pub struct JobBody {
 }
 
 /// Where the components of a job run; the whole set is a CHECK of `scheduled_jobs`, those of scripts are accepted.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum ExecutionContext {
     /// As the machine's own account.
     #[default]
@@ -85,10 +86,7 @@ impl ExecutionContext {
     /// The text stored and sent.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::System => "system",
-            Self::CurrentUser => "current_user",
-        }
+        self.into()
     }
 
     /// Reads the stored text.

@@ -117,10 +117,12 @@ impl ResultCounts {
 }
 
 /// Which jobs a list shows.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct JobFilter {
     /// Only this one.
     pub id: Option<i64>,
+    /// Only those of exactly this name.
+    pub name: Option<String>,
     /// Only those that reach this site.
     pub site_id: Option<i64>,
     /// Only those older than this one: the cursor.
@@ -181,13 +183,14 @@ pub async fn jobs(conn: &mut PgConnection, scope: &Scope, filter: JobFilter, lim
                               SELECT FROM users u WHERE u.id = person.id AND NOT u.directory_disabled
                                 AND (u.role = 'Admin' OR EXISTS (
                                      SELECT FROM user_site_assignments a WHERE a.user_id = u.id AND a.site_id = $3))))))
-             AND ($4::bigint IS NULL OR j.id < $4)
+             AND ($4::bigint IS NULL OR j.id < $4) AND ($6::text IS NULL OR j.name = $6)
            ORDER BY j.id DESC LIMIT $5"#,
         scope.site_ids(),
         filter.id,
         filter.site_id,
         filter.before,
         limit.clamp(1, JOBS_MAX),
+        filter.name,
     )
     .fetch_all(conn)
     .await?;

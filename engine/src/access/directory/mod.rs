@@ -45,7 +45,8 @@ const MAPPINGS_MAX: usize = 500;
 const SYNC_S: std::ops::RangeInclusive<i32> = 60..=7 * 24 * 3600;
 
 /// What a server speaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum ProviderType {
     /// An LDAP server.
     #[default]
@@ -58,10 +59,7 @@ impl ProviderType {
     /// The text stored and shown.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Ldap => "ldap",
-            Self::ActiveDirectory => "active_directory",
-        }
+        self.into()
     }
 
     /// Reads a type, any case, with spaces, dashes or underscores; whatever is not Active Directory is LDAP.

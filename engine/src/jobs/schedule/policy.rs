@@ -4,11 +4,13 @@ use std::{fmt, str::FromStr};
 
 use chrono::{DateTime, Duration, Utc};
 use serde_json::Value;
+use strum::VariantArray as _;
 
 use crate::error::{Error, Result};
 
 /// What happens to instants that passed while no scheduler ran; the same set is a CHECK of `scheduled_jobs`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum MisfirePolicy {
     /// None of them runs.
     Skip,
@@ -20,17 +22,10 @@ pub enum MisfirePolicy {
 }
 
 impl MisfirePolicy {
-    /// Every policy.
-    pub const ALL: [Self; 3] = [Self::Skip, Self::RunOnce, Self::RunAll];
-
     /// The text stored and sent.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Skip => "skip",
-            Self::RunOnce => "run_once",
-            Self::RunAll => "run_all",
-        }
+        self.into()
     }
 
     /// How many missed instants run.
@@ -48,8 +43,9 @@ impl FromStr for MisfirePolicy {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        Self::ALL
-            .into_iter()
+        Self::VARIANTS
+            .iter()
+            .copied()
             .find(|policy| policy.as_str() == text)
             .ok_or_else(|| Error::field("invalid_misfire_policy", "misfire_policy", "must be one of skip, run_once, run_all"))
     }
@@ -57,7 +53,8 @@ impl FromStr for MisfirePolicy {
 
 /// What happens when an instant comes while the occurrence before it is not finished; the same set is a CHECK of
 /// `scheduled_jobs`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum OverlapPolicy {
     /// It is recorded as skipped.
     #[default]
@@ -69,17 +66,10 @@ pub enum OverlapPolicy {
 }
 
 impl OverlapPolicy {
-    /// Every policy.
-    pub const ALL: [Self; 3] = [Self::Skip, Self::Queue, Self::Allow];
-
     /// The text stored and sent.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Skip => "skip",
-            Self::Queue => "queue",
-            Self::Allow => "allow",
-        }
+        self.into()
     }
 }
 
@@ -87,8 +77,9 @@ impl FromStr for OverlapPolicy {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        Self::ALL
-            .into_iter()
+        Self::VARIANTS
+            .iter()
+            .copied()
             .find(|policy| policy.as_str() == text)
             .ok_or_else(|| Error::field("invalid_overlap_policy", "overlap_policy", "must be one of skip, queue, allow"))
     }

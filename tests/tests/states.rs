@@ -1,0 +1,132 @@
+//! The words that tables and code share for states and kinds; and that what has ended stays as it ended.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use borealis_engine::{
+    access::{challenges::Purpose, directory::ProviderType, users::Role},
+    devices::sockets::Mode,
+    hold::Reason,
+    jobs::{
+        results::Status,
+        run::RunStatus,
+        schedule::{MisfirePolicy, OverlapPolicy, ScheduleType},
+        spec::ExecutionContext,
+    },
+    scope::ActorKind,
+};
+use borealis_tests::TestDatabase;
+use borealis_workflows::runs;
+use strum::VariantArray;
+
+fn words<T: VariantArray + Copy + Into<&'static str>>() -> BTreeSet<String> {
+    T::VARIANTS.iter().map(|word| (*word).into().to_owned()).collect()
+}
+
+/// The columns whose words an enum of the code has, all of them unless it says otherwise.
+fn enums() -> BTreeMap<&'static str, BTreeSet<String>> {
+    BTreeMap::from([
+        ("activity_history.status", words::<Status>()),
+        ("audit_events.actor_kind", words::<ActorKind>()),
+        ("auth_challenges.purpose", words::<Purpose>()),
+        ("device_sockets.service_mode", words::<Mode>()),
+        ("directory_group_mappings.role", words::<Role>()),
+        ("directory_providers.provider_type", words::<ProviderType>()),
+        ("engine_epoch.held_reason", words::<Reason>()),
+        ("scheduled_job_runs.status", words::<RunStatus>()),
+        ("scheduled_jobs.execution_context", words::<ExecutionContext>()),
+        ("scheduled_jobs.misfire_policy", words::<MisfirePolicy>()),
+        ("scheduled_jobs.overlap_policy", words::<OverlapPolicy>()),
+        ("scheduled_jobs.schedule_type", words::<ScheduleType>()),
+        ("users.role", words::<Role>()),
+        ("workflow_runs.state", runs::STATES.map(str::to_owned).into()),
+    ])
+}
+
+/// Columns of whose words the code has only some so far.
+const WIDER: [&str; 1] = ["scheduled_jobs.execution_context"];
+
+/// Columns whose words only SQL knows.
+const ONLY_IN_SQL: [&str; 14] = [
+    "activity_history.delivery",
+    "assemblies.assembly_type",
+    "assemblies.domain",
+    "audit_events.outcome",
+    "credentials.connection_type",
+    "credentials.credential_type",
+    "device_approvals.kind",
+    "device_approvals.status",
+    "devices.status",
+    "job_occurrences.cause",
+    "job_occurrences.state",
+    "scheduled_job_runs.resolution_status",
+    "scheduled_jobs.job_kind",
+    "users.auth_source",
+];
+
+/// The words of a constraint such as `CHECK ((state = ANY (ARRAY['open'::text, 'closed'::text])))`, and its column.
+fn read(constraint: &str) -> Option<(&str, BTreeSet<String>)> {
+    let (column, rest) = constraint.strip_prefix("CHECK ((")?.split_once(" = ANY (ARRAY[")?;
+    let words = rest.strip_suffix("])))")?;
+    let word = |word: &str| Some(word.trim().strip_prefix('\'')?.strip_suffix("'::text")?.to_owned());
+    Some((column, words.split(',').map(word).collect::<Option<_>>()?))
+}
+
+#[tokio::test]
+async fn tables_and_code_have_the_same_words() {
+    let database = TestDatabase::start().await;
+    let constraints: Vec<(String, String)> = sqlx::query_as(
+        "SELECT conrelid::regclass::text, pg_get_constraintdef(oid) FROM pg_constraint
+         WHERE contype = 'c' AND connamespace = 'public'::regnamespace AND conrelid <> 0",
+    )
+    .fetch_all(&database.pool)
+    .await
+    .expect("the constraints");
+    let stored: BTreeMap<String, BTreeSet<String>> = constraints
+        .iter()
+        .filter_map(|(table, text)| read(text).map(|(column, words)| (format!("{table}.{column}"), words)))
+        .collect();
+    let enums = enums();
+    let known: BTreeSet<&str> = enums.keys().copied().chain(ONLY_IN_SQL).collect();
+    assert_eq!(stored.keys().map(String::as_str).collect::<BTreeSet<_>>(), known, "every set of words is known");
+    for (column, words) in enums {
+        let stored = &stored[column];
+        if WIDER.contains(&column) {
+            assert!(words.is_subset(stored), "{column}: {words:?} in {stored:?}");
+        } else {
+            assert_eq!(*stored, words, "{column}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_has_ended_stays_as_it_ended() {
+    let database = TestDatabase::start().await;
+    let fill = "
+        INSERT INTO workflow_runs (workflow, version, step, input, id, state, finished_at)
+            VALUES ('w', 1, 's', '{}', '00000000-0000-7000-8000-000000000001', 'succeeded', now()), ('w', 1, 's', '{}', '00000000-0000-7000-8000-000000000002', 'failed', now());
+        INSERT INTO scheduled_jobs (id, name, components, targets, schedule_type, start_at) VALUES (1, 'job', '[]', '[]', 'daily', now());
+        INSERT INTO job_occurrences (id, job_id, scheduled_at, cause, state) VALUES (1, 1, now(), 'schedule', 'closed');
+        INSERT INTO scheduled_job_runs (id, job_id, occurrence_id, scheduled_at, status, target_hostname) VALUES (1, 1, 1, now(), 'Success', 'h');
+        INSERT INTO activity_history (id, hostname, status, delivery, request) VALUES (1, 'h', 'Failed', 'done', '{}');";
+    sqlx::raw_sql(fill).execute(&database.pool).await.expect("the rows");
+    for refused in [
+        "UPDATE workflow_runs SET state = 'running', finished_at = NULL WHERE state = 'succeeded'",
+        "UPDATE workflow_runs SET state = 'succeeded' WHERE state = 'failed'",
+        "UPDATE scheduled_job_runs SET status = 'Failed'",
+        "UPDATE activity_history SET status = 'Success'",
+        "UPDATE activity_history SET delivery = 'ready'",
+        "UPDATE job_occurrences SET state = 'open'",
+    ] {
+        let error = sqlx::query(refused).execute(&database.pool).await.expect_err(refused);
+        let code = error.as_database_error().and_then(|error| error.code()).map(|code| code.into_owned());
+        assert_eq!(code.as_deref(), Some("23514"), "{refused}: {error}");
+    }
+    for allowed in [
+        "UPDATE workflow_runs SET state = 'pending', finished_at = NULL WHERE state = 'failed'",
+        "UPDATE workflow_runs SET updated_at = now() WHERE state = 'succeeded'",
+        "UPDATE activity_history SET stdout = 'late'",
+    ] {
+        let done = sqlx::query(allowed).execute(&database.pool).await.expect(allowed);
+        assert_eq!(done.rows_affected(), 1, "{allowed}");
+    }
+}
