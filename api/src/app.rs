@@ -5,7 +5,7 @@ use std::{any::Any, time::Duration};
 use axum::{
     Extension, Router,
     body::Body,
-    extract::Request,
+    extract::{Request, State},
     http::{HeaderName, HeaderValue, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
@@ -48,7 +48,7 @@ pub fn build(app: &App) -> (Router, OpenApi, Vec<Entry>) {
         .layer(CatchPanicLayer::custom(panicked))
         .layer(middleware::from_fn(normal_form))
         .layer(middleware::from_fn_with_state(app.clone(), headers))
-        .layer(middleware::from_fn(request_id))
+        .layer(middleware::from_fn_with_state(app.clone(), request_id))
         .with_state(app.clone());
     (router, document, table)
 }
@@ -139,7 +139,7 @@ fn panicked(panic: Box<dyn Any + Send>) -> Response {
 const API_POLICY: HeaderValue = HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
 
 /// Headers that keep a browser from doing with an answer what it is not for.
-async fn headers(axum::extract::State(app): axum::extract::State<App>, request: Request, next: Next) -> Response {
+async fn headers(State(app): State<App>, request: Request, next: Next) -> Response {
     let is_api = request.uri().path().starts_with("/api/");
     let mut response = next.run(request).await;
     let headers = response.headers_mut();
@@ -160,9 +160,10 @@ async fn headers(axum::extract::State(app): axum::extract::State<App>, request: 
 }
 
 /// Gives each request an id, which goes into its log lines, its answer's `X-Request-Id` and the body of an error.
-async fn request_id(mut request: Request, next: Next) -> Response {
+async fn request_id(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let request_id = uuid::Uuid::now_v7();
-    let answering = Answering::begin("public", &request).traced(request_id, None);
+    let is_https = app.settings.public_base_url.scheme() == "https";
+    let answering = Answering::begin("public", &request).traced(request_id, is_https, None);
     let id = request_id.simple().to_string();
     let path = request.uri().path().to_owned();
     let span = tracing::info_span!("request", request_id = id, method = %request.method(), path);

@@ -8,7 +8,7 @@ use std::{
 
 use axum::{
     extract::{MatchedPath, Request},
-    http::Method,
+    http::{Method, Uri},
     response::Response,
 };
 use borealis_engine::{Error, Kind, devices::calls::Outcome};
@@ -152,12 +152,16 @@ pub(crate) async fn serve(addr: SocketAddr, app: &App, stop: CancellationToken) 
     Ok(bound)
 }
 
+/// Where monitors ask how a process is.
+const HEALTH: [&str; 2] = ["/health", "/ready"];
+
 /// A request on its way.
 #[derive(Debug)]
 pub(crate) struct Answering {
     listener: &'static str,
     method: &'static str,
     route: Option<MatchedPath>,
+    uri: Uri,
     started: Instant,
     span: Span,
 }
@@ -170,14 +174,20 @@ impl Answering {
             method: known(request.method()),
             // The template: what somebody made up is in no label.
             route: request.extensions().get::<MatchedPath>().cloned(),
+            uri: request.uri().clone(),
             started: Instant::now(),
             span: Span::default(),
         }
     }
 
-    /// Has a span tell of it. `parent` is the `traceparent` of somebody trusted.
-    pub fn traced(self, id: Uuid, parent: Option<&str>) -> Self {
-        Self { span: Span::request(id, self.method, parent), ..self }
+    /// Has a span tell of it, unless it only asks how this process is: such requests come every few seconds and would be most of all
+    /// spans. `parent` is the `traceparent` of somebody trusted.
+    pub fn traced(self, id: Uuid, is_https: bool, parent: Option<&str>) -> Self {
+        if self.route.as_ref().is_some_and(|route| HEALTH.contains(&route.as_str())) {
+            return self;
+        }
+        let scheme = if is_https { "https" } else { "http" };
+        Self { span: Span::request(id, self.method, scheme, self.uri.path(), parent), ..self }
     }
 
     /// It has been answered.

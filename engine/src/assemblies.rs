@@ -140,6 +140,8 @@ pub struct Filter {
     pub domain: Option<String>,
     /// Of this type.
     pub assembly_type: Option<String>,
+    /// With exactly this display name.
+    pub name: Option<String>,
 }
 
 struct Row {
@@ -203,11 +205,13 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter, limit: i64, offset: 
                   source_version, path, last_edited_by, created_at, updated_at, description AS "description?"
            FROM assemblies
            WHERE ($1::text IS NULL OR domain = $1) AND ($2::text IS NULL OR assembly_type = $2)
+             AND ($5::text IS NULL OR display_name = $5)
            ORDER BY lower(display_name), guid LIMIT $3 OFFSET $4"#,
         domain,
         filter.assembly_type,
         limit.clamp(1, PAGE_MAX),
         offset.max(0),
+        filter.name,
     )
     .fetch_all(conn)
     .await?;

@@ -46,6 +46,15 @@ pub struct Site {
     pub auto_approve_until: Option<DateTime<Utc>>,
 }
 
+/// Which sites a list shows.
+#[derive(Debug, Clone, Default)]
+pub struct Which {
+    /// This one.
+    pub id: Option<i64>,
+    /// The one of this name, in any case.
+    pub name: Option<String>,
+}
+
 impl Site {
     /// Whether enrollments are approved without an operator at this moment.
     #[must_use]
@@ -115,17 +124,28 @@ fn name_taken(error: sqlx::Error) -> Error {
 ///
 /// # Errors
 /// When the database is away.
-pub async fn list(pool: &db::Pool, scope: &Scope) -> Result<Vec<Site>> {
+pub async fn list(pool: &db::Pool, scope: &Scope, which: &Which) -> Result<Vec<Site>> {
     Ok(sqlx::query_as!(
         Site,
         r#"SELECT s.id, s.name, s.description, s.created_at, s.enrollment_code, s.enrollment_code_expires_at, s.auto_approve_until,
                   (SELECT count(*) FROM devices d WHERE d.site_id = s.id) AS "device_count!"
-           FROM sites s WHERE $1::bigint[] IS NULL OR s.id = ANY($1)
+           FROM sites s
+           WHERE ($1::bigint[] IS NULL OR s.id = ANY($1)) AND ($2::bigint IS NULL OR s.id = $2) AND ($3::text IS NULL OR s.name_key = $3)
            ORDER BY s.name_key"#,
         scope.site_ids(),
+        which.id,
+        which.name.as_deref().map(names::key),
     )
     .fetch_all(pool)
     .await?)
+}
+
+/// One site in `scope`.
+///
+/// # Errors
+/// 404 `site not found`.
+pub async fn one(pool: &db::Pool, scope: &Scope, id: i64) -> Result<Site> {
+    list(pool, scope, &Which { id: Some(id), name: None }).await?.pop().ok_or_else(not_found)
 }
 
 async fn get(tx: &mut db::Tx<'_>, id: i64) -> Result<Site> {

@@ -226,6 +226,9 @@ fn under(trace: TraceId, span: SpanId) -> Context {
     Context::new().with_remote_span_context(parent)
 }
 
+/// How much of a path a span shows, in characters.
+const PATH_SHOWN: usize = 256;
+
 /// A span that has begun; nothing, while no spans are exported. It ends when it is dropped.
 #[derive(Debug, Default)]
 pub struct Span(Option<Box<opentelemetry_sdk::trace::Span>>);
@@ -238,10 +241,12 @@ impl Span {
     /// The span of an HTTP request that has just come. A trace of its own with the request's id, unless `parent`, a
     /// `traceparent` of somebody trusted, says which it belongs to.
     #[must_use]
-    pub fn request(request: Uuid, method: &str, parent: Option<&str>) -> Self {
+    pub fn request(request: Uuid, method: &str, scheme: &'static str, path: &str, parent: Option<&str>) -> Self {
         let Some(tracer) = TRACER.get() else { return Self::default() };
         let builder = SpanBuilder::from_name(method.to_owned()).with_kind(SpanKind::Server).with_attributes([
             KeyValue::new("http.request.method", method.to_owned()),
+            KeyValue::new("url.scheme", scheme),
+            KeyValue::new("url.path", path.chars().take(PATH_SHOWN).collect::<String>()),
             hyphenated("borealis.request_id", request),
         ]);
         match parent.and_then(read_parent) {

@@ -433,6 +433,7 @@ impl World {
             }
 
             ("GET", "/api/sites") => list(path, "Site A"),
+            ("GET", "/api/sites/{site_id}") => thing(format!("/api/sites/{site}"), "/api/sites/999999".into(), Value::Null),
             ("POST", "/api/sites") => with(path, json!({"name": format!("Site {nothing}")}), Rule::Admin(201)),
             ("POST", "/api/sites/delete") => {
                 let (id, _) = self.engine.site(&format!("Site {nothing}")).await;

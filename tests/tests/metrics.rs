@@ -585,7 +585,9 @@ async fn the_steps_of_a_run_are_one_trace_with_the_runs_id_and_a_request_is_one_
     let public = eventually("the request's trace", SOON, async || of_trace(request.as_bytes()).pop()).await.1;
     assert_eq!((public.name.as_str(), public.kind), ("GET /api/sites", SpanKind::Server as i32));
     assert!(public.parent_span_id.is_empty());
-    assert_eq!(text(&public.attributes, "http.route").as_deref(), Some("/api/sites"));
+    let attribute = |name: &str| text(&public.attributes, name);
+    assert_eq!(attribute("http.route").as_deref(), Some("/api/sites"));
+    assert_eq!((attribute("url.path").as_deref(), attribute("url.scheme").as_deref()), (Some("/api/sites"), Some("http")));
     // A stranger cannot put requests into a trace of theirs.
     let forged = admin
         .request(reqwest::Method::GET, "/api/sites")
@@ -593,6 +595,13 @@ async fn the_steps_of_a_run_are_one_trace_with_the_runs_id_and_a_request_is_one_
     let forged = admin.send(forged).await;
     let forged = uuid::Uuid::parse_str(forged.header("x-request-id").expect("a request id")).expect("an id");
     eventually("the other request's trace", SOON, async || of_trace(forged.as_bytes()).pop()).await;
+    // Those who ask how the engine is are in no trace.
+    let healthy = admin.get("/ready").await;
+    let healthy = uuid::Uuid::parse_str(healthy.header("x-request-id").expect("a request id")).expect("an id");
+    let last = admin.get("/api/sites").await;
+    let last = uuid::Uuid::parse_str(last.header("x-request-id").expect("a request id")).expect("an id");
+    eventually("the trace of a later request", SOON, async || of_trace(last.as_bytes()).pop()).await;
+    assert!(of_trace(healthy.as_bytes()).is_empty());
     assert!(of_trace(&0x0af7_6519_16cd_43dd_8448_eb21_1c80_319c_u128.to_be_bytes()).is_empty());
 }
 

@@ -100,14 +100,13 @@ fn bad_origin() -> ApiError {
 
 /// Whether `Origin` is ours: the configured base URL, or the very host the request was sent to. Where that URL is https, a page
 /// of plain http may be anybody's who is on the line.
-fn own_origin(app: &App, parts: &Parts, origin: &str) -> bool {
-    let base = &app.settings.public_base_url;
+pub fn own_origin(base: &url::Url, headers: &HeaderMap, origin: &str) -> bool {
     if base.origin().ascii_serialization() == origin {
         return true;
     }
     let plain = (base.scheme() == "http").then(|| origin.strip_prefix("http://")).flatten();
     let authority = origin.strip_prefix("https://").or(plain);
-    authority.is_some_and(|authority| text(&parts.headers, "host") == Some(authority))
+    authority.is_some_and(|authority| text(headers, "host") == Some(authority))
 }
 
 fn check_json(parts: &Parts) -> Result<(), ApiError> {
@@ -131,7 +130,7 @@ fn check_json(parts: &Parts) -> Result<(), ApiError> {
 /// 403 `bad_origin`, 415 `unsupported_media_type`.
 pub fn check_cookie_request(app: &App, parts: &Parts) -> Result<(), ApiError> {
     let ours = match (text(&parts.headers, "origin"), text(&parts.headers, "sec-fetch-site")) {
-        (Some(origin), _) => own_origin(app, parts, origin),
+        (Some(origin), _) => own_origin(&app.settings.public_base_url, &parts.headers, origin),
         (None, site) => site == Some("same-origin"),
     };
     if !ours {
@@ -148,7 +147,7 @@ pub fn check_cookie_request(app: &App, parts: &Parts) -> Result<(), ApiError> {
 pub fn check_anonymous_request(app: &App, parts: &Parts) -> Result<(), ApiError> {
     match (text(&parts.headers, "origin"), text(&parts.headers, "sec-fetch-site")) {
         (None, None) => return Ok(()),
-        (Some(origin), _) if own_origin(app, parts, origin) => {}
+        (Some(origin), _) if own_origin(&app.settings.public_base_url, &parts.headers, origin) => {}
         (None, Some("same-origin" | "none")) => {}
         _ => return Err(bad_origin()),
     }

@@ -99,7 +99,7 @@ async fn verify(State(app): State<App>, request: Request, next: Next) -> Respons
             let request_id = Uuid::now_v7();
             let span = tracing::info_span!("request", request_id = %request_id.simple(), %method, path);
             // Which trace it belongs to is a worker's word from here on.
-            let answering = answering.traced(request_id, parent.as_deref());
+            let answering = answering.traced(request_id, false, parent.as_deref());
             (answering, tracing::Instrument::instrument(next.run(request), span).await)
         }
         Err(error) => (answering, error.into_response()),

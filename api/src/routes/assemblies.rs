@@ -109,6 +109,8 @@ struct ListQuery {
     domain: Option<String>,
     /// `script`, `workflow` or `ansible`.
     r#type: Option<String>,
+    /// Only assemblies of exactly this display name. Names need not be unique.
+    name: Option<String>,
     /// At most this many: 1 to 1,000, which is the default.
     limit: Option<i64>,
     /// The `next_cursor` of the page before.
@@ -137,7 +139,8 @@ async fn list(State(app): State<App>, _operator: Operator, Params(query): Params
         return Err(Error::field("invalid_limit", "limit", format!("must be between 1 and {}", assemblies::PAGE_MAX)).into());
     }
     let offset = query.cursor.unwrap_or(0).max(0);
-    let filter = Filter { domain: query.domain, assembly_type: query.r#type };
+    let filter =
+        Filter { domain: query.domain, assembly_type: query.r#type, name: query.name.map(|name| name.replace('\0', "")) };
     let items = assemblies::list(&mut *app.pool.acquire().await?, &filter, limit, offset).await?;
     let full = i64::try_from(items.len()).is_ok_and(|count| count == limit);
     let next_cursor = full.then(|| offset.saturating_add(limit));

@@ -26,6 +26,7 @@ pub(super) fn routes(app: &App) -> Routes {
         .area(Area::Sites)
         .operator(routes!(list))
         .admin(routes!(create))
+        .operator(routes!(get))
         .admin(routes!(delete))
         .operator(routes!(device_map))
         .admin(routes!(assign))
@@ -83,20 +84,47 @@ struct Sites {
     public_hostname: String,
 }
 
-/// The sites the caller may see.
-#[utoipa::path(get, path = "/api/sites", tag = "Sites", responses((status = 200, body = Sites), (status = 401, description = "`unauthorized`")))]
-async fn list(State(app): State<App>, operator: Operator) -> Result<Json<Sites>> {
-    let mut sites: Vec<Site> = sites::list(&app.pool, &operator.scope).await?.into_iter().map(Site::from).collect();
-    // With a code machines are brought in: it is for those who could make one.
+/// Which sites to list.
+#[derive(Debug, serde::Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct SitesQuery {
+    /// Only the site of this name, in any case.
+    name: Option<String>,
+}
+
+/// A site as this operator may see it. With a code machines are brought in: it is for those who could make one.
+fn shown(operator: &Operator, mut site: sites::Site) -> Site {
     if !(operator.is_admin() && operator.may(TokenScope::SitesWrite)) {
-        sites.iter_mut().for_each(|site| site.enrollment_code.clear());
+        site.enrollment_code.clear();
     }
+    site.into()
+}
+
+/// The sites the caller may see.
+#[utoipa::path(get, path = "/api/sites", tag = "Sites", params(SitesQuery), responses(
+    (status = 200, body = Sites),
+    (status = 400, description = "`invalid_query`"),
+    (status = 401, description = "`unauthorized`"),
+))]
+async fn list(State(app): State<App>, operator: Operator, Params(query): Params<SitesQuery>) -> Result<Json<Sites>> {
+    let which = sites::Which { id: None, name: query.name.map(|name| name.replace('\0', "")) };
+    let sites = sites::list(&app.pool, &operator.scope, &which).await?.into_iter().map(|site| shown(&operator, site)).collect();
     let url = &app.settings.public_base_url;
     Ok(Json(Sites {
         sites,
         public_base_url: url.as_str().trim_end_matches('/').to_owned(),
         public_hostname: url.host_str().unwrap_or_default().to_owned(),
     }))
+}
+
+/// One site.
+#[utoipa::path(get, path = "/api/sites/{site_id}", tag = "Sites", params(("site_id" = i64, Path)), responses(
+    (status = 200, body = Site),
+    (status = 401, description = "`unauthorized`"),
+    (status = 404, description = "`site not found`"),
+))]
+async fn get(State(app): State<App>, operator: Operator, Path(site_id): Path<i64>) -> Result<Json<Site>> {
+    Ok(Json(shown(&operator, sites::one(&app.pool, &operator.scope, site_id).await?)))
 }
 
 /// A new site.

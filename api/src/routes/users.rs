@@ -318,7 +318,7 @@ struct Selection {
 ))]
 async fn selection(State(app): State<App>, _: Operator, body::Json(body): body::Json<Usernames>) -> Result<Json<Selection>> {
     let users = users::selection(&app.pool, &body.usernames).await?;
-    let sites = sites::list(&app.pool, &Scope::All).await?;
+    let sites = sites::list(&app.pool, &Scope::All, &sites::Which::default()).await?;
     let sets: BTreeSet<BTreeSet<i64>> = users.iter().map(|user| user.sites.iter().map(|(id, _)| *id).collect()).collect();
     let mixed = sets.len() > 1;
     let existing = users

@@ -323,8 +323,7 @@ fn as_401(ApiError(mut error): ApiError) -> ApiError {
 /// A browser says where its page comes from, and sends cookies for any page: with a cookie the Origin must be there and ours.
 fn origin_fits(base: &url::Url, headers: &HeaderMap, required: bool) -> bool {
     let Some(origin) = headers.get(header::ORIGIN) else { return !required };
-    let Some(origin) = origin.to_str().ok().and_then(|text| url::Url::parse(text).ok()) else { return false };
-    origin.origin() == base.origin()
+    origin.to_str().is_ok_and(|origin| client::own_origin(base, headers, origin))
 }
 
 #[cfg(test)]
@@ -365,17 +364,21 @@ mod tests {
         let base = url::Url::parse("https://engine.example:8443/").unwrap();
         let fits = |origin: Option<&str>, required| {
             let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, "10.0.0.5:8443".parse().unwrap());
             if let Some(origin) = origin {
                 headers.insert(header::ORIGIN, origin.parse().unwrap());
             }
             origin_fits(&base, &headers, required)
         };
         assert!(fits(Some("https://engine.example:8443"), true));
+        assert!(fits(Some("https://10.0.0.5:8443"), true), "the host that the request was sent to, as for requests over REST");
         assert!(fits(None, false));
         assert!(!fits(None, true));
         for foreign in [
             "https://engine.example",
             "http://engine.example:8443",
+            "http://10.0.0.5:8443",
+            "https://10.0.0.5",
             "https://evil.example",
             "null",
             "",
