@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 use crate::db::Cause;
 
+pub mod catalogue;
+
 /// Shorthand for results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 

@@ -3,7 +3,10 @@
 use std::sync::LazyLock;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use borealis_engine::internal::{self, Key, Signed};
+use borealis_engine::{
+    error::catalogue::{CODES, Code},
+    internal::{self, Key, Signed},
+};
 use ed25519_dalek::{Signer, SigningKey, pkcs8::EncodePublicKey};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -69,8 +72,31 @@ impl Reply {
         assert_eq!(found, (status, Some(code)), "{} answered: {}", self.request, self.text);
         assert!(self.body["message"].as_str().is_some_and(|text| !text.is_empty()), "no message: {}", self.text);
         assert_eq!(self.body["request_id"].as_str(), self.header("x-request-id"), "no request id: {}", self.text);
+        let known = CODES.iter().find(|known| known.code == code).unwrap_or_else(|| panic!("{code} is not in the catalogue"));
+        assert!(
+            statuses(known).contains(&status),
+            "{} answered {code} with {status}: {:?} says the catalogue",
+            self.request,
+            known.kinds
+        );
         self
     }
+}
+
+/// The statuses that a code of the catalogue comes with.
+#[must_use]
+pub fn statuses(code: &Code) -> Vec<u16> {
+    let special = match code.code {
+        "method_not_allowed" => Some(405),
+        "uri_too_long" => Some(414),
+        _ => None,
+    };
+    let mut statuses: Vec<u16> = match special {
+        Some(status) => vec![status],
+        None => code.kinds.iter().map(|kind| borealis_api::errors::status(*kind).as_u16()).collect(),
+    };
+    statuses.sort_unstable();
+    statuses
 }
 
 /// How an actor proves who it is.
