@@ -1,6 +1,9 @@
 //! What a request carries, with answers a person can act on: the field and the reason, never a panic or a silent default.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use axum::{
     body::{Bytes, HttpBody},
@@ -16,6 +19,7 @@ use bytes::BytesMut;
 use chrono::{DateTime, Datelike as _, Utc};
 use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 
 use crate::{
     errors::ApiError,
@@ -178,6 +182,41 @@ impl<T: DeserializeOwned + Send + 'static, S: Send + Sync> FromRequest<S> for Js
         let bytes = bytes(request).await?;
         work::sized(bytes.len(), move || object(&bytes).map(Self)).await?
     }
+}
+
+/// What answers have and no body sets: a client may send an answer back, changed where it wants to change something.
+pub trait SentBack {
+    /// Fields that are taken and not looked at.
+    const READ_ONLY: &'static [&'static str];
+    /// Fields that say what another one says: the name in answers, and the name in bodies.
+    const ALSO_NAMED: &'static [(&'static str, &'static str)] = &[];
+}
+
+/// The body of a change: a [`Json`] that may be an answer which is sent back.
+#[derive(Debug)]
+pub struct Change<T>(pub T);
+
+impl<T: DeserializeOwned + SentBack + Send + 'static, S: Send + Sync> FromRequest<S> for Change<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        let bytes = bytes(request).await?;
+        work::sized(bytes.len(), move || object(&without_read_only::<T>(&bytes)?).map(Self)).await?
+    }
+}
+
+/// The body without what it has of [`SentBack::READ_ONLY`], and with the names that bodies have.
+fn without_read_only<T: SentBack>(bytes: &[u8]) -> Result<Vec<u8>, ApiError> {
+    let mut fields: BTreeMap<String, Box<RawValue>> = object(bytes)?;
+    fields.retain(|name, _| !T::READ_ONLY.contains(&name.as_str()));
+    for (shown, named) in T::ALSO_NAMED {
+        let Some(value) = fields.remove(*shown) else { continue };
+        if fields.get(*named).is_some_and(|other| other.get() != value.get()) {
+            return Err(Error::field("conflicting_fields", shown, format!("differs from {named}, which says the same")).into());
+        }
+        fields.insert((*named).to_owned(), value);
+    }
+    Ok(serde_json::to_vec(&fields).map_err(Error::from)?)
 }
 
 impl<T: DeserializeOwned + Default + Send + 'static, S: Send + Sync> FromRequest<S> for OptionalJson<T> {

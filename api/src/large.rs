@@ -20,8 +20,8 @@ use crate::errors::Result;
 
 /// From this many bytes on an answer is compressed.
 const COMPRESSED_FROM: usize = 4 * 1024;
-/// Up to so many rows are written where the request is served.
-const FEW_ROWS: usize = 20;
+/// Up to about so many bytes are written where the request is served, and a quarter of them compressed: less than a millisecond.
+const INLINE_MAX: usize = 128 * 1024;
 
 /// What the client takes.
 #[derive(Debug, Clone, Copy)]
@@ -56,13 +56,14 @@ fn takes_gzip(headers: &HeaderMap) -> bool {
 }
 
 impl Encodings {
-    /// Answers `answer`, which has so many `rows`, as JSON.
+    /// Answers `answer`, which has `about` so many bytes, as JSON.
     ///
     /// # Errors
     /// 503 `busy` when too much is being worked on; when it cannot be written.
-    pub async fn json<T: Serialize + Send + 'static>(self, rows: usize, answer: T) -> Result<Response> {
+    pub async fn json<T: Serialize + Send + 'static>(self, about: usize, answer: T) -> Result<Response> {
         let written = move || write(&answer, self.gzip);
-        let (body, compressed) = if rows <= FEW_ROWS { written()? } else { work::heavy(written).await?? };
+        let inline = if self.gzip { INLINE_MAX / 4 } else { INLINE_MAX };
+        let (body, compressed) = if about <= inline { written()? } else { work::heavy(written).await?? };
         let mut response = body.into_response();
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

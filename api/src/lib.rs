@@ -13,6 +13,7 @@ pub mod github;
 pub mod internal;
 pub mod large;
 pub mod metrics;
+pub mod page;
 pub mod reconcilers;
 pub mod room;
 pub mod routes;

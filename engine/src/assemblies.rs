@@ -193,7 +193,7 @@ impl From<Row> for Item {
     }
 }
 
-/// Lists assemblies by display name without case, at most [`PAGE_MAX`], and where the next page begins.
+/// Lists assemblies by display name without case, at most `limit` after the first `offset`.
 ///
 /// # Errors
 /// When the database refuses.
@@ -209,7 +209,7 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter, limit: i64, offset: 
            ORDER BY lower(display_name), guid LIMIT $3 OFFSET $4"#,
         domain,
         filter.assembly_type,
-        limit.clamp(1, PAGE_MAX),
+        limit,
         offset.max(0),
         filter.name,
     )

@@ -1,6 +1,6 @@
 //! Sites: what devices belong to, what operators are assigned to, and what an enrollment code opens.
 
-use std::{collections::BTreeMap, collections::BTreeSet};
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Duration, Utc};
 use serde_json::json;
@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::{
     audit::{self, Entry},
     db,
+    devices::lookup,
     error::{Error, Kind, Result},
     names::{self, Name, Rule},
     scope::{Actor, Scope},
@@ -354,7 +355,7 @@ pub async fn device_map(pool: &db::Pool, scope: &Scope, hostnames: Option<&[Stri
 ///
 /// # Errors
 /// 400 `too_many_hostnames`, `unknown_target` with the names no device has; 404 `site not found`;
-/// 409 `ambiguous_hostname` with the devices of each such name. In all cases nothing is moved.
+/// 409 `ambiguous_hostname` as [`lookup::ambiguous`]. In all cases nothing is moved.
 pub async fn assign(pool: &db::Pool, actor: &Actor, site_id: i64, names: &[String]) -> Result<Vec<Uuid>> {
     if names.len() > BATCH_MAX {
         return Err(Error::field("too_many_hostnames", "hostnames", format!("must name at most {BATCH_MAX} devices.")));
@@ -368,49 +369,30 @@ pub async fn assign(pool: &db::Pool, actor: &Actor, site_id: i64, names: &[Strin
         .fetch_optional(&mut *tx)
         .await?
         .ok_or_else(not_found)?;
-    let devices = sqlx::query!(
-        r#"SELECT d.guid, d.hostname, d.hostname_key, d.site_id, s.name AS "site_name?"
-           FROM devices d LEFT JOIN sites s ON s.id = d.site_id
-           WHERE d.guid = ANY($1) OR d.hostname_key = ANY($2)
-           ORDER BY d.guid FOR UPDATE OF d"#,
-        &guids,
-        &keys,
-    )
-    .fetch_all(&mut *tx)
-    .await?;
-    let mut moved = BTreeSet::new();
-    let (mut unknown, mut ambiguous) = (Vec::new(), serde_json::Map::new());
+    let found = lookup::all(&mut tx, &Scope::All, &guids, &keys).await?;
+    let (mut named, mut unknown) = (Vec::new(), Vec::new());
     for (name, typed) in &names {
         let guid = Uuid::try_parse(name).ok();
-        let by_guid: Vec<_> = devices.iter().filter(|device| Some(device.guid) == guid).collect();
-        let found =
-            if by_guid.is_empty() { devices.iter().filter(|device| device.hostname_key == *name).collect() } else { by_guid };
-        match found[..] {
+        let by_guid: Vec<_> = found.iter().filter(|device| Some(device.guid) == guid).collect();
+        let by_name = || found.iter().filter(|device| device.hostname_key == *name).collect();
+        match if by_guid.is_empty() { by_name() } else { by_guid }[..] {
             [] => unknown.push(typed.trim().to_owned()),
-            [device] => {
-                moved.insert(device.guid);
-            }
-            ref namesakes => {
-                let candidates: Vec<_> = namesakes
-                    .iter()
-                    .map(|device| {
-                        json!({ "guid": device.guid.to_string().to_uppercase(), "hostname": device.hostname,
-                                "site_id": device.site_id, "site_name": device.site_name })
-                    })
-                    .collect();
-                ambiguous.insert(typed.trim().to_owned(), candidates.into());
-            }
+            [device] => named.push(device.guid),
+            ref namesakes => return Err(lookup::ambiguous(typed.trim(), namesakes.iter().copied())),
         }
     }
     if !unknown.is_empty() {
         return Err(Error::field("unknown_target", "hostnames", "some of these devices do not exist.").with("hostnames", unknown));
     }
-    if !ambiguous.is_empty() {
-        return Err(Error::conflict("ambiguous_hostname", "Several devices have this name; name the device by its GUID.")
-            .with("candidates", ambiguous));
-    }
+    let devices = sqlx::query!(
+        "SELECT guid, hostname, site_id FROM devices WHERE guid = ANY($1) AND site_id IS DISTINCT FROM $2 ORDER BY guid FOR UPDATE",
+        &named,
+        site_id,
+    )
+    .fetch_all(&mut *tx)
+    .await?;
     let mut changed = Vec::new();
-    for device in devices.iter().filter(|device| moved.contains(&device.guid) && device.site_id != Some(site_id)) {
+    for device in devices {
         let entry = Entry {
             action: "device.assign_site",
             object_kind: "device",

@@ -1277,7 +1277,12 @@ async fn devices_move_between_sites_by_name_or_guid() {
     let reply = assign(json!(berlin), json!(["lone", "ghost"])).await.error(400, "unknown_target");
     assert_eq!(reply.body["hostnames"], json!(["ghost"]));
     let reply = assign(json!(berlin), json!(["lone", "twin"])).await.error(409, "ambiguous_hostname");
-    assert_eq!(reply.body["candidates"]["twin"].as_array().map(Vec::len), Some(2), "{}", reply.text);
+    assert_eq!(
+        (&reply.body["hostname"], reply.body["candidates"].as_array().map(Vec::len)),
+        (&json!("twin"), Some(2)),
+        "{}",
+        reply.text
+    );
     assert_eq!(map(&operator, "").await, json!({}), "a refused assignment moved a device");
 
     let _ = assign(json!(berlin), json!(["LONE", format!("{{{}}}", one.to_lowercase())])).await.ok();

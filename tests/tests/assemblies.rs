@@ -204,6 +204,8 @@ async fn a_list_has_pages() {
     assert_eq!(names(&first), ["Alpha", "beta"], "without regard to case; an unknown domain is no filter");
     let second = operator.get(&format!("/api/assemblies?limit=2&cursor={}", first["next_cursor"])).await.ok();
     assert_eq!((names(&second), &second["next_cursor"]), (vec!["gamma".to_owned()], &Value::Null));
+    let whole = operator.get("/api/assemblies?limit=3").await.ok();
+    assert_eq!(whole["next_cursor"], Value::Null, "a page that is just full is the last one");
     let _ = operator.get("/api/assemblies?limit=0").await.error(400, "invalid_limit");
     let _ = operator.get("/api/assemblies?limit=many").await.error(400, "invalid_query");
 }

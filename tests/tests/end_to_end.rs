@@ -347,6 +347,9 @@ async fn a_job_run_and_its_workflow_run_end_alike() {
     let again = format!("/api/runs/{}/retry", retried["id"].as_str().expect("an id"));
     let _ = admin.post(&again, json!({})).await.error(409, "run_not_failed");
 
+    let _ = admin.delete(&format!("/api/scheduled_jobs/{job}")).await.ok();
+    let _ = admin.post(&retry, json!({})).await.error(409, "nothing_to_retry");
+
     // A cancel of the only run cancels what carries it.
     let job = house.run_now("sleep 300").await;
     let run = house.until(job, "Running").await;

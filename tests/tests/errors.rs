@@ -6,7 +6,8 @@
 use std::{collections::BTreeSet, fmt::Write as _, path::Path};
 
 use borealis_engine::error::catalogue::CODES;
-use borealis_tests::actor::statuses;
+use borealis_tests::{TestEngine, actor::statuses, engine::PASSWORD};
+use serde_json::json;
 
 /// Codes of errors that no client of the API sees: of the console, of settings, and of a start that fails.
 const NOT_ANSWERED: &[&str] = &[
@@ -19,8 +20,6 @@ const NOT_ANSWERED: &[&str] = &[
     "cannot_run",
     "data_folder_in_use",
     "data_folder_of_another_user",
-    "database_is_newer",
-    "database_rights_missing",
     "database_unreachable",
     "database_unsuitable",
     "initdb_failed",
@@ -32,7 +31,6 @@ const NOT_ANSWERED: &[&str] = &[
     "invalid_setting",
     "listen_failed",
     "migration_modified",
-    "migrations_pending",
     "no_server_installed",
     "no_service_user",
     "not_an_admin",
@@ -90,7 +88,10 @@ fn made(source: &str) -> BTreeSet<String> {
     let mut codes = BTreeSet::new();
     for (at, call) in ["Error::new(", "Error::conflict(", "Error::invalid(", "Error::field("]
         .into_iter()
-        .flat_map(|call| source.match_indices(call).map(|(at, call)| (at + call.len(), call)))
+        .flat_map(|call| source.match_indices(call))
+        // Errors of the standard library have no codes.
+        .filter(|(at, _)| !source[..*at].ends_with(':'))
+        .map(|(at, call)| (at + call.len(), call))
     {
         let rest = &source[at..];
         let code = if call == "Error::new(" { rest.split_once(',').map(|(_, rest)| rest) } else { Some(rest) };
@@ -103,7 +104,8 @@ fn made(source: &str) -> BTreeSet<String> {
 /// The sources of the engine: path and text.
 fn sources() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let mut folders: Vec<_> = ["engine", "api", "workflows", "workers"].map(|name| root.join(name).join("src")).into();
+    let mut folders: Vec<_> =
+        ["engine", "api", "workflows", "workers", "agent/protocol"].map(|name| root.join(name).join("src")).into();
     let mut found = Vec::new();
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).expect("a folder") {
@@ -123,10 +125,10 @@ fn sources_and_catalogue_have_the_same_codes() {
     let known: BTreeSet<&str> = CODES.iter().map(|code| code.code).chain(NOT_ANSWERED.iter().copied()).collect();
     let (mut unknown, mut texts) = (BTreeSet::new(), String::new());
     for (path, text) in sources() {
-        if path.ends_with("error/catalogue.rs") {
+        if path.ends_with("error/catalogue.rs") || path.ends_with("tests.rs") {
             continue;
         }
-        let text = text.split("#[cfg(test)]").next().unwrap_or_default();
+        let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
         unknown
             .extend(made(text).into_iter().filter(|code| !known.contains(code.as_str())).map(|code| format!("{path}: {code}")));
         texts.push_str(text);
@@ -157,4 +159,24 @@ fn the_document_names_codes_of_the_catalogue() {
         }
     }
     assert!(wrong.is_empty(), "codes with a status that they do not come with: {wrong:#?}");
+}
+
+/// Codes that a rare mistake meets, and no other test does.
+#[tokio::test]
+async fn rare_mistakes_have_their_codes() {
+    let engine = TestEngine::start().await;
+    let (site, _) = engine.site("north").await;
+    let admin = engine.admin().await;
+    let nothing = uuid::Uuid::new_v4();
+    let _ = admin.post(&format!("/api/runs/{nothing}/cancel"), json!({"reason": " "})).await.error(400, "invalid_reason");
+    let _ = admin.get("/api/runs?state=asleep").await.error(400, "invalid_state");
+    let names: Vec<String> = (0..1_001).map(|number| format!("host-{number}")).collect();
+    let body = json!({"site_id": site, "hostnames": names});
+    let _ = admin.post("/api/sites/assign", body).await.error(400, "too_many_hostnames");
+    let body = json!({"username": "second", "password": "a long enough one"});
+    let _ = engine.anonymous().post("/api/bootstrap/admin/setup", body).await.error(409, "bootstrap_already_initialized");
+    let _ = engine.anonymous().post("/api/bootstrap/aegis/setup", json!({})).await.error(409, "already_configured");
+    let _ = engine.anonymous().get("/socket.io/?EIO=4&transport=polling").await.error(400, "websocket_required");
+    let body = json!({"current_password": PASSWORD, "new_password": "x".repeat(2_000)});
+    let _ = admin.post("/api/auth/password/reset", body).await.error(400, "password_too_long");
 }

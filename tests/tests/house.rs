@@ -237,3 +237,29 @@ fn a_migration_stays_as_it_was_written() {
     let found: BTreeMap<&str, &str> = found.iter().map(|(name, sum)| (name.as_str(), sum.as_str())).collect();
     assert_eq!(found, known, "write a migration of its own, and add its line: sha256sum in migrations/ to published.sha256");
 }
+
+/// White space counts once, and quotes as they are in the text itself.
+fn plain(text: &str) -> String {
+    let joined: Vec<&str> =
+        text.split("\\\n").enumerate().map(|(at, line)| if at == 0 { line } else { line.trim_start() }).collect();
+    joined.concat().replace("\\\"", "\"").split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn every_checked_query_is_in_the_sources() {
+    let all: String = ["engine", "workflows", "workers", "api", "telemetry"]
+        .iter()
+        .flat_map(|folder| sources(folder))
+        .map(|(_, text)| plain(&text) + "\n")
+        .collect();
+    let mut unused = Vec::new();
+    for file in std::fs::read_dir(root().join(".sqlx")).expect("the checked queries") {
+        let path = file.expect("a file").path();
+        let checked: Value = serde_json::from_str(&std::fs::read_to_string(&path).expect("a file")).expect("a checked query");
+        let query = plain(checked["query"].as_str().expect("a query"));
+        if !all.contains(&query) {
+            unused.push(format!("{}: {}", path.display(), query.chars().take(80).collect::<String>()));
+        }
+    }
+    assert!(unused.is_empty(), "no source has these; remove them: {unused:#?}");
+}

@@ -351,3 +351,48 @@ async fn a_compressed_body_is_refused_by_name() {
     let _ = admin.send(request("gzip")).await.error(415, "unsupported_content_encoding");
     assert_eq!(admin.send(request("identity")).await.status, 201);
 }
+
+#[tokio::test]
+async fn what_was_read_can_be_sent_back() {
+    let engine = TestEngine::start().await;
+    let (site, _) = engine.site("north").await;
+    let device = engine.device(site).await;
+    let admin = engine.admin().await;
+    let assembly = json!({"domain": "user", "display_name": "Say hi", "payload": {"type": "bash", "script": "echo hi"}});
+    let assembly =
+        admin.post("/api/assemblies", assembly).await.expect(201).body["assembly_guid"].as_str().expect("a guid").to_owned();
+    let job = json!({
+        "name": "Nightly", "components": [{"assembly_guid": assembly, "name": "Say hi"}], "targets": [device.hostname],
+        "schedule": {"type": "daily", "start": "2090-01-01T03:00", "timezone": "Europe/Berlin"}, "stop_after": "2h",
+    });
+    let job = admin.post("/api/scheduled_jobs", job).await.ok()["job"]["id"].clone();
+    let credential = json!({"name": "Web", "username": "deploy", "password": "a secret", "metadata": {"note": "x"}});
+    let credential = admin.post("/api/credentials", credential).await.ok()["credential"]["id"].clone();
+    for (path, inside) in [
+        (format!("/api/scheduled_jobs/{job}"), "job"),
+        (format!("/api/assemblies/{assembly}"), ""),
+        (format!("/api/credentials/{credential}"), "credential"),
+    ] {
+        let read = async || {
+            let answer = admin.get(&path).await.ok();
+            if inside.is_empty() { answer } else { answer[inside].clone() }
+        };
+        let before = read().await;
+        let _ = admin.put(&path, before.clone()).await.ok();
+        let mut after = read().await;
+        for touched in ["updated_at", "last_persisted"].into_iter().filter(|touched| before.get(touched).is_some()) {
+            after[touched] = before[touched].clone();
+        }
+        assert_eq!(after, before, "{path}");
+        let mut unknown = before.clone();
+        unknown["nobody_knows_this"] = json!(1);
+        let _ = admin.put(&path, unknown).await.error(400, "invalid_json");
+    }
+    // Two names of one field cannot say different things.
+    let path = format!("/api/assemblies/{assembly}");
+    let mut read = admin.get(&path).await.ok();
+    read["name"] = json!("Say something");
+    let _ = admin.put(&path, read).await.error(400, "conflicting_fields");
+    let _ = admin.put(&path, json!({"name": "Say something"})).await.ok();
+    assert_eq!(admin.get(&path).await.ok()["display_name"], "Say something");
+}

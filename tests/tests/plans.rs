@@ -294,6 +294,13 @@ fn cases() -> Vec<Case> {
         ),
         case("due jobs", &["FROM scheduled_jobs WHERE enabled AND next_due_at <= now()"], "(100, 0)".into(), 500, 10),
         case("nearest job", &["SELECT extract(epoch FROM min(next_due_at)"], String::new(), 500, 10),
+        case(
+            "next device page",
+            &["SELECT guid, hostname_key, created_at FROM devices WHERE (hostname_key, guid) >"],
+            "('host-5', '00000001-0000-7000-8000-000000000005', 101)".into(),
+            500,
+            100,
+        ),
         wide(
             "device page",
             &["SELECT d.guid, d.hostname_key, d.created_at FROM devices AS d"],

@@ -115,14 +115,18 @@ pub async fn delete(conn: &mut PgConnection, caller: Caller<'_>, job_id: i64) ->
 /// 404 `not found`; 409 `run_not_failed`, and those of [`start_now`].
 pub async fn retry_run(conn: &mut PgConnection, caller: Caller<'_>, id: Uuid) -> Result<Uuid> {
     let run = runs::get(conn, caller.scope, id).await?;
-    let mut goes_on = id;
-    match ended_occurrence(conn, &run).await? {
+    let ended =
+        if run.workflow == scheduled_run::NAME && run.state == "failed" { ended_occurrence(conn, id).await? } else { None };
+    let goes_on = match ended {
         Some((occurrence, job_id)) => {
             let started = start_now(conn, caller, job_id, Which::FailedOf(occurrence), false).await?;
-            goes_on = started.workflow_run_id.ok_or_else(Error::not_found)?;
+            started.workflow_run_id.ok_or_else(Error::not_found)?
         }
-        None => crate::retry(conn, id, &caller.actor.name).await?,
-    }
+        None => {
+            crate::retry(conn, id, &caller.actor.name).await?;
+            id
+        }
+    };
     let entry = Entry {
         action: "workflow_run.retry",
         object_kind: "workflow_run",
@@ -134,11 +138,13 @@ pub async fn retry_run(conn: &mut PgConnection, caller: Caller<'_>, id: Uuid) ->
     Ok(goes_on)
 }
 
-/// The occurrence that a failed run has carried to its end, and its job.
-async fn ended_occurrence(conn: &mut PgConnection, run: &runs::RunView) -> Result<Option<(i64, i64)>> {
-    if run.workflow != scheduled_run::NAME || run.state != "failed" {
-        return Ok(None);
-    }
-    let Some(occurrence) = scheduled_run::occurrence_of(conn, run.id).await? else { return Ok(None) };
-    Ok(occurrence::closed_by(conn, occurrence, run.id).await?.map(|job| (occurrence, job)))
+/// The occurrence that a run of [`scheduled_run`] has carried to its end, and its job.
+///
+/// # Errors
+/// 409 `nothing_to_retry` when the occurrence is gone with its job.
+async fn ended_occurrence(conn: &mut PgConnection, run_id: Uuid) -> Result<Option<(i64, i64)>> {
+    let gone = || Error::conflict("nothing_to_retry", "The job of this run is gone.");
+    let occurrence = scheduled_run::occurrence_of(conn, run_id).await?.ok_or_else(gone)?;
+    let (job_id, has_ended) = occurrence::of_workflow_run(conn, occurrence, run_id).await?.ok_or_else(gone)?;
+    Ok(has_ended.then_some((occurrence, job_id)))
 }

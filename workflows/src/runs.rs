@@ -62,7 +62,7 @@ pub struct Filter {
     pub job_id: Option<i64>,
     /// After this one, in the order of the list (newest first).
     pub after: Option<Uuid>,
-    /// At most this many, 1 to [`PAGE_MAX`].
+    /// At most this many.
     pub limit: i64,
 }
 
@@ -85,7 +85,7 @@ pub async fn list(pool: &Pool, scope: &Scope, filter: &Filter) -> Result<Vec<Run
         filter.state,
         filter.job_id,
         filter.after,
-        filter.limit.clamp(1, PAGE_MAX),
+        filter.limit,
     )
     .fetch_all(pool)
     .await?)

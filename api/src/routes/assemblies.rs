@@ -18,8 +18,9 @@ use utoipa_axum::routes;
 
 use crate::{
     access::{Area, Operator, Routes},
-    body::{self, BodyLimit, Params, Path},
+    body::{self, BodyLimit, Change, Params, Path, SentBack},
     errors::{ApiError, Result},
+    page::Limit,
     state::App,
 };
 
@@ -134,16 +135,12 @@ struct AssemblyList {
 #[utoipa::path(get, path = "/api/assemblies", tag = "Assemblies", params(ListQuery),
     responses((status = 200, body = AssemblyList), (status = 400, description = "`invalid_query`, `invalid_limit`")))]
 async fn list(State(app): State<App>, _operator: Operator, Params(query): Params<ListQuery>) -> Result<Json<AssemblyList>> {
-    let limit = query.limit.unwrap_or(assemblies::PAGE_MAX);
-    if !(1..=assemblies::PAGE_MAX).contains(&limit) {
-        return Err(Error::field("invalid_limit", "limit", format!("must be between 1 and {}", assemblies::PAGE_MAX)).into());
-    }
+    let limit = Limit::new(query.limit, assemblies::PAGE_MAX, assemblies::PAGE_MAX)?;
     let offset = query.cursor.unwrap_or(0).max(0);
     let filter =
         Filter { domain: query.domain, assembly_type: query.r#type, name: query.name.map(|name| name.replace('\0', "")) };
-    let items = assemblies::list(&mut *app.pool.acquire().await?, &filter, limit, offset).await?;
-    let full = i64::try_from(items.len()).is_ok_and(|count| count == limit);
-    let next_cursor = full.then(|| offset.saturating_add(limit));
+    let mut items = assemblies::list(&mut *app.pool.acquire().await?, &filter, limit.and_one(), offset).await?;
+    let next_cursor = limit.cut(&mut items).map(|_| offset.saturating_add(limit.rows()));
     Ok(Json(AssemblyList {
         items,
         queue: Vec::new(),
@@ -175,6 +172,24 @@ async fn create(State(app): State<App>, operator: Operator, body::Json(body): bo
         Ok(detail) => answer(StatusCode::CREATED, detail.payload.len(), detail).await,
         Err(error) => Err(refused(&app, &operator, "assembly.create", &guid, error).await),
     }
+}
+
+impl SentBack for AssemblyBody {
+    const READ_ONLY: &'static [&'static str] = &[
+        "assembly_id",
+        "payload_guid",
+        "payload_json",
+        "is_dirty",
+        "dirty_since",
+        "last_persisted",
+        "virtual_path",
+        "path",
+        "created_at",
+        "updated_at",
+        "last_edited_by",
+    ];
+    const ALSO_NAMED: &'static [(&'static str, &'static str)] =
+        &[("name", "display_name"), ("description", "summary"), ("source", "domain")];
 }
 
 /// Answers with JSON; a large one is written on the pool for such work.
@@ -223,7 +238,7 @@ async fn update(
     operator: Operator,
     Path(guid): Path<String>,
     headers: HeaderMap,
-    body::Json(body): body::Json<AssemblyBody>,
+    Change(body): Change<AssemblyBody>,
 ) -> Result<Response> {
     let expected = expected(&headers)?;
     match assemblies::update(&app.pool, operator.caller(&app), &guid, body, expected).await {

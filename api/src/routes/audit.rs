@@ -23,6 +23,7 @@ use crate::{
     access::{Area, Operator, Routes},
     body::{self, Params},
     errors::Result,
+    page::Limit,
     state::App,
 };
 
@@ -157,14 +158,6 @@ impl Which {
             outcome,
         })
     }
-
-    fn limit(&self, default: i64, max: i64) -> Result<i64> {
-        let limit = self.limit.unwrap_or(default);
-        if !(1..=max).contains(&limit) {
-            return Err(Error::field("invalid_limit", "limit", format!("must be 1 to {max}.")).into());
-        }
-        Ok(limit)
-    }
 }
 
 fn busy() -> Error {
@@ -181,13 +174,12 @@ fn busy() -> Error {
 async fn list(State(app): State<App>, operator: Operator, Params(which): Params<Which>) -> Result<Response> {
     let (filter, format) = (which.filter()?, format(which.format.as_deref())?);
     if format != Format::Page {
-        return export(&app, &operator, filter, which.cursor, which.limit(EXPORT_MAX, EXPORT_MAX)?, format).await;
+        let limit = Limit::new(which.limit, EXPORT_MAX, EXPORT_MAX)?.rows();
+        return export(&app, &operator, filter, which.cursor, limit, format).await;
     }
-    let limit = which.limit(PAGE_DEFAULT, PAGE_MAX)?;
-    let mut events = audit::page(&app.pool, &filter, which.cursor, limit + 1).await?;
-    let more = i64::try_from(events.len()).is_ok_and(|count| count > limit);
-    events.truncate(usize::try_from(limit).unwrap_or_default());
-    let next_cursor = events.last().filter(|_| more).map(|last| last.id);
+    let limit = Limit::new(which.limit, PAGE_DEFAULT, PAGE_MAX)?;
+    let mut events = audit::page(&app.pool, &filter, which.cursor, limit.and_one()).await?;
+    let next_cursor = limit.cut(&mut events).map(|last| last.id);
     Ok(Json(AuditEvents { events: events.into_iter().map(AuditEvent::from).collect(), next_cursor }).into_response())
 }
 

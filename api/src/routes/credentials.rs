@@ -13,7 +13,7 @@ use utoipa_axum::routes;
 use super::auth::Done;
 use crate::{
     access::{Area, Operator, Routes},
-    body::{self, Path},
+    body::{self, Path, SentBack},
     errors::Result,
     state::App,
 };
@@ -120,6 +120,22 @@ impl CredentialWritten {
 /// A field that is there, whatever its value: null is told from absent.
 fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> std::result::Result<Option<Option<T>>, D::Error> {
     Option::deserialize(deserializer).map(Some)
+}
+
+impl SentBack for CredentialBody {
+    const READ_ONLY: &'static [&'static str] = &[
+        "id",
+        "site_name",
+        "has_password",
+        "has_private_key",
+        "has_private_key_passphrase",
+        "has_become_password",
+        "secret_reset_required",
+        "lost_secret_fields",
+        "reset_at",
+        "created_at",
+        "updated_at",
+    ];
 }
 
 /// What is written. What is absent stays as it is; a secret that is null or empty is forgotten.
@@ -276,7 +292,7 @@ async fn update(
     State(app): State<App>,
     operator: Operator,
     Path(id): Path<i64>,
-    body::Json(body): body::Json<CredentialBody>,
+    body::Change(body): body::Change<CredentialBody>,
 ) -> Result<Json<CredentialWritten>> {
     operator.require_step_up()?;
     Ok(CredentialWritten::json(credentials::update(&app.pool, &app.vault, &operator.actor, id, &body.change()?).await?))

@@ -86,7 +86,7 @@ async fn devices(
         cursor: which.cursor.filter(|cursor| !cursor.is_empty()),
     };
     let page = list::page(&app.pool, &operator.scope, &filter).await?;
-    encodings.json(page.devices.len(), page).await
+    encodings.json(page.about_bytes(), page).await
 }
 
 /// One device.

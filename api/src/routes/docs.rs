@@ -1,4 +1,6 @@
-//! The OpenAPI document and a page that shows it, both from the binary: nothing is fetched from elsewhere.
+//! The OpenAPI document and a page that shows it with Swagger UI, all from the binary: nothing is fetched from elsewhere.
+
+use std::{borrow::Cow, sync::Arc};
 
 use axum::{
     Extension, Router,
@@ -12,14 +14,22 @@ use utoipa_axum::routes;
 use crate::{access::Routes, body::Path, document::Document, errors::Result, state::App};
 
 const DOCS: &str = "/api/docs";
+const DOCUMENT: &str = "/api/openapi.json";
 const PAGE: &str = include_str!("docs/page.html");
 const SCRIPT: &str = include_str!("docs/page.js");
 const STYLE: &str = include_str!("docs/page.css");
 
+/// The files of Swagger UI that the page needs; its others are not served.
+const VIEWER: [(&str, &str); 2] =
+    [("swagger-ui.css", "text/css; charset=utf-8"), ("swagger-ui-bundle.js", "text/javascript; charset=utf-8")];
+
+/// Pictures are in the style, as data.
 const PAGE_POLICY: HeaderValue = HeaderValue::from_static(
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; \
-     frame-ancestors 'none'",
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; \
+     form-action 'none'; frame-ancestors 'none'",
 );
+/// The viewer changes with the engine's version only.
+const VIEWER_AGE: HeaderValue = HeaderValue::from_static("public, max-age=3600");
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone()).anonymous(routes!(document)).anonymous(routes!(page)).anonymous(routes!(asset))
@@ -44,16 +54,29 @@ async fn page() -> Response {
     static_text("text/html; charset=utf-8", PAGE)
 }
 
-/// The script and the style of the page.
+/// The scripts and styles of the page.
 #[utoipa::path(get, path = "/api/docs/{asset}", tag = "Core",
-    params(("asset" = String, Path, description = "`page.js` or `page.css`")),
+    params(("asset" = String, Path, description = "`page.js`, `page.css`, `swagger-ui-bundle.js` or `swagger-ui.css`")),
     responses((status = 200, description = "The file"), (status = 404, description = "`not found`")))]
 async fn asset(Path(asset): Path<String>) -> Result<Response> {
     match asset.as_str() {
         "page.js" => Ok(static_text("text/javascript; charset=utf-8", SCRIPT)),
         "page.css" => Ok(static_text("text/css; charset=utf-8", STYLE)),
-        _ => Err(Error::not_found().into()),
+        name => viewer(name),
     }
+}
+
+/// A file of Swagger UI.
+fn viewer(name: &str) -> Result<Response> {
+    let (name, kind) = VIEWER.into_iter().find(|(known, _)| *known == name).ok_or_else(Error::not_found)?;
+    let file = utoipa_swagger_ui::serve(name, Arc::new(utoipa_swagger_ui::Config::from(DOCUMENT)));
+    let file = file.map_err(|error| Error::bug(error.to_string()))?.ok_or_else(Error::not_found)?;
+    let bytes = match file.bytes {
+        Cow::Borrowed(bytes) => bytes.into_response(),
+        Cow::Owned(bytes) => bytes.into_response(),
+    };
+    let headers = [(header::CONTENT_TYPE, HeaderValue::from_static(kind)), (header::CACHE_CONTROL, VIEWER_AGE)];
+    Ok((headers, bytes).into_response())
 }
 
 fn static_text(kind: &'static str, text: &'static str) -> Response {

@@ -14,6 +14,7 @@ use crate::{
     access::{Area, Operator, Routes},
     body::{OptionalJson, Params, Path},
     errors::Result,
+    page::Limit,
     state::App,
 };
 
@@ -106,15 +107,17 @@ async fn list(State(app): State<App>, operator: Operator, Params(query): Params<
         let known = runs::STATES.join(", ");
         return Err(Error::field("invalid_state", "state", format!("{state:?} is not one of {known}")).into());
     }
-    let limit = query.limit.unwrap_or(PAGE_DEFAULT);
-    if !(1..=runs::PAGE_MAX).contains(&limit) {
-        return Err(Error::field("invalid_limit", "limit", format!("must be between 1 and {}", runs::PAGE_MAX)).into());
-    }
-    let filter = runs::Filter { workflow: query.workflow, state: query.state, job_id: query.job_id, after: query.cursor, limit };
-    let runs: Vec<Run> = runs::list(&app.pool, &operator.scope, &filter).await?.into_iter().map(Run::from).collect();
-    let full = i64::try_from(runs.len()).is_ok_and(|count| count == limit);
-    let next_cursor = runs.last().map(|run| run.id).filter(|_| full);
-    Ok(Json(Page { runs, next_cursor }))
+    let limit = Limit::new(query.limit, PAGE_DEFAULT, runs::PAGE_MAX)?;
+    let filter = runs::Filter {
+        workflow: query.workflow,
+        state: query.state,
+        job_id: query.job_id,
+        after: query.cursor,
+        limit: limit.and_one(),
+    };
+    let mut runs = runs::list(&app.pool, &operator.scope, &filter).await?;
+    let next_cursor = limit.cut(&mut runs).map(|run| run.id);
+    Ok(Json(Page { runs: runs.into_iter().map(Run::from).collect(), next_cursor }))
 }
 
 /// One workflow run.

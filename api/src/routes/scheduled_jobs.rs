@@ -25,8 +25,9 @@ use utoipa_axum::routes;
 
 use crate::{
     access::{Area, Operator, Routes},
-    body::{self, OptionalJson, Params, Path},
+    body::{self, Change, OptionalJson, Params, Path, SentBack},
     errors::{ApiError, Result},
+    page::Limit,
     state::App,
 };
 
@@ -254,29 +255,16 @@ struct OneJob {
     job: JobView,
 }
 
-fn bounded(limit: Option<i64>, max: i64) -> Result<i64> {
-    let limit = limit.unwrap_or(max);
-    if (1..=max).contains(&limit) {
-        Ok(limit)
-    } else {
-        Err(Error::field("invalid_limit", "limit", format!("must be between 1 and {max}")).into())
-    }
-}
-
-fn full<T>(page: &[T], limit: i64) -> Option<&T> {
-    page.last().filter(|_| i64::try_from(page.len()).is_ok_and(|count| count == limit))
-}
-
 /// List the scheduled jobs whose every target is in your sites.
 #[utoipa::path(get, path = "/api/scheduled_jobs", tag = "Scheduled Jobs", params(ListQuery),
     responses((status = 200, body = JobList), (status = 400, description = "`invalid_query`, `invalid_limit`")))]
 async fn list(State(app): State<App>, operator: Operator, Params(query): Params<ListQuery>) -> Result<Json<JobList>> {
-    let limit = bounded(query.limit, view::JOBS_MAX)?;
+    let limit = Limit::new(query.limit, view::JOBS_MAX, view::JOBS_MAX)?;
     let site_id = query.site_id.or(query.site).and_then(|text| text.trim().parse().ok()).filter(|site| *site > 0);
     let filter =
         JobFilter { name: query.name.map(|name| name.replace('\0', "")), site_id, before: query.cursor, ..JobFilter::default() };
-    let jobs = view::jobs(&mut *db::begin_wide(&app.pool).await?, &operator.scope, filter, limit).await?;
-    let next_cursor = full(&jobs, limit).map(|job| job.id);
+    let mut jobs = view::jobs(&mut *db::begin_wide(&app.pool).await?, &operator.scope, filter, limit.and_one()).await?;
+    let next_cursor = limit.cut(&mut jobs).map(|job| job.id);
     Ok(Json(JobList { jobs, next_cursor }))
 }
 
@@ -381,7 +369,26 @@ async fn get(State(app): State<App>, operator: Operator, Path(id): Path<i64>) ->
     Ok(Json(OneJob { job: view::job(&mut *app.pool.acquire().await?, &operator.scope, id).await? }))
 }
 
-/// Change a scheduled job. What the body does not name stays; a schedule is replaced as a whole.
+impl SentBack for JobBody {
+    const READ_ONLY: &'static [&'static str] = &[
+        "id",
+        "start_ts",
+        "end_ts",
+        "occurrences_used",
+        "created_at",
+        "updated_at",
+        "last_run_ts",
+        "latest_occurrence",
+        "last_status",
+        "next_run_ts",
+        "result_counts",
+        "warning_code",
+        "warning_message",
+    ];
+}
+
+/// Change a scheduled job. What the body does not name stays; a schedule is replaced as a whole. The body may be a job as it was read: what
+/// cannot be changed is not looked at.
 #[utoipa::path(put, path = "/api/scheduled_jobs/{id}", tag = "Scheduled Jobs", params(("id" = i64, Path)), request_body = JobDocument,
     responses(
         (status = 200, body = OneJob),
@@ -394,7 +401,7 @@ async fn update(
     State(app): State<App>,
     operator: Operator,
     Path(id): Path<i64>,
-    body::Json(body): body::Json<JobBody>,
+    Change(body): Change<JobBody>,
 ) -> Result<Json<OneJob>> {
     let mut tx = app.pool.begin().await?;
     store::update(&mut tx, operator.caller(&app), id, &body).await?;
@@ -567,12 +574,12 @@ async fn runs(
     if !(1..=DAYS_MAX).contains(&days) {
         return Err(Error::field("invalid_days", "days", format!("must be between 1 and {DAYS_MAX}")).into());
     }
-    let limit = bounded(query.limit, view::RUNS_MAX)?;
+    let limit = Limit::new(query.limit, view::RUNS_MAX, view::RUNS_MAX)?;
     let after = query.cursor.as_deref().map(str::parse).transpose()?;
     let mut conn = app.pool.acquire().await?;
     view::job(&mut conn, &operator.scope, id).await?;
-    let runs = view::runs(&mut conn, &operator.scope, id, days, after, limit).await?;
-    let next_cursor = full(&runs, limit).map(RunView::cursor);
+    let mut runs = view::runs(&mut conn, &operator.scope, id, days, after, limit.and_one()).await?;
+    let next_cursor = limit.cut(&mut runs).map(RunView::cursor);
     Ok(Json(RunList { runs, next_cursor }))
 }
 

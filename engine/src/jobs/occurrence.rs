@@ -471,18 +471,19 @@ pub async fn close(conn: &mut PgConnection, occurrence_id: i64) -> Result<Summar
     Ok(Summary { statuses, next_queued })
 }
 
-/// The job of an occurrence that has ended and was carried out by this workflow run.
+/// The job of an occurrence that this workflow run carries out, and whether it has ended; none when it is gone.
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn closed_by(conn: &mut PgConnection, occurrence_id: i64, workflow_run_id: Uuid) -> Result<Option<i64>> {
-    Ok(sqlx::query_scalar!(
-        "SELECT job_id FROM job_occurrences WHERE id = $1 AND workflow_run_id = $2 AND state = 'closed'",
+pub async fn of_workflow_run(conn: &mut PgConnection, occurrence_id: i64, workflow_run_id: Uuid) -> Result<Option<(i64, bool)>> {
+    let found = sqlx::query!(
+        r#"SELECT job_id, state = 'closed' AS "has_ended!" FROM job_occurrences WHERE id = $1 AND workflow_run_id = $2"#,
         occurrence_id,
         workflow_run_id,
     )
     .fetch_optional(conn)
-    .await?)
+    .await?;
+    Ok(found.map(|found| (found.job_id, found.has_ended)))
 }
 
 /// The workflow run of the occurrence of a run, when an operator has cancelled every run of it that was not skipped.

@@ -189,7 +189,7 @@ pub async fn jobs(conn: &mut PgConnection, scope: &Scope, filter: JobFilter, lim
         filter.id,
         filter.site_id,
         filter.before,
-        limit.clamp(1, JOBS_MAX),
+        limit,
         filter.name,
     )
     .fetch_all(conn)
@@ -355,7 +355,7 @@ pub async fn runs(
         days,
         after.map(|cursor| cursor.0),
         after.map(|cursor| cursor.1),
-        limit.clamp(1, RUNS_MAX),
+        limit,
     )
     .fetch_all(conn)
     .await?;

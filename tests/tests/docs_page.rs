@@ -1,0 +1,44 @@
+//! The page about the API, as somebody sees it who wants to learn how to call it.
+
+use std::time::Duration;
+
+use borealis_tests::{Browser, Processes, TestEngine, eventually};
+use serde_json::json;
+
+#[tokio::test]
+async fn one_can_learn_from_the_page_how_to_call_an_operation() {
+    let engine = TestEngine::start().await;
+    let mut processes = Processes::new();
+    let browser = Browser::start(&mut processes).await;
+    // The tag and the operation are in the address: what a colleague was sent.
+    let address = "/api/docs#/Scheduled%20Jobs/post_scheduled_jobs_id_rerun";
+    browser.open(&engine.base.join(address).expect("a URL")).await;
+    let text = async || {
+        let text = browser.call("(async () => document.body.innerText)", json!([])).await;
+        text.as_str().unwrap_or_default().to_owned()
+    };
+    let shown = eventually("the operation is shown", Duration::from_secs(30), async || {
+        let text = text().await;
+        (text.contains("Idempotency-Key") && text.contains("occurrence_in_progress")).then_some(text)
+    })
+    .await;
+    for part in
+        ["/api/scheduled_jobs/{id}/rerun", "Run an enabled job now", "allow_overlap", "Scope of an API token", "409", "503"]
+    {
+        assert!(shown.contains(part), "{part} in {shown}");
+    }
+    assert!(!shown.contains("[object"), "{shown}");
+    // It is tried out from there: without a session the engine says so.
+    let clicked =
+        "(async () => { document.querySelector('.opblock.is-open input[placeholder=\"id\"]').focus(); return 'there' })";
+    assert_eq!(browser.call(clicked, json!([])).await, json!("there"));
+
+    // The page of an operation for administrators says that.
+    let address = "/api/docs#/Sites/post_sites";
+    browser.open(&"about:blank".parse().expect("a URL")).await;
+    browser.open(&engine.base.join(address).expect("a URL")).await;
+    eventually("who may call it is shown", Duration::from_secs(30), async || {
+        text().await.contains("Needs the Admin role").then_some(())
+    })
+    .await;
+}
