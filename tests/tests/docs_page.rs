@@ -14,16 +14,17 @@ async fn one_can_learn_from_the_page_how_to_call_an_operation() {
     let address = "/api/docs#/Scheduled%20Jobs/post_scheduled_jobs_id_rerun";
     browser.open(&engine.base.join(address).expect("a URL")).await;
     let text = async || {
-        let text = browser.call("(async () => document.body.innerText)", json!([])).await;
+        let shown = "(async () => [document.body.innerText, ...[...document.querySelectorAll('textarea')].map(one => one.value)].join('\\n'))";
+        let text = browser.call(shown, json!([])).await;
         text.as_str().unwrap_or_default().to_owned()
     };
     let shown = eventually("the operation is shown", Duration::from_secs(30), async || {
         let text = text().await;
-        (text.contains("Idempotency-Key") && text.contains("occurrence_in_progress")).then_some(text)
+        (text.contains("allow_overlap") && text.contains("occurrence_in_progress")).then_some(text)
     })
     .await;
     for part in
-        ["/api/scheduled_jobs/{id}/rerun", "Run an enabled job now", "allow_overlap", "Scope of an API token", "409", "503"]
+        ["/api/scheduled_jobs/{id}/rerun", "Run an enabled job now", "Idempotency-Key", "Scope of an API token", "409", "503"]
     {
         assert!(shown.contains(part), "{part} in {shown}");
     }

@@ -242,7 +242,7 @@ fn a_migration_stays_as_it_was_written() {
 fn plain(text: &str) -> String {
     let joined: Vec<&str> =
         text.split("\\\n").enumerate().map(|(at, line)| if at == 0 { line } else { line.trim_start() }).collect();
-    joined.concat().replace("\\\"", "\"").split_whitespace().collect::<Vec<_>>().join(" ")
+    joined.concat().replace("\\\"", "\"").replace("\\\\", "\\").split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[test]

@@ -102,12 +102,17 @@ async fn tables_and_code_have_the_same_words() {
 async fn what_has_ended_stays_as_it_ended() {
     let database = TestDatabase::start().await;
     let fill = "
-        INSERT INTO workflow_runs (workflow, version, step, input, id, state, finished_at)
-            VALUES ('w', 1, 's', '{}', '00000000-0000-7000-8000-000000000001', 'succeeded', now()), ('w', 1, 's', '{}', '00000000-0000-7000-8000-000000000002', 'failed', now());
-        INSERT INTO scheduled_jobs (id, name, components, targets, schedule_type, start_at) VALUES (1, 'job', '[]', '[]', 'daily', now());
-        INSERT INTO job_occurrences (id, job_id, scheduled_at, cause, state) VALUES (1, 1, now(), 'schedule', 'closed');
-        INSERT INTO scheduled_job_runs (id, job_id, occurrence_id, scheduled_at, status, target_hostname) VALUES (1, 1, 1, now(), 'Success', 'h');
-        INSERT INTO activity_history (id, hostname, status, delivery, request) VALUES (1, 'h', 'Failed', 'done', '{}');";
+        INSERT INTO devices (guid, hostname, hostname_key, fingerprint, public_key)
+            VALUES ('00000000-0000-7000-8000-000000000009', 'h', 'h', 'f', '');
+        INSERT INTO workflow_runs (workflow, version, step, input, id, state, finished_at, error)
+            VALUES ('w', 1, 's', '{}', '00000000-0000-7000-8000-000000000001', 'succeeded', now(), NULL),
+                   ('w', 1, 's', '{}', '00000000-0000-7000-8000-000000000002', 'failed', now(), 'x');
+        INSERT INTO scheduled_jobs (name, components, targets, schedule_type, start_at) VALUES ('job', '[]', '[]', 'daily', now());
+        INSERT INTO job_occurrences (job_id, scheduled_at, cause, state) SELECT id, now(), 'schedule', 'closed' FROM scheduled_jobs;
+        INSERT INTO scheduled_job_runs (job_id, occurrence_id, scheduled_at, status, target_hostname, finished_at)
+            SELECT job_id, id, scheduled_at, 'Success', 'h', now() FROM job_occurrences;
+        INSERT INTO activity_history (device_guid, hostname, status, delivery, request, finished_at)
+            VALUES ('00000000-0000-7000-8000-000000000009', 'h', 'Failed', 'done', '{}', now());";
     sqlx::raw_sql(fill).execute(&database.pool).await.expect("the rows");
     for refused in [
         "UPDATE workflow_runs SET state = 'running', finished_at = NULL WHERE state = 'succeeded'",

@@ -144,7 +144,7 @@ pub async fn retry_run(conn: &mut PgConnection, caller: Caller<'_>, id: Uuid) ->
 /// 409 `nothing_to_retry` when the occurrence is gone with its job.
 async fn ended_occurrence(conn: &mut PgConnection, run_id: Uuid) -> Result<Option<(i64, i64)>> {
     let gone = || Error::conflict("nothing_to_retry", "The job of this run is gone.");
-    let occurrence = scheduled_run::occurrence_of(conn, run_id).await?.ok_or_else(gone)?;
+    let Some(occurrence) = scheduled_run::occurrence_of(conn, run_id).await? else { return Ok(None) };
     let (job_id, has_ended) = occurrence::of_workflow_run(conn, occurrence, run_id).await?.ok_or_else(gone)?;
     Ok(has_ended.then_some((occurrence, job_id)))
 }

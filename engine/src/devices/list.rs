@@ -36,7 +36,8 @@ const AS_OF_S: i64 = 15;
 pub struct Filter {
     /// With exactly this hostname, in any case.
     pub hostname: Option<String>,
-    /// With this text in a hostname, address, description, domain, user, operating system or GUID, in any case.
+    /// With this text in a hostname, address, description, domain, user, operating system or GUID, in any case; outside of hostnames
+    /// letters beyond ASCII count as they are.
     pub search: Option<String>,
     /// With this connection type, in any case.
     pub connection_type: Option<String>,
@@ -222,7 +223,7 @@ async fn pick(pool: &db::Pool, scope: &Scope, filter: &Filter, sort: Sort, limit
     if everything && sort == BY_HOSTNAME {
         return pick_next(pool, after, limit).await;
     }
-    let search = filter.search.as_deref().map(pattern);
+    let hostname = filter.search.as_deref().map(|text| pattern(&names::key(text)));
     Ok(sqlx::query_as!(
         Picked,
         r#"SELECT d.guid, d.hostname_key, d.created_at FROM devices AS d
@@ -230,9 +231,8 @@ async fn pick(pool: &db::Pool, scope: &Scope, filter: &Filter, sort: Sort, limit
              AND ($2::text IS NULL OR d.hostname_key = $2)
              AND ($3::text IS NULL OR lower(d.connection_type COLLATE "C") = lower($3 COLLATE "C"))
              AND (NOT $4 OR d.connection_type = '')
-             AND ($5::text IS NULL OR d.hostname ILIKE $5 OR d.reported_hostname ILIKE $5 OR d.description ILIKE $5 OR d.internal_ip ILIKE $5
-                  OR d.external_ip ILIKE $5 OR d.domain ILIKE $5 OR d.last_user ILIKE $5 OR d.operating_system ILIKE $5
-                  OR d.guid::text ILIKE $5)
+             AND ($5::text IS NULL OR d.hostname_key LIKE $5 OR d.reported_hostname_key LIKE $5
+                  OR lower(concat_ws(chr(31), d.description, d.internal_ip, d.external_ip, d.domain, d.last_user, d.operating_system, d.guid) COLLATE "C") LIKE $13)
              AND ($6::timestamptz IS NULL OR d.changed_at >= $6)
              AND ($7::text IS NULL OR CASE WHEN $8 THEN (d.hostname_key, d.guid) < ($7, $9) ELSE (d.hostname_key, d.guid) > ($7, $9) END)
              AND ($10::timestamptz IS NULL
@@ -247,7 +247,7 @@ async fn pick(pool: &db::Pool, scope: &Scope, filter: &Filter, sort: Sort, limit
         filter.hostname.as_deref().map(names::key),
         filter.connection_type,
         filter.only_agents,
-        search,
+        hostname,
         filter.changed_after,
         after.and_then(|after| after.hostname_key.clone()),
         sort.descending,
@@ -255,12 +255,13 @@ async fn pick(pool: &db::Pool, scope: &Scope, filter: &Filter, sort: Sort, limit
         after.and_then(|after| after.created_at),
         sort.name(),
         limit,
+        filter.search.as_deref().map(|text| pattern(&text.to_ascii_lowercase())),
     )
     .fetch_all(&mut *db::begin_wide(pool).await?)
     .await?)
 }
 
-/// What ILIKE finds a text with.
+/// What LIKE finds a text with.
 fn pattern(text: &str) -> String {
     let mut pattern = String::from("%");
     for letter in text.chars() {

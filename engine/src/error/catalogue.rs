@@ -19,10 +19,11 @@ const fn code(code: &'static str, kinds: &'static [Kind], says: &'static str) ->
 }
 
 /// All of them, in the order of their codes.
-pub const CODES: [Code; 301] = [
+pub const CODES: [Code; 308] = [
     code("Not found", &[NotFound], "There is no such thing, in the words of the reference's route."),
     code("access_denied", &[Forbidden], "The agent may not do this on its machine."),
     code("admin_not_found", &[NotFound], "There is no such administrator."),
+    code("admin_recovery_not_required", &[Conflict], "An administrator can sign in; recovery is not needed."),
     code("admin_selected", &[Invalid], "Administrators see every site; sites are assigned to users only."),
     code("aegis_busy", &[Unavailable], "The secret store is being reset."),
     code("aegis_locked", &[Locked], "The secret store is locked; unlock it first."),
@@ -137,9 +138,12 @@ pub const CODES: [Code; 301] = [
     code("insufficient_scope", &[Forbidden], "The API token lacks the scope that this operation needs."),
     code("internal_error", &[Bug], "A fault of the engine; its log has the cause, with the request's id."),
     code("invalid auto_approve_until", &[Invalid], "`auto_approve_until` is no instant, or lies more than 7 days ahead."),
-    code("invalid current password", &[Unauthenticated], "The password is wrong."),
+    code("invalid connection_type", &[Invalid], "`connection_type` is not a word that the document lists."),
+    code("invalid credential_type", &[Invalid], "`credential_type` is not a word that the document lists."),
+    code("invalid current password", &[Invalid, Unauthenticated], "The current password is missing or wrong."),
     code("invalid guid", &[Invalid], "The path does not name a device GUID."),
     code("invalid id", &[Invalid], "An id is no positive integer."),
+    code("invalid new password", &[Invalid], "The new password is missing or cannot be used."),
     code("invalid password", &[Invalid], "The password cannot be used."),
     code("invalid payload", &[Invalid], "Details need an object `details` and a hostname."),
     code("invalid role", &[Invalid], "`role` is neither `Admin` nor `User`."),
@@ -149,6 +153,7 @@ pub const CODES: [Code; 301] = [
     code("invalid_agent_pubkey", &[Invalid], "`agent_pubkey` is no Ed25519 public key (SPKI DER in base64)."),
     code("invalid_agent_response", &[Upstream], "The device's agent answered with something that cannot be read."),
     code("invalid_assembly_guid", &[Invalid], "The GUID of the assembly cannot be used."),
+    code("invalid_assembly_type", &[Invalid], "`assembly_type` is not a word that the document lists."),
     code("invalid_attribute", &[Invalid], "The setting is no name of a directory attribute."),
     code("invalid_body", &[Invalid], "The request body could not be read."),
     code("invalid_certificate", &[Invalid], "The certificates are not PEM, or longer than 64 KiB."),
@@ -170,6 +175,7 @@ pub const CODES: [Code; 301] = [
     code("invalid_display_name", &[Invalid], "The display name is too long or has control characters."),
     code("invalid_dn", &[Invalid], "A distinguished name cannot be read."),
     code("invalid_document", &[Invalid], "`document` is no JSON object, nor the text of one."),
+    code("invalid_domain", &[Invalid], "`domain` is not a word that the document lists, or cannot be changed."),
     code("invalid_duration", &[Invalid], "`duration` is no object."),
     code("invalid_end", &[Invalid], "The end of the schedule cannot be read, lies before its start, or leaves no occurrence."),
     code("invalid_enrollment_code", &[Invalid], "No site has this enrollment code, or it has expired."),
@@ -274,7 +280,7 @@ pub const CODES: [Code; 301] = [
     code("out_of_range", &[Invalid], "A number or a time is beyond what can be stored."),
     code("out_of_scope_hostnames", &[Forbidden], "A hostname is outside your sites, or no device."),
     code("out_of_scope_targets", &[Forbidden], "A target is outside your sites, or no device."),
-    code("part_too_large", &[Invalid], "A part of the inventory is longer than it may be."),
+    code("part_too_large", &[TooLarge], "A part of the inventory is longer than it may be; `fields` names it."),
     code("passkey_already_registered", &[Conflict], "This passkey is registered already."),
     code("passkey_not_configured", &[NotFound], "The account has no passkey."),
     code("passkey_not_found", &[NotFound], "You have no such passkey."),
@@ -293,6 +299,11 @@ pub const CODES: [Code; 301] = [
     code("path_not_found", &[NotFound], "There is no such path on the machine."),
     code("permission_denied", &[Forbidden], "The agent may not do this on its machine."),
     code("pid_required", &[Invalid], "The id of a process is needed."),
+    code(
+        "pinned_certificate_mismatch",
+        &[Upstream],
+        "The directory server shows another certificate than the one that is trusted.",
+    ),
     code("process_not_found", &[NotFound], "There is no such process on the machine."),
     code("proof_sig_required", &[Invalid], "`proof_sig` is missing."),
     code("protected_process", &[Conflict], "The process is one that the agent does not end."),
