@@ -202,7 +202,7 @@ impl World {
         let id = Uuid::now_v7();
         sqlx::query(
             "INSERT INTO workflow_runs (id, workflow, version, state, step, input, site_ids, finished_at)
-             VALUES ($1, 'scheduled_run', 1, $2, 'resolve', '{\"occurrence_id\": 0}', $3, CASE WHEN $2 = 'failed' THEN now() END)",
+             VALUES ($1, 'scheduled_run', 1, $2, 'resolve', '{}', $3, CASE WHEN $2 = 'failed' THEN now() END)",
         )
         .bind(id)
         .bind(state)
