@@ -193,10 +193,11 @@ impl House {
     /// Waits until the workflow runs of all jobs have ended, well or because they were cancelled, and nothing of them is left over.
     pub async fn workflows_end(&self) {
         eventually("the workflow runs end", SOON, async || {
-            let open: i64 = sqlx::query_scalar("SELECT count(*) FROM workflow_runs WHERE state NOT IN ('succeeded', 'cancelled')")
-                .fetch_one(&self.database.pool)
-                .await
-                .expect("a count");
+            let open: i64 =
+                sqlx::query_scalar("SELECT count(*) FROM workflow_runs WHERE state NOT IN ('succeeded', 'cancelled')")
+                    .fetch_one(&self.database.pool)
+                    .await
+                    .expect("a count");
             (open == 0).then_some(())
         })
         .await;
