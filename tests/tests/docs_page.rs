@@ -29,10 +29,24 @@ async fn one_can_learn_from_the_page_how_to_call_an_operation() {
         assert!(shown.contains(part), "{part} in {shown}");
     }
     assert!(!shown.contains("[object"), "{shown}");
-    // It is tried out from there: without a session the engine says so.
-    let clicked =
-        "(async () => { document.querySelector('.opblock.is-open input[placeholder=\"id\"]').focus(); return 'there' })";
-    assert_eq!(browser.call(clicked, json!([])).await, json!("there"));
+    // It can be tried out from there: without a session the engine refuses.
+    let tried = r#"(async () => {
+        const id = document.querySelector('.opblock.is-open input[placeholder="id"]');
+        Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(id, '1');
+        id.dispatchEvent(new Event('input', { bubbles: true }));
+        await new Promise(done => setTimeout(done, 1000));
+        document.querySelector('.opblock.is-open .execute').click();
+        return 'sent';
+    })"#;
+    assert_eq!(browser.call(tried, json!([])).await, json!("sent"));
+    let answered = "(async () => (document.querySelector('.opblock.is-open .responses-wrapper') || {}).innerText || '')";
+    eventually("the answer is shown", Duration::from_secs(30), async || {
+        let text = browser.call(answered, json!([])).await;
+        let text = text.as_str().unwrap_or_default();
+        // As the body of an answer has it; the description of the operation names the code otherwise.
+        text.contains("\"error\": \"unauthorized\"").then_some(())
+    })
+    .await;
 
     // The page of an operation for administrators says that.
     let address = "/api/docs#/Sites/post_sites";

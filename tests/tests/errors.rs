@@ -82,7 +82,7 @@ fn codes_are_in_order_and_say_something() {
     }
 }
 
-/// The texts in quotes that follow a call which makes an error, up to the end of its statement or so.
+/// The codes that calls which make an error are given as text.
 fn made(source: &str) -> BTreeSet<String> {
     let mut codes = BTreeSet::new();
     for (at, call) in ["Error::new(", "Error::conflict(", "Error::invalid(", "Error::field("]
