@@ -24,6 +24,8 @@ use crate::{
 
 /// The most devices one answer holds.
 pub const MAX_ROWS: i64 = 10_000;
+/// A list of more is a long one.
+const PAGE_ROWS: usize = 1_000;
 /// The longest text that devices are searched for, in characters.
 pub const SEARCH_MAX: usize = 200;
 /// A device seen within this many seconds is being collected from.
@@ -274,17 +276,17 @@ fn pattern(text: &str) -> String {
     pattern
 }
 
-/// What there is to show of these devices, in this order; those outside `scope` are left out. Each row is looked up by its key,
-/// whatever Postgres thinks of the size of the tables and of the list, so that one kept plan is good for all.
+/// What there is to show of these devices, in this order; those outside `scope` are left out. The rows of a page are looked up by their
+/// keys, with a kept plan; a long list is planned by its length, and reads each table once.
 async fn describe(pool: &db::Pool, scope: &Scope, guids: &[Uuid], shown: Shown) -> Result<Vec<Device>> {
-    let rows = sqlx::query_as!(
+    let query = sqlx::query_as!(
         Row,
         r#"SELECT d.guid, d.hostname, d.reported_hostname,
                   CASE WHEN d.reported_hostname_key IN ('', d.hostname_key) THEN NULL
                        WHEN EXISTS (SELECT FROM devices o WHERE o.hostname_key = d.reported_hostname_key AND o.guid <> d.guid
                                     AND o.site_id IS NOT DISTINCT FROM d.site_id) THEN 'conflict'
                        ELSE 'pending' END AS hostname_change,
-                  p.agent_socket AS "agent_socket!", p.online AS "online!", p.connection_state AS "connection_state!",
+                  k.device_guid IS NOT NULL AS "agent_socket!", p.online AS "online!", p.connection_state AS "connection_state!",
                   d.site_id, s.name AS "site_name?",
                   s.description AS "site_description?", d.agent_id, d.status, d.description, d.created_at, d.last_enrollment_at,
                   d.last_seen, d.agent_build_id, d.device_type, d.domain, d.external_ip, d.internal_ip, d.last_reboot, d.last_user,
@@ -295,19 +297,23 @@ async fn describe(pool: &db::Pool, scope: &Scope, guids: &[Uuid], shown: Shown) 
                   x.processes AS "processes?: Json<Box<RawValue>>", x.role_health AS "role_health?", x.agent_update AS "agent_update?",
                   x.services_reported_at AS "services_reported_at?", x.sessions_reported_at AS "sessions_reported_at?",
                   x.processes_reported_at AS "processes_reported_at?"
-           FROM unnest((SELECT $1::uuid[])) WITH ORDINALITY AS wanted (guid, at)
-           CROSS JOIN LATERAL (SELECT * FROM devices WHERE guid = wanted.guid LIMIT 1) AS d
-           CROSS JOIN LATERAL device_presence_of(d.guid, d.last_seen, d.left_at) AS p
-           LEFT JOIN LATERAL (SELECT name, description FROM sites WHERE id = d.site_id LIMIT 1) AS s ON true
-           LEFT JOIN LATERAL (SELECT * FROM device_details WHERE device_guid = d.guid AND $3 LIMIT 1) AS x ON true
+           FROM unnest($1::uuid[]) WITH ORDINALITY AS wanted (guid, at)
+           JOIN devices AS d ON d.guid = wanted.guid
+           LEFT JOIN live_system_sockets AS k ON k.device_guid = d.guid
+           CROSS JOIN LATERAL presence(k.device_guid IS NOT NULL, d.last_seen, d.left_at) AS p
+           LEFT JOIN sites AS s ON s.id = d.site_id
+           LEFT JOIN device_details AS x ON x.device_guid = d.guid AND $3
            WHERE $2::bigint[] IS NULL OR d.site_id = ANY($2)
            ORDER BY wanted.at"#,
         guids,
         scope.site_ids(),
         shown.has_documents(),
-    )
-    .fetch_all(pool)
-    .await?;
+    );
+    let rows = if guids.len() > PAGE_ROWS {
+        query.fetch_all(&mut *db::begin_wide(pool).await?).await?
+    } else {
+        query.fetch_all(pool).await?
+    };
     let shown = Arc::new(shown);
     Ok(rows.into_iter().map(|row| Device { row, shown: Arc::clone(&shown) }).collect())
 }

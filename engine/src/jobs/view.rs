@@ -449,7 +449,8 @@ pub async fn devices(
                   coalesce(r.finished_at, r.started_at) AS ran_on, r.status
            FROM scheduled_job_runs r
            LEFT JOIN devices d ON d.guid = r.device_guid
-           CROSS JOIN LATERAL device_presence_of(d.guid, d.last_seen, d.left_at) AS p
+           LEFT JOIN live_system_sockets k ON k.device_guid = d.guid
+           CROSS JOIN LATERAL presence(k.device_guid IS NOT NULL, d.last_seen, d.left_at) AS p
            LEFT JOIN sites s ON s.id = r.site_id
            WHERE r.occurrence_id = $1 AND r.device_guid IS NOT NULL AND ($2::bigint[] IS NULL OR r.site_id = ANY($2))
            ORDER BY coalesce(d.hostname_key, r.target_hostname) COLLATE "C", r.id LIMIT $3"#,
@@ -520,7 +521,8 @@ async fn planned(conn: &mut PgConnection, scope: &Scope, job_id: i64, saved: &Va
     let guids: Vec<Uuid> = resolved.iter().map(|target| target.device_guid).collect();
     let rows = sqlx::query!(
         r#"SELECT d.guid, d.hostname, d.site_id, coalesce(s.name, '') AS "site_name!", p.online AS "online!"
-           FROM devices d CROSS JOIN LATERAL device_presence_of(d.guid, d.last_seen, d.left_at) AS p LEFT JOIN sites s ON s.id = d.site_id
+           FROM devices d LEFT JOIN live_system_sockets k ON k.device_guid = d.guid
+           CROSS JOIN LATERAL presence(k.device_guid IS NOT NULL, d.last_seen, d.left_at) AS p LEFT JOIN sites s ON s.id = d.site_id
            WHERE d.guid = ANY($1) ORDER BY d.hostname_key, d.guid LIMIT $2"#,
         &guids,
         DEVICES_MAX,
