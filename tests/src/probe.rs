@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use borealis_workflows::{
+    Registry, StepContext, Workflow,
     durable::{
-        definition::{Outcome, Registry, StepContext, StepError, StepResult, Wait, Wake, Workflow, transient, workflow},
+        definition::{Outcome, StepError, StepResult, Wait, Wake, transient, workflow},
         fault,
     },
     start_children,

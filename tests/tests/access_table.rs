@@ -201,7 +201,7 @@ impl World {
     async fn workflow_run(&self, state: &str) -> Uuid {
         let id = Uuid::now_v7();
         sqlx::query(
-            "INSERT INTO workflow_runs (id, workflow, version, state, step, input, site_ids, finished_at)
+            "INSERT INTO workflow_runs (id, workflow, version, state, step, input, scope_ids, finished_at)
              VALUES ($1, 'scheduled_run', 1, $2, 'resolve', '{}', $3, CASE WHEN $2 = 'failed' THEN now() END)",
         )
         .bind(id)

@@ -487,7 +487,7 @@ async fn its_last_use_is_written_once_a_minute() {
 async fn stream(engine: &TestEngine, who: &Actor) -> reqwest::Response {
     let id = Uuid::now_v7();
     let _ = sqlx::query(
-        "INSERT INTO workflow_runs (id, workflow, version, state, step, input, site_ids)
+        "INSERT INTO workflow_runs (id, workflow, version, state, step, input, scope_ids)
          VALUES ($1, 'scheduled_run', 1, 'pending', 'resolve', '{\"occurrence_id\": 0}', '{}')",
     )
     .bind(id)

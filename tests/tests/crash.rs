@@ -1,7 +1,7 @@
 //! The crash matrix: a real worker process is killed with SIGKILL at every point of every step of every workflow, and the
 //! run ends as if nothing had happened. And the zombie: a worker that comes back after its lease commits nothing.
 //!
-//! The points are the fail points of `borealis_workflows::durable::fault`; a worker dies at its point the first time it
+//! The points are the fail points of `borealis_durable::fault`; a worker dies at its point the first time it
 //! comes there, and another one, without points, takes over.
 
 use std::{
@@ -10,7 +10,7 @@ use std::{
 };
 
 use borealis_tests::{Processes, TestDatabase, TestEngine, agent, eventually, probe};
-use borealis_workflows::{NewRun, durable::definition::Workflow, signal, start};
+use borealis_workflows::{NewRun, Workflow, signal, start};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;

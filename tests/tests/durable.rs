@@ -7,15 +7,15 @@ use std::{sync::Arc, time::Duration};
 use borealis_tasks::Tasks;
 use borealis_tests::{TestDatabase, eventually, probe};
 use borealis_workflows::{
-    CancelAsked, NewRun, Services,
+    CancelAsked, NewRun, Services, Workflow,
     durable::{
-        POLL_EVERY, claim,
-        definition::Workflow,
+        Outcome, POLL_EVERY, RetryAsked, Started, claim,
+        connect::Connect,
+        gate::Gate,
         recovery,
         wakeup::{Sleep, Wakeup},
-        worker,
+        worker, workflow,
     },
-    hold::Gate,
     request_cancel, retry, signal, start,
 };
 use serde_json::{Value, json};
@@ -60,10 +60,11 @@ impl Bench {
             concurrency: 8,
             poll_every,
             gate: Gate::open(),
+            connect: Connect::like(&services.pool),
             tasks: Tasks::new(stop.clone()),
         };
         let running = worker::run(probe::registry(), services, options, stop.clone());
-        self.stops.push((stop, tokio::spawn(async move { running.await.unwrap() })));
+        self.stops.push((stop, tokio::spawn(running)));
         self
     }
 
@@ -442,8 +443,8 @@ async fn a_failed_run_can_be_retried_from_its_failed_step() {
     let good = bench.start(&probe::plain(), json!({})).await;
     bench.reaches(good, "succeeded").await;
     let mut conn = bench.pool().acquire().await.unwrap();
-    assert_eq!(retry(&mut conn, good, "somebody").await.unwrap_err().code, "run_not_failed");
-    assert_eq!(retry(&mut conn, Uuid::new_v4(), "somebody").await.unwrap_err().code, "not found");
+    assert_eq!(retry(&mut conn, good, "somebody").await.unwrap(), RetryAsked::NotFailed("succeeded".to_owned()));
+    assert_eq!(retry(&mut conn, Uuid::new_v4(), "somebody").await.unwrap(), RetryAsked::Unknown);
     bench.stop().await;
 }
 
@@ -559,7 +560,7 @@ impl Fetcher {
     async fn new(bench: &Bench) -> Self {
         let (queue, stop) = (probe::single().queue(), CancellationToken::new());
         let tasks = Tasks::new(stop.clone());
-        let wakeup = Wakeup::spawn(bench.pool().clone(), [queue.clone()], &tasks);
+        let wakeup = Wakeup::spawn(Connect::like(bench.pool()), [queue.clone()], &[], &tasks);
         let fetcher = Self { wakeup, queue, _tasks: tasks, _stop: stop.drop_guard() };
         fetcher.sleeps().await;
         fetcher
@@ -672,4 +673,90 @@ async fn no_start_waits_for_the_poll() {
     })
     .await;
     bench.stop().await;
+}
+
+/// What there is of the runtime in a database, as Postgres writes it.
+const OF_THE_RUNTIME: &str = r"
+    WITH mine AS (SELECT oid, relkind FROM pg_class WHERE relname LIKE 'workflow\_%' AND relnamespace = 'public'::regnamespace)
+    SELECT concat_ws(' ', 'column', a.attrelid::regclass, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
+                     pg_get_expr(d.adbin, d.adrelid))
+    FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+    WHERE a.attrelid IN (SELECT oid FROM mine WHERE relkind IN ('r', 'v')) AND a.attnum > 0 AND NOT a.attisdropped
+    UNION ALL SELECT concat_ws(' ', 'constraint', conrelid::regclass, conname, pg_get_constraintdef(oid))
+    FROM pg_constraint WHERE conrelid IN (SELECT oid FROM mine)
+    UNION ALL SELECT concat_ws(' ', 'index', pg_get_indexdef(indexrelid)) FROM pg_index WHERE indrelid IN (SELECT oid FROM mine)
+    UNION ALL SELECT concat_ws(' ', 'trigger', pg_get_triggerdef(oid)) FROM pg_trigger WHERE tgrelid IN (SELECT oid FROM mine) AND NOT tgisinternal
+    UNION ALL SELECT concat_ws(' ', 'view', oid::regclass, pg_get_viewdef(oid)) FROM pg_class WHERE oid IN (SELECT oid FROM mine) AND relkind = 'v'
+    UNION ALL SELECT concat_ws(' ', 'options', oid::regclass, reloptions) FROM pg_class WHERE oid IN (SELECT oid FROM mine) AND relkind = 'r'
+    UNION ALL SELECT concat_ws(' ', 'function', oid::regprocedure, provolatile,
+                               regexp_replace(regexp_replace(prosrc, '--[^\n]*', '', 'g'), '\s+', ' ', 'g'))
+    FROM pg_proc WHERE proname LIKE 'workflow\_%' OR proname = 'has_ended'
+    ORDER BY 1";
+
+#[tokio::test]
+async fn the_runtime_alone_makes_the_tables_of_the_migrations() {
+    let (migrated, alone) = (TestDatabase::start().await, TestDatabase::empty().await);
+    borealis_workflows::durable::setup_alone(&alone.pool).await.unwrap();
+    // Again, as each start does.
+    borealis_workflows::durable::setup_alone(&alone.pool).await.unwrap();
+    let all: Vec<String> = sqlx::query_scalar(OF_THE_RUNTIME).fetch_all(&migrated.pool).await.unwrap();
+    let own: Vec<String> = sqlx::query_scalar(OF_THE_RUNTIME).fetch_all(&alone.pool).await.unwrap();
+    assert!(all.len() > 80, "{all:#?}");
+    let missing: Vec<&String> = all.iter().filter(|line| !own.contains(line)).collect();
+    let surplus: Vec<&String> = own.iter().filter(|line| !all.contains(line)).collect();
+    assert!(missing.is_empty() && surplus.is_empty(), "missing: {missing:#?}, surplus: {surplus:#?}");
+}
+
+/// A program that knows nothing of the engine.
+struct Shop(borealis_workflows::durable::Pool);
+
+impl borealis_workflows::durable::Services for Shop {
+    fn pool(&self) -> &borealis_workflows::durable::Pool {
+        &self.0
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_program_runs_workflows_of_its_own() {
+    let database = TestDatabase::empty().await;
+    borealis_workflows::durable::setup_alone(&database.pool).await.unwrap();
+    database
+        .execute("CREATE TABLE stock (item text PRIMARY KEY, reserved integer NOT NULL); INSERT INTO stock VALUES ('lamp', 0)")
+        .await;
+    let order: borealis_workflows::durable::Workflow<Shop> = workflow("order", 1)
+        .step("reserve", |cx| {
+            Box::pin(async move {
+                let item: String = cx.input()?;
+                let sql = "UPDATE stock SET reserved = reserved + 1 WHERE item = $1";
+                let done = sqlx::query(sql).bind(&item).execute(&mut **cx.tx().await?).await?;
+                // Any error is passed on as it is.
+                let count: u8 = u8::try_from(done.rows_affected())?;
+                Outcome::next(&count)
+            })
+        })
+        .step("ship", |cx| Box::pin(async move { Outcome::done(&format!("{} reserved", cx.state::<u8>()?)) }));
+    let stop = CancellationToken::new();
+    let options = worker::Options::new("shop", &database.pool, &stop);
+    let registry = borealis_workflows::durable::Registry::new([order.clone()]);
+    let running = tokio::spawn(worker::run(registry, Shop(database.pool.clone()), options, stop.clone()));
+    let mut conn = database.pool.acquire().await.unwrap();
+    let new = |input: Value| NewRun { key: Some(input.to_string()), input, ..NewRun::default() };
+    let good = start(&mut conn, &order, new("lamp".into())).await.unwrap();
+    assert_eq!(start(&mut conn, &order, new("lamp".into())).await.unwrap(), Started { created: false, ..good });
+    let bad = start(&mut conn, &order, new(json!({}))).await.unwrap();
+    let ended = async |id: Uuid| {
+        eventually("a run ends", SOON, async || {
+            let sql = "SELECT state, output, error FROM workflow_runs WHERE id = $1 AND finished_at IS NOT NULL";
+            let row: Option<(String, Option<Value>, Option<String>)> =
+                sqlx::query_as(sql).bind(id).fetch_optional(&database.pool).await.unwrap();
+            row
+        })
+        .await
+    };
+    assert_eq!(ended(good.run_id).await, ("succeeded".to_owned(), Some("1 reserved".into()), None));
+    let (state, _, error) = ended(bad.run_id).await;
+    assert_eq!(state, "failed");
+    assert!(error.as_deref().is_some_and(|error| error.starts_with("internal_error: invalid type: map")), "{error:?}");
+    stop.cancel();
+    running.await.unwrap();
 }

@@ -18,7 +18,7 @@ const COUNTED: Duration = Duration::from_secs(8);
 /// A run with `events` events that nobody works on.
 async fn run(engine: &TestEngine, events: i32) -> Uuid {
     let id = Uuid::now_v7();
-    let sql = "INSERT INTO workflow_runs (id, workflow, version, state, step, input, site_ids)
+    let sql = "INSERT INTO workflow_runs (id, workflow, version, state, step, input, scope_ids)
                VALUES ($1, 'scheduled_run', 1, 'pending', 'resolve', '{\"occurrence_id\": 0}', '{}')";
     let _ = sqlx::query(sql).bind(id).execute(&engine.database.pool).await.expect("a run");
     for _ in 0..events {

@@ -67,7 +67,7 @@ async fn fill(pool: &PgPool) {
              SELECT guid, 'system', guid::text, '00000000-0000-0000-0000-000000000001' FROM devices"
             .to_owned(),
         format!(
-            "INSERT INTO workflow_runs (id, workflow, version, state, step, event_seq, seq, input, started_at, finished_at, created_at, error, scheduled_job_id)
+            "INSERT INTO workflow_runs (id, workflow, version, state, step, event_seq, seq, input, started_at, finished_at, created_at, error, owner_id)
              SELECT {}, 'scheduled_run', 1, CASE WHEN n % 1000 = 0 THEN 'failed' ELSE 'succeeded' END, 'finish', 2, 1, '{{}}', t, t, t,
                     CASE WHEN n % 1000 = 0 THEN 'x' END, 1 + n % {JOBS}
              FROM (SELECT n, now() - (({rows} - n)::float8 / {rows}) * interval '60 days' AS t FROM generate_series(1, {rows}) n) AS old",
@@ -324,12 +324,12 @@ fn cases() -> Vec<Case> {
         ),
         case(
             "devices of a page",
-            &["unnest((SELECT $1::uuid[])) WITH ORDINALITY AS wanted"],
+            &["unnest($1::uuid[]) WITH ORDINALITY AS wanted", "live_system_sockets"],
             format!("({}, NULL, false)", leased(1, 100)),
             2_500,
             2_000,
         ),
-        case("one device", &["unnest((SELECT $1::uuid[])) WITH ORDINALITY AS wanted"], format!("({}, NULL, true)", leased(1, 1)), 50, 100),
+        case("one device", &["unnest($1::uuid[]) WITH ORDINALITY AS wanted", "live_system_sockets"], format!("({}, NULL, true)", leased(1, 1)), 50, 100),
         case(
             "job list",
             &["without_devices", "ORDER BY j.id DESC LIMIT $5"],

@@ -115,11 +115,8 @@ async fn five_schedulers_that_are_cut_off_at_random_decide_each_instant_once() {
         if used <= 10 {
             assert_eq!(instants, expected, "job {job}: an instant without a record");
         }
-        let runs: i64 = sqlx::query_scalar("SELECT count(*) FROM workflow_runs WHERE scheduled_job_id = $1")
-            .bind(job)
-            .fetch_one(pool)
-            .await
-            .unwrap();
+        let runs: i64 =
+            sqlx::query_scalar("SELECT count(*) FROM workflow_runs WHERE owner_id = $1").bind(job).fetch_one(pool).await.unwrap();
         let fired = record.iter().filter(|(_, reason)| reason.is_none()).count();
         assert_eq!(usize::try_from(runs).unwrap(), fired, "job {job}: occurrences and workflow runs differ");
     }
@@ -141,11 +138,8 @@ async fn overlap_skips_queues_or_allows() {
     assert_eq!(reasons(record(pool, skip).await), [None, Some("overlap".to_owned())]);
     for (job, runs) in [(queue, 1_i64), (allow, 2)] {
         assert_eq!(reasons(record(pool, job).await), [None, None]);
-        let started: i64 = sqlx::query_scalar("SELECT count(*) FROM workflow_runs WHERE scheduled_job_id = $1")
-            .bind(job)
-            .fetch_one(pool)
-            .await
-            .unwrap();
+        let started: i64 =
+            sqlx::query_scalar("SELECT count(*) FROM workflow_runs WHERE owner_id = $1").bind(job).fetch_one(pool).await.unwrap();
         assert_eq!(started, runs, "job {job}");
     }
     let states: Vec<String> = sqlx::query_scalar("SELECT state FROM job_occurrences WHERE job_id = $1 ORDER BY scheduled_at")

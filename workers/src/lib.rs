@@ -3,14 +3,18 @@
 
 pub mod api_client;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
-use borealis_engine::{Result, db};
+use borealis_engine::{Result, db, jobs::store};
 use borealis_tasks::Tasks;
 use borealis_workflows::{
-    Agents, Services,
-    durable::{POLL_EVERY, definition::Registry, wakeup, worker},
-    hold, housekeeping, metrics, scheduler,
+    Agents, Registry, Services,
+    durable::{POLL_EVERY, connect::Connect, observer, wakeup, worker},
+    hold, housekeeping, metrics, scheduler, traces,
 };
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -69,6 +73,8 @@ pub async fn run(
     let services = Services { pool: pool.clone(), agents };
     tracing::info!(name, concurrency = options.concurrency, "worker starts");
     let tasks = Tasks::new(stop.clone());
+    let connect = connect(&pool);
+    observer::observe(traces::Traces);
     let (keeper, gate) = hold::closed();
     tasks.keep("gate", {
         let (keeper, pool, agents, stop) = (Arc::new(keeper), pool.clone(), services.agents.clone(), stop.clone());
@@ -78,7 +84,7 @@ pub async fn run(
         }
     });
     if options.duties {
-        let wakeup = wakeup::Wakeup::spawn(pool.clone(), [wakeup::SCHEDULE_CHANGED.to_owned()], &tasks);
+        let wakeup = wakeup::Wakeup::spawn(connect.clone(), [], &[store::SCHEDULE_CHANGED], &tasks);
         // A connection of its own: what is due must not wait behind steps.
         let scheduling = db::sibling(&pool, 1, &worker::PLANS);
         tasks.keep("scheduler", {
@@ -94,10 +100,29 @@ pub async fn run(
         let (pool, id, name, stop) = (pool.clone(), options.id, name.clone(), stop.clone());
         move || presence(pool.clone(), id, name.clone(), stop.clone())
     });
-    let options = worker::Options { name, concurrency: options.concurrency, poll_every: POLL_EVERY, gate, tasks: tasks.clone() };
-    worker::run(registry, services, options, stop).await?;
+    let options = worker::Options {
+        name,
+        concurrency: options.concurrency,
+        poll_every: POLL_EVERY,
+        gate: gate.acts(),
+        connect,
+        tasks: tasks.clone(),
+    };
+    worker::run(registry, services, options, stop).await;
     tasks.end_within(Duration::from_secs(2)).await;
     Ok(())
+}
+
+/// The runtime's own pools are made as all of the engine's are, and watched for as long as the runtime lives.
+fn connect(pool: &db::Pool) -> Connect {
+    let (main, watched) = (pool.clone(), Mutex::new(vec![db::watch("steps", pool)]));
+    Connect::with(move |name, max_connections, settings| {
+        let made = db::sibling(&main, max_connections, settings);
+        if name != "listen" {
+            watched.lock().unwrap_or_else(PoisonError::into_inner).push(db::watch(name, &made));
+        }
+        made
+    })
 }
 
 /// Keeps this process's row in `workers`.

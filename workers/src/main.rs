@@ -33,7 +33,7 @@ struct Arguments {
     /// A folder of compiled time zones, as /usr/share/zoneinfo [default: the system's, or the built-in copy where that is newer].
     #[arg(long, env = "BOREALIS_ZONEINFO", default_value = "", hide_default_value = true, global = true)]
     zoneinfo: String,
-    /// Log filter, as `info` or `borealis_workflows=debug,info`.
+    /// Log filter, as `info` or `borealis_durable=debug,info`.
     #[arg(long, env = "BOREALIS_LOG", default_value = "info", global = true)]
     log: String,
     /// How it is logged.

@@ -11,7 +11,7 @@ use borealis_engine::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::Agents;
+use crate::{Agents, durable::gate};
 
 /// How often an open gate is looked after.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -31,19 +31,22 @@ pub struct Confirmed {
 
 /// Whether this process may act. Its standing tasks ask before each pass.
 #[derive(Debug, Clone)]
-pub struct Gate(watch::Receiver<i64>);
+pub struct Gate {
+    epoch: watch::Receiver<i64>,
+    acts: gate::Gate,
+}
 
 impl Gate {
     /// One that is always open: for a runtime that no API process watches over.
     #[must_use]
     pub fn open() -> Self {
-        Self(watch::channel(NO_EPOCH).1)
+        Self { epoch: watch::channel(NO_EPOCH).1, acts: gate::Gate::open() }
     }
 
     /// The epoch its statements ask for; [`EVERY_EPOCH`] while it is closed.
     #[must_use]
     pub fn at_least(&self) -> i64 {
-        *self.0.borrow()
+        *self.epoch.borrow()
     }
 
     /// Whether this process may act.
@@ -52,25 +55,26 @@ impl Gate {
         self.at_least() != EVERY_EPOCH
     }
 
-    /// Waits until this process may act.
-    pub async fn opened(&self) {
-        let mut gate = self.0.clone();
-        if gate.wait_for(|epoch| *epoch != EVERY_EPOCH).await.is_err() {
-            // Nobody can open it any more: the process ends.
-            std::future::pending::<()>().await;
-        }
+    /// The same for the runtime, which knows no epochs.
+    #[must_use]
+    pub fn acts(&self) -> gate::Gate {
+        self.acts.clone()
     }
 }
 
 /// What opens and closes a gate.
 #[derive(Debug)]
-pub struct Keeper(watch::Sender<i64>);
+pub struct Keeper {
+    epoch: watch::Sender<i64>,
+    acts: gate::Keeper,
+}
 
 /// A gate, closed, and its keeper.
 #[must_use]
 pub fn closed() -> (Keeper, Gate) {
     let (sender, receiver) = watch::channel(EVERY_EPOCH);
-    (Keeper(sender), Gate(receiver))
+    let (keeper, acts) = gate::Gate::closed();
+    (Keeper { epoch: sender, acts: keeper }, Gate { epoch: receiver, acts })
 }
 
 impl Keeper {
@@ -83,7 +87,7 @@ impl Keeper {
                 if let Err(error) = self.look(&pool, agents.as_ref()).await {
                     tracing::debug!(%error, "whether this worker may act cannot be looked at");
                 }
-                if *self.0.borrow() != EVERY_EPOCH {
+                if *self.epoch.borrow() != EVERY_EPOCH {
                     pause = FIRST_PAUSE;
                     tokio::time::sleep(LOOK_EVERY).await;
                 } else {
@@ -96,7 +100,7 @@ impl Keeper {
     }
 
     async fn look(&self, pool: &Pool, agents: &dyn Agents) -> Result<()> {
-        let present = *self.0.borrow();
+        let present = *self.epoch.borrow();
         let at_least = if present == EVERY_EPOCH {
             let confirmed = agents.confirm().await?;
             if !confirmed.may_act {
@@ -121,7 +125,8 @@ impl Keeper {
                  confirms the database"
             );
         }
-        self.0.send_replace(next);
+        self.epoch.send_replace(next);
+        self.acts.set(next != EVERY_EPOCH);
         Ok(())
     }
 }

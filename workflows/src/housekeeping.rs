@@ -14,9 +14,8 @@ use uuid::Uuid;
 
 use crate::{
     Services,
-    durable::start,
+    durable::{metrics, start},
     hold::Gate,
-    metrics,
     scheduled_run::{self, RESULTS},
 };
 

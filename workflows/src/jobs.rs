@@ -15,7 +15,10 @@ use serde_json::{Value, json};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::{runs, scheduled_run};
+use crate::{
+    durable::{self, RetryAsked},
+    runs, scheduled_run,
+};
 
 /// Which targets a manual start is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,7 +126,14 @@ pub async fn retry_run(conn: &mut PgConnection, caller: Caller<'_>, id: Uuid) ->
             started.workflow_run_id.ok_or_else(Error::not_found)?
         }
         None => {
-            crate::retry(conn, id, &caller.actor.name).await?;
+            match durable::retry(conn, id, &caller.actor.name).await? {
+                RetryAsked::Retrying => {}
+                RetryAsked::Unknown => return Err(Error::not_found()),
+                RetryAsked::NotFailed(state) => {
+                    let message = format!("Only a failed run can be retried; this one is {state}.");
+                    return Err(Error::conflict("run_not_failed", message));
+                }
+            }
             id
         }
     };

@@ -1,6 +1,6 @@
-//! How long work gets done: the durable runtime on apalis, and one file per workflow.
+//! How long work gets done: one file per workflow, and the use cases that start or steer them. The runtime is `durable`, a crate of its
+//! own.
 
-pub mod durable;
 pub mod hold;
 pub mod housekeeping;
 pub mod jobs;
@@ -8,6 +8,7 @@ pub mod metrics;
 pub mod runs;
 pub mod scheduled_run;
 pub mod scheduler;
+pub mod traces;
 pub mod workers;
 
 use std::{fmt, sync::Arc};
@@ -17,15 +18,24 @@ use borealis_engine::{
     db::Pool,
     devices::calls::{Call, Outcome, Spec},
 };
+use durable::Failure;
 use serde_json::Value;
 use uuid::Uuid;
 
-pub use durable::start::{CancelAsked, Child, NewRun, Started, request_cancel, retry, signal, start, start_children, start_many};
+pub use borealis_durable as durable;
+pub use durable::{CancelAsked, Child, NewRun, Started, request_cancel, retry, signal, start, start_children, start_many};
+
+/// A workflow of the engine.
+pub type Workflow = durable::Workflow<Services>;
+/// Workflows of the engine.
+pub type Registry = durable::Registry<Services>;
+/// What a step of them sees.
+pub type StepContext = durable::StepContext<Services>;
 
 /// The workflows of the engine: every version that may still have runs.
 #[must_use]
-pub fn registry() -> durable::definition::Registry {
-    durable::definition::Registry::new([scheduled_run::definition()])
+pub fn registry() -> Registry {
+    Registry::new([scheduled_run::definition()])
 }
 
 /// What a step may use besides its run.
@@ -35,6 +45,27 @@ pub struct Services {
     pub pool: Pool,
     /// The way to agents, through the API process.
     pub agents: Arc<dyn Agents>,
+}
+
+impl durable::Services for Services {
+    fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    fn judge(&self, error: Box<dyn std::error::Error + Send + Sync>) -> Failure {
+        let error = match error.downcast::<Error>() {
+            Ok(error) => *error,
+            Err(error) => match error.downcast::<sqlx::Error>() {
+                Ok(error) => Error::from(*error),
+                Err(error) => return Failure::Final(format!("internal_error: {error}")),
+            },
+        };
+        let text = match &error.source {
+            Some(source) => format!("{}: {} ({source})", error.code, error.message),
+            None => format!("{}: {}", error.code, error.message),
+        };
+        if error.is_transient() { Failure::Transient(text) } else { Failure::Final(text) }
+    }
 }
 
 impl fmt::Debug for Services {
@@ -79,9 +110,5 @@ impl dyn Agents {
 /// When Postgres is away, or its history is not a prefix of ours.
 pub async fn setup(pool: &Pool) -> Result<()> {
     borealis_engine::db::migrate(pool).await?;
-    apalis_postgres::PostgresStorage::setup(pool).await.map_err(|error| match error {
-        apalis_postgres::Error::Database(error) => Error::from(error),
-        other => Error::bug(other),
-    })?;
-    durable::start::own_notifications(pool).await
+    Ok(durable::setup(pool).await?)
 }

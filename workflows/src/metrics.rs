@@ -1,236 +1,51 @@
-//! What the core tells of itself. Every meter of the durable runtime and the scheduler is declared here; the names are
-//! explained in `docs/operations.md`, which a test compares.
-//!
-//! On the way of a step there are only additions to handles that were looked up when its workflow was first run
-//! ([`StepMeters`]). What is in the tables is looked up by [`Tables`], seldom and with bounds.
+//! What the core tells of itself, beside what the runtime counts (`durable/src/metrics.rs`): the scheduler, and what is in the tables,
+//! which is looked up by [`Tables`], seldom and with bounds. The names are explained in `docs/operations.md`, which a test compares.
 
 use std::{
-    collections::HashMap,
     net::SocketAddr,
-    sync::{Arc, LazyLock, Mutex, PoisonError},
+    sync::{Arc, LazyLock},
     time::{Duration, Instant},
 };
 
+use borealis_durable::{self as durable, worker::PLANS};
 use borealis_engine::{Result, db, db::Pool, time_zones};
 use borealis_telemetry::{
     listener,
-    meter::{self, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec},
-    trace,
+    meter::{self, Gauge, GaugeVec, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec},
 };
 use chrono::Utc;
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
-use crate::durable::{
-    commit::{Commit, Ending, Written},
-    definition::CANCEL_STEP,
-    worker::PLANS,
-};
-
-/// Meters of the durable runtime and the scheduler.
+/// Meters of the scheduler.
 #[derive(Debug)]
 pub(crate) struct Meters {
-    pub started: IntCounterVec,
-    pub claims: HistogramVec,
-    pub claimed: IntCounterVec,
-    pub hand_over: Histogram,
-    pub commit_batch: Histogram,
-    pub commit_seconds: Histogram,
-    pub leases: IntGauge,
-    pub lost_at_commit: IntCounter,
-    pub lost_at_renewal: IntCounter,
-    pub lost_in_silence: IntCounter,
-    pub run_again: IntCounter,
-    pub run_failed: IntCounter,
-    pub hints_rewritten: IntCounter,
-    pub waits_ended: IntCounter,
-    pub errors: IntCounterVec,
     pub leads: IntGauge,
     pub lateness: Histogram,
     pub jobs_decided: IntCounter,
     pub instants: IntCounterVec,
-    steps: IntCounterVec,
-    step_seconds: HistogramVec,
-    ended: IntCounterVec,
 }
 
-pub(crate) static METERS: LazyLock<Meters> = LazyLock::new(|| {
-    let lost = meter::counters(
-        "borealis_lease_losses_total",
-        "Leases this process lost while it held them, by how it noticed: commit (its outcome was refused), renewal (it was told), \
-         silence (no word from Postgres for a whole lease).",
-        &["noticed"],
-    );
-    let recovered = meter::counters(
-        "borealis_runs_recovered_total",
-        "Runs this process took back from workers that are gone, by what became of them: again or failed.",
-        &["fate"],
-    );
-    Meters {
-        started: meter::counters(
-            "borealis_runs_started_total",
-            "Runs written by this process, those of transactions that were rolled back included.",
-            &["workflow"],
-        ),
-        claims: meter::histograms("borealis_claim_seconds", "How long claims took.", &["queue"], &meter::SECONDS),
-        claimed: meter::counters("borealis_claimed_runs_total", "Runs leased by claims.", &["queue"]),
-        hand_over: meter::histogram(
-            "borealis_step_handover_seconds",
-            "From the answer of a step to the beginning of the next one under the same lease.",
-            &meter::SECONDS,
-        ),
-        commit_batch: meter::histogram("borealis_commit_batch_size", "Outcomes in one commit.", &meter::SIZES),
-        commit_seconds: meter::histogram(
-            "borealis_commit_seconds",
-            "How long commits of batches took, tries included.",
-            &meter::SECONDS,
-        ),
-        leases: meter::gauge("borealis_leases_held", "Leases this process holds now."),
-        lost_at_commit: lost.with_label_values(&["commit"]),
-        lost_at_renewal: lost.with_label_values(&["renewal"]),
-        lost_in_silence: lost.with_label_values(&["silence"]),
-        run_again: recovered.with_label_values(&["again"]),
-        run_failed: recovered.with_label_values(&["failed"]),
-        hints_rewritten: meter::counter(
-            "borealis_hints_rewritten_total",
-            "Runs that were ready, had no hint, and were queued again.",
-        ),
-        waits_ended: meter::counter("borealis_waits_ended_total", "Waits this process ended because their instant had come."),
-        errors: meter::counters(
-            "borealis_pass_errors_total",
-            "Passes of a standing task that failed and are tried again, most often because Postgres is away.",
-            &["task"],
-        ),
-        leads: meter::gauge("borealis_scheduler_leads", "1 while this process leads as scheduler."),
-        lateness: meter::histogram(
-            "borealis_scheduler_lateness_seconds",
-            "From the instant at which a job was due to the pass that decided it.",
-            &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 90.0, 600.0],
-        ),
-        jobs_decided: meter::counter("borealis_scheduler_jobs_decided_total", "Due jobs this process has decided."),
-        instants: meter::counters(
-            "borealis_scheduler_instants_total",
-            "Due instants of jobs, by what became of them: run, queued, overlap or misfire.",
-            &["decision"],
-        ),
-        steps: meter::counters(
-            "borealis_steps_total",
-            "Attempts of steps, by what was written of them: committed, waiting, retried, failed, released or lost (nothing).",
-            &["workflow", "step", "outcome"],
-        ),
-        step_seconds: meter::histograms(
-            "borealis_step_seconds",
-            "How long attempts of steps ran, without their commit.",
-            &["workflow", "step"],
-            &meter::SECONDS,
-        ),
-        ended: meter::counters(
-            "borealis_runs_ended_total",
-            "Runs that ended in this process, by their last state.",
-            &["workflow", "state"],
-        ),
-    }
+pub(crate) static METERS: LazyLock<Meters> = LazyLock::new(|| Meters {
+    leads: meter::gauge("borealis_scheduler_leads", "1 while this process leads as scheduler."),
+    lateness: meter::histogram(
+        "borealis_scheduler_lateness_seconds",
+        "From the instant at which a job was due to the pass that decided it.",
+        &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 90.0, 600.0],
+    ),
+    jobs_decided: meter::counter("borealis_scheduler_jobs_decided_total", "Due jobs this process has decided."),
+    instants: meter::counters(
+        "borealis_scheduler_instants_total",
+        "Due instants of jobs, by what became of them: run, queued, overlap or misfire.",
+        &["decision"],
+    ),
 });
 
-/// The standing tasks of a worker whose passes may fail.
-const TASKS: [&str; 7] = ["claim", "commit", "deadlines", "recovery", "renewal", "retention", "scheduler"];
+/// The standing tasks of a worker, beside those of the runtime, whose passes may fail.
+const TASKS: [&str; 3] = ["deadlines", "retention", "scheduler"];
 
 /// Shows the meters of a worker from its start, at nought.
 pub fn show() {
-    for task in TASKS {
-        METERS.errors.with_label_values(&[task]);
-    }
-}
-
-/// Counts a failed pass of a standing task.
-pub(crate) fn failed_pass(task: &str) {
-    METERS.errors.with_label_values(&[task]).inc();
-}
-
-/// Counts runs that were written.
-pub(crate) fn runs_started(workflow: &str, count: usize) {
-    METERS.started.with_label_values(&[workflow]).inc_by(u64::try_from(count).unwrap_or(0));
-}
-
-/// Counts a run that recovery ended.
-pub(crate) fn run_failed_by_recovery(run: Uuid, workflow: &str) {
-    METERS.ended.with_label_values(&[workflow, "failed"]).inc();
-    trace::run_ended(run, workflow.to_owned(), "failed");
-}
-
-/// The handles of one step of a workflow. Looked up once, kept for as long as the process lives.
-#[derive(Debug)]
-pub struct StepMeters {
-    pub(crate) seconds: Histogram,
-    workflow: &'static str,
-    committed: IntCounter,
-    waiting: IntCounter,
-    retried: IntCounter,
-    failed: IntCounter,
-    released: IntCounter,
-    lost: IntCounter,
-    run_succeeded: IntCounter,
-    run_failed: IntCounter,
-    run_cancelled: IntCounter,
-}
-
-impl StepMeters {
-    /// Those of this step; the same for every definition of that name.
-    pub(crate) fn of(workflow: &'static str, step: &'static str) -> &'static Self {
-        static KNOWN: LazyLock<Mutex<HashMap<(&str, &str), &'static StepMeters>>> = LazyLock::new(Mutex::default);
-        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-        // Workflows are code: there are as many of these as steps are written.
-        known.entry((workflow, step)).or_insert_with(|| Box::leak(Box::new(Self::new(workflow, step))))
-    }
-
-    fn new(workflow: &'static str, step: &'static str) -> Self {
-        let steps = |outcome| METERS.steps.with_label_values(&[workflow, step, outcome]);
-        let ended = |state| METERS.ended.with_label_values(&[workflow, state]);
-        Self {
-            seconds: METERS.step_seconds.with_label_values(&[workflow, step]),
-            workflow,
-            committed: steps("committed"),
-            waiting: steps("waiting"),
-            retried: steps("retried"),
-            failed: steps("failed"),
-            released: steps("released"),
-            lost: steps("lost"),
-            run_succeeded: ended("succeeded"),
-            run_failed: ended("failed"),
-            run_cancelled: ended("cancelled"),
-        }
-    }
-
-    /// Counts what became of an outcome, once it is certain.
-    pub(crate) fn count(&self, run: Uuid, ending: Ending, is_cancel: bool, written: Written) {
-        if written == Written::Lost {
-            self.lost.inc();
-            METERS.lost_at_commit.inc();
-            return;
-        }
-        match ending {
-            Ending::Waits => self.waiting.inc(),
-            Ending::Retries => self.retried.inc(),
-            Ending::Released => self.released.inc(),
-            Ending::Fails => self.failed.inc(),
-            Ending::GoesOn | Ending::Ends => self.committed.inc(),
-        }
-        let (counter, state) = match ending {
-            Ending::Fails => (&self.run_failed, "failed"),
-            Ending::Ends if is_cancel => (&self.run_cancelled, "cancelled"),
-            Ending::Ends => (&self.run_succeeded, "succeeded"),
-            _ => return,
-        };
-        counter.inc();
-        trace::run_ended(run, self.workflow, state);
-    }
-}
-
-/// Counts what became of outcomes, once that is certain.
-pub(crate) fn count(commits: &[Commit], written: &[Written]) {
-    for (commit, written) in commits.iter().zip(written) {
-        commit.meters.count(commit.of.run_id, commit.ending(), commit.step() == CANCEL_STEP, *written);
-    }
+    durable::metrics::show(&TASKS);
 }
 
 /// What is not counted where it happens: the state of the pools, and of the tables.

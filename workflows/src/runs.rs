@@ -73,12 +73,12 @@ pub struct Filter {
 pub async fn list(pool: &Pool, scope: &Scope, filter: &Filter) -> Result<Vec<RunView>> {
     Ok(sqlx::query_as!(
         RunView,
-        r#"SELECT id, workflow, version, state, step, attempt, scheduled_job_id, parent_id, site_ids, created_at, started_at, finished_at,
+        r#"SELECT id, workflow, version, state, step, attempt, owner_id AS scheduled_job_id, parent_id, scope_ids AS site_ids, created_at, started_at, finished_at,
                   error, cancel_reason, output
            FROM workflow_runs
-           WHERE ($1::bigint[] IS NULL OR (site_ids <> '{}' AND site_ids <@ $1))
+           WHERE ($1::bigint[] IS NULL OR (scope_ids <> '{}' AND scope_ids <@ $1))
              AND ($2::text IS NULL OR workflow = $2) AND ($3::text IS NULL OR state = $3)
-             AND ($4::bigint IS NULL OR scheduled_job_id = $4) AND ($5::uuid IS NULL OR id < $5)
+             AND ($4::bigint IS NULL OR owner_id = $4) AND ($5::uuid IS NULL OR id < $5)
            ORDER BY id DESC LIMIT $6"#,
         scope.site_ids(),
         filter.workflow,
@@ -98,9 +98,9 @@ pub async fn list(pool: &Pool, scope: &Scope, filter: &Filter) -> Result<Vec<Run
 pub async fn get(conn: &mut PgConnection, scope: &Scope, id: Uuid) -> Result<RunView> {
     sqlx::query_as!(
         RunView,
-        r#"SELECT id, workflow, version, state, step, attempt, scheduled_job_id, parent_id, site_ids, created_at, started_at, finished_at,
+        r#"SELECT id, workflow, version, state, step, attempt, owner_id AS scheduled_job_id, parent_id, scope_ids AS site_ids, created_at, started_at, finished_at,
                   error, cancel_reason, output
-           FROM workflow_runs WHERE id = $1 AND ($2::bigint[] IS NULL OR (site_ids <> '{}' AND site_ids <@ $2))"#,
+           FROM workflow_runs WHERE id = $1 AND ($2::bigint[] IS NULL OR (scope_ids <> '{}' AND scope_ids <@ $2))"#,
         id,
         scope.site_ids(),
     )

@@ -17,10 +17,9 @@ use serde_json::json;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::durable::{
-    definition::{Outcome, StepContext, StepResult, Wait, Wake, Workflow, transient, workflow},
-    fault,
-    start::{self, NewRun},
+use crate::{
+    StepContext, Workflow,
+    durable::{NewRun, Outcome, StepResult, Wait, Wake, definition::transient, fault, start, workflow},
 };
 
 /// The workflow's name.
@@ -75,8 +74,8 @@ pub async fn start_occurrences(conn: &mut PgConnection, occurrence_ids: &[i64]) 
     let new = facts.into_iter().map(|facts| NewRun {
         key: Some(facts.id.to_string()),
         input: json!(Input { occurrence_id: facts.id }),
-        scheduled_job_id: Some(facts.job_id),
-        site_ids: facts.site_ids,
+        owner_id: Some(facts.job_id),
+        scope_ids: facts.site_ids,
         ..NewRun::default()
     });
     let started = start::start_many(conn, &definition(), new.collect()).await?;

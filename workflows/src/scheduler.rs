@@ -14,7 +14,7 @@ use borealis_engine::{
     jobs::{
         cursor::{self, DueJob, Move},
         occurrence::{self, Decision, Fate, Plan, Settled, Standing},
-        zone_changes,
+        store, zone_changes,
     },
     time_zones,
 };
@@ -23,9 +23,9 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
-    durable::wakeup::{SCHEDULE_CHANGED, Wakeup},
+    durable::{metrics, wakeup::Wakeup},
     hold::Gate,
-    metrics::{self, METERS},
+    metrics::METERS,
     scheduled_run,
 };
 
@@ -47,7 +47,7 @@ pub async fn keep(pool: Pool, wakeup: Wakeup, worker: String, gate: Gate, stop: 
     let mut zones = Zones::default();
     let work = async {
         loop {
-            let changed = wakeup.listen(SCHEDULE_CHANGED);
+            let changed = wakeup.listen(store::SCHEDULE_CHANGED);
             tokio::pin!(changed);
             changed.as_mut().enable();
             let sleep = match pass(&pool, &worker, token, &gate, &mut zones).await {

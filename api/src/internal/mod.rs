@@ -18,7 +18,7 @@ use borealis_engine::{
     hold::EVERY_EPOCH,
     internal::{self, Signed},
 };
-use borealis_workflows::durable::definition::Registry;
+use borealis_workflows::Registry;
 use serde_json::{Value, json};
 use uuid::Uuid;
 

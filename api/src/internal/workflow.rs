@@ -2,7 +2,7 @@
 
 use axum::{Extension, Json as JsonBody, extract::State};
 use borealis_engine::Error;
-use borealis_workflows::{NewRun, durable::definition::Registry};
+use borealis_workflows::{NewRun, Registry};
 use serde_json::{Value, json};
 
 use super::Worker;
@@ -49,8 +49,8 @@ pub(super) async fn start(
     let new = NewRun {
         key: Some(start.key),
         input: start.input,
-        scheduled_job_id: start.scheduled_job_id,
-        site_ids: start.site_ids,
+        owner_id: start.scheduled_job_id,
+        scope_ids: start.site_ids,
         ..NewRun::default()
     };
     let mut tx = app.pool.begin().await.map_err(Error::from)?;

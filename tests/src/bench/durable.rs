@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use borealis_engine::db::Pool;
-use borealis_workflows::{NewRun, durable::definition::Workflow, start};
+use borealis_workflows::{NewRun, Workflow, start};
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};

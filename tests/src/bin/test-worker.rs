@@ -6,7 +6,7 @@ use std::{path::PathBuf, sync::Arc};
 use borealis_engine::db;
 use borealis_tests::probe;
 use borealis_workers::api_client::ApiClient;
-use borealis_workflows::{Agents, durable::definition::Registry};
+use borealis_workflows::{Agents, Registry};
 use clap::Parser;
 use tokio_util::sync::CancellationToken;
 

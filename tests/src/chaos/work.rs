@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use borealis_engine::db::Pool;
-use borealis_workflows::{CancelAsked, NewRun, durable::definition::Workflow, request_cancel, signal, start};
+use borealis_workflows::{CancelAsked, NewRun, Workflow, request_cancel, signal, start};
 use rand::{RngExt, rngs::StdRng};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;

@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use borealis_workflows::{
-    Child,
-    durable::definition::{Outcome, Registry, StepContext, StepError, StepResult, Wait, Wake, Workflow, transient, workflow},
+    Child, Registry, StepContext, Workflow,
+    durable::definition::{Outcome, StepError, StepResult, Wait, Wake, transient, workflow},
     start_children,
 };
 use rand::{RngExt, rngs::StdRng};

@@ -11,11 +11,13 @@ use borealis_engine::{
     jobs::cursor,
 };
 use borealis_workflows::{
-    CancelAsked, NewRun, Services,
+    CancelAsked, NewRun, Registry, Services,
     durable::{
+        RetryAsked,
         claim::{self, Claim},
         commit::Written,
-        definition::{Registry, StepError},
+        definition::Failure,
+        error::is_transient,
         recovery,
         single::{self, Executed, Place},
     },
@@ -98,9 +100,9 @@ struct Held {
 enum Stage {
     Claimed(Claim),
     /// Waits for the committer.
-    Executed(Executed),
+    Executed(Executed<Services>),
     /// Wrote rows of its own; since when its transaction is open, and what became of the outcome once it is written in it.
-    Own(Executed, i64, Option<Written>),
+    Own(Executed<Services>, i64, Option<Written>),
     /// Is being written.
     Leaving,
 }
@@ -189,8 +191,8 @@ impl World {
     }
 
     /// Takes an answer of the engine: an outage is a fault like others, anything else is wrong.
-    async fn answer<T>(&mut self, what: &str, answer: borealis_engine::Result<T>) -> Option<T> {
-        match answer {
+    async fn answer<T>(&mut self, what: &str, answer: Result<T, impl Into<borealis_engine::Error>>) -> Option<T> {
+        match answer.map_err(Into::into) {
             Ok(value) => Some(value),
             Err(error) => {
                 self.unsettled = true;
@@ -578,7 +580,7 @@ impl World {
     }
 
     /// A batch whose connection is lost before the commit.
-    async fn write_in_vain(&self, worker: &str, executed: &[&Executed]) -> borealis_engine::Result<Vec<Written>> {
+    async fn write_in_vain(&self, worker: &str, executed: &[&Executed<Services>]) -> Result<Vec<Written>, sqlx::Error> {
         let mut tx = self.pool.begin().await?;
         let written = single::write_batch(&mut tx, worker, executed).await;
         tx.rollback().await?;
@@ -612,7 +614,7 @@ impl World {
             match wrote {
                 Ok(wrote) => written = Some(wrote),
                 Err(error) => {
-                    if !error.is_transient() {
+                    if !is_transient(&error) {
                         self.wrong.push(format!("{what}: {error:?}"));
                     }
                     return self.undo(at, held, executed, &what).await;
@@ -629,7 +631,7 @@ impl World {
             (_, 1) => {
                 executed.tx.take().expect("a transaction").commit().await.expect("a commit");
                 self.tell(format!("{what}, but the answer is lost"));
-                executed.undone(StepError::Transient("the answer of the commit was lost".into()));
+                executed.undone(Failure::Transient("the answer of the commit was lost".into()));
                 let again = single::commit_batch(&self.pool, &name, &[&executed]).await;
                 if self.answer("its failure", again).await.is_some_and(|again| again != [Written::Lost]) {
                     self.wrong.push(format!("{what}: a committed step failed afterwards"));
@@ -650,12 +652,12 @@ impl World {
     }
 
     /// A step whose own transaction did not commit has failed like any other attempt.
-    async fn undo(&mut self, at: usize, mut held: Held, mut executed: Executed, what: &str) {
+    async fn undo(&mut self, at: usize, mut held: Held, mut executed: Executed<Services>, what: &str) {
         self.tell(format!("{what}: fails"));
         if let Some(tx) = executed.tx.take() {
             tx.rollback().await.expect("a rollback");
         }
-        executed.undone(StepError::Transient("database_unavailable: the commit failed".into()));
+        executed.undone(Failure::Transient("database_unavailable: the commit failed".into()));
         held.stage = Stage::Executed(executed);
         self.workers[at].held.push(held);
     }
@@ -846,7 +848,7 @@ impl World {
                 .fetch_one(&mut *tx)
                 .await;
         let what = format!("cancel {}", self.label(run.id));
-        let Some(leased) = self.answer(&what, leased.map_err(Into::into)).await else {
+        let Some(leased) = self.answer(&what, leased).await else {
             let _ = tx.rollback().await;
             return;
         };
@@ -888,11 +890,13 @@ impl World {
         let Ok(mut tx) = self.pool.begin().await else { return false };
         let retried = retry(&mut tx, id, "somebody").await;
         let what = format!("retry {label}");
-        if self.answer(&what, retried).await.is_some() {
-            self.tell(what);
-            self.ask(tx, Asked::Retry(id)).await;
-        } else {
-            let _ = tx.rollback().await;
+        match self.answer(&what, retried).await {
+            Some(RetryAsked::Retrying) => {
+                self.tell(what);
+                self.ask(tx, Asked::Retry(id)).await;
+            }
+            Some(other) => self.wrong.push(format!("{what}: {other:?}")),
+            None => tx.rollback().await.unwrap_or_default(),
         }
         true
     }
@@ -969,7 +973,7 @@ impl World {
         self.hints_lost |= what == "lost";
         self.hints_doubled |= what == "doubled";
         let done = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(run.id).execute(&self.pool).await;
-        if let Some(done) = self.answer("hints", done.map_err(Into::into)).await {
+        if let Some(done) = self.answer("hints", done).await {
             self.tell(format!("{} hints of {} are {what}", done.rows_affected(), self.label(run.id)));
         }
     }
@@ -1087,6 +1091,6 @@ impl World {
     }
 }
 
-fn outcomes(batch: &[Held]) -> Vec<&Executed> {
+fn outcomes(batch: &[Held]) -> Vec<&Executed<Services>> {
     batch.iter().filter_map(|held| if let Stage::Executed(executed) = &held.stage { Some(executed) } else { None }).collect()
 }

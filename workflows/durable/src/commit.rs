@@ -14,19 +14,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use borealis_engine::{Result, db::Pool};
 use borealis_tasks::Tasks;
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 use tokio::sync::{Mutex, mpsc, oneshot};
 use uuid::Uuid;
 
-use super::{
-    COMMIT_BATCH, COMMIT_LANES, LEASE,
-    definition::{Outcome, Step, StepError, Workflow},
+use crate::{
+    COMMIT_BATCH, COMMIT_LANES, LEASE, Pool, Result,
+    definition::{Failure, Outcome, Step, Workflow},
+    error::is_transient,
+    metrics::{self, METERS, StepMeters},
     start::wake_up,
 };
-use crate::metrics::{self, METERS, StepMeters};
 
 /// The attempt of a step whose outcome is written, as it was claimed.
 #[derive(Debug, Clone)]
@@ -58,7 +58,7 @@ pub struct Commit {
     /// Whose it is.
     pub of: Attempt,
     step: &'static str,
-    pub(super) kind: &'static str,
+    pub(crate) kind: &'static str,
     next_step: Option<&'static str>,
     data: Value,
     error: Option<String>,
@@ -102,11 +102,11 @@ impl Commit {
     /// Decides what an attempt's answer means for its run. Pure: `jitter` is between 0 and 1; `goes_on` says whether the
     /// worker would run the next step at once.
     #[must_use]
-    pub fn decide(
-        workflow: &Workflow,
-        step: &Step,
+    pub fn decide<S>(
+        workflow: &Workflow<S>,
+        step: &Step<S>,
         of: Attempt,
-        answer: Result<Outcome, StepError>,
+        answer: Result<Outcome, Failure>,
         jitter: f64,
         goes_on: bool,
     ) -> Self {
@@ -147,19 +147,19 @@ impl Commit {
                 commit.wait_children = wait.children;
                 commit.wait_ms = wait.at_most.map(milliseconds);
             }
-            Err(StepError::Stopped) => commit.kind = "release",
+            Err(Failure::Stopped) => commit.kind = "release",
             // Begun and not known to have ended: a step that must not be repeated is not, whatever cut it off.
-            Err(StepError::Transient(error)) if step.never_retry => {
+            Err(Failure::Transient(error)) if step.never_retry => {
                 commit.kind = "fail";
                 commit.error = Some(format!("interrupted: {}", error.replace('\0', " ")));
             }
-            Err(StepError::Transient(error)) if attempt < step.retry.attempts => {
+            Err(Failure::Transient(error)) if attempt < step.retry.attempts => {
                 commit.kind = "retry";
                 commit.error = Some(error.replace('\0', " "));
                 let pause = step.retry.pause(attempt).mul_f64(0.5 + jitter.clamp(0.0, 1.0) / 2.0);
                 commit.delay_ms = milliseconds(pause);
             }
-            Err(StepError::Transient(error) | StepError::Final(error)) => {
+            Err(Failure::Transient(error) | Failure::Final(error)) => {
                 commit.kind = "fail";
                 commit.error = Some(error.replace('\0', " "));
             }
@@ -168,8 +168,8 @@ impl Commit {
     }
 
     /// What is written instead of an outcome the database refuses (a NUL in a text, say): the run fails and says so.
-    fn refused(&self, error: &borealis_engine::Error) -> Self {
-        let reason = error.source.as_ref().map_or_else(|| error.message.clone(), ToString::to_string);
+    fn refused(&self, error: &sqlx::Error) -> Self {
+        let reason = error.to_string();
         Self {
             kind: "fail",
             error: Some(format!("outcome_refused: {}", reason.replace('\0', " "))),
@@ -192,7 +192,7 @@ impl Commit {
     }
 
     /// The same for a trace: a word, and whether something went wrong.
-    pub(super) fn said(&self) -> (&'static str, bool) {
+    pub(crate) fn said(&self) -> (&'static str, bool) {
         match self.ending() {
             Ending::GoesOn | Ending::Ends => ("committed", false),
             Ending::Waits => ("waiting", false),
@@ -395,7 +395,7 @@ async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> 
 }
 
 /// Counts ended children off their parents (one entry per child) and wakes those parents whose last child it was.
-pub(super) async fn children_ended(conn: &mut PgConnection, parents: &[Uuid]) -> Result<()> {
+pub(crate) async fn children_ended(conn: &mut PgConnection, parents: &[Uuid]) -> Result<()> {
     if parents.is_empty() {
         return Ok(());
     }
@@ -421,7 +421,7 @@ pub(super) async fn children_ended(conn: &mut PgConnection, parents: &[Uuid]) ->
 
 /// Hands outcomes to the committers and waits for the commit.
 #[derive(Debug, Clone)]
-pub(super) struct Committer {
+pub(crate) struct Committer {
     lanes: Vec<mpsc::Sender<Waiting>>,
 }
 
@@ -480,7 +480,7 @@ async fn persist(pool: &Pool, worker: &str, commits: &[Commit]) -> Vec<Written> 
                 metrics::count(commits, &written);
                 return written;
             }
-            Err(error) if error.is_transient() => {
+            Err(error) if is_transient(&error) => {
                 metrics::failed_pass("commit");
                 if started.elapsed() > LEASE {
                     tracing::error!(?error, count = commits.len(), "outcomes dropped: their leases are over");
@@ -512,7 +512,7 @@ async fn persist(pool: &Pool, worker: &str, commits: &[Commit]) -> Vec<Written> 
 }
 
 /// Writes a batch as a whole, also one that may have been written before.
-pub(super) async fn transaction(pool: &Pool, worker: &str, commits: &[Commit]) -> Result<Vec<Written>> {
+pub(crate) async fn transaction(pool: &Pool, worker: &str, commits: &[Commit]) -> Result<Vec<Written>> {
     let written = if commits.iter().all(Commit::is_alone) {
         write(&mut *pool.acquire().await?, worker, commits).await?
     } else {

@@ -7,15 +7,14 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use borealis_engine::db::{self, Cause, Pool};
 use borealis_tasks::Tasks;
 use sqlx::postgres::PgListener;
 use tokio::sync::{Mutex, Notify, futures::Notified, mpsc, oneshot};
 
+use crate::{Pool, connect::Connect};
+
 /// The channel on which `workflow_hint` names queues that have something to claim.
 const READY: &str = "borealis_ready";
-/// The channel on which the scheduler is told that a due instant has changed.
-pub const SCHEDULE_CHANGED: &str = "borealis_schedule";
 
 /// How long the connection may take to answer before it is made again.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -24,7 +23,7 @@ const AWAY: Duration = Duration::from_secs(1);
 /// How often a session whose fetcher is awake asks whether another one still sleeps.
 const KEPT: Duration = Duration::from_millis(5);
 
-/// Wakes those who wait for a name: a queue, or [`SCHEDULE_CHANGED`].
+/// Wakes those who wait for a name: a queue, or a channel of the program's own.
 #[derive(Debug, Clone)]
 pub struct Wakeup {
     names: Arc<Names>,
@@ -68,14 +67,20 @@ struct Held {
 }
 
 impl Wakeup {
-    /// Starts listening for these names, as a task of `tasks`.
-    pub fn spawn(pool: Pool, names: impl IntoIterator<Item = String>, tasks: &Tasks) -> Self {
-        let known = names.into_iter().map(|name| (name, Notify::new())).collect();
+    /// Starts listening for these queues and for notifications on these channels, as a task of `tasks`.
+    pub fn spawn(
+        connect: Connect,
+        queues: impl IntoIterator<Item = String>,
+        channels: &'static [&'static str],
+        tasks: &Tasks,
+    ) -> Self {
+        let channel_names = channels.iter().map(ToString::to_string);
+        let known = queues.into_iter().chain(channel_names).map(|name| (name, Notify::new())).collect();
         let names = Arc::new(Names { known, unknown: Notify::new() });
         let (asked, asks) = mpsc::unbounded_channel();
         let wakeup = Self { names: names.clone(), asked };
         let asks = Arc::new(Mutex::new(asks));
-        tasks.keep_until_stopped("listen", move || listen(pool.clone(), names.clone(), asks.clone()));
+        tasks.keep_until_stopped("listen", move || listen(connect.clone(), names.clone(), channels, asks.clone()));
         wakeup
     }
 
@@ -97,14 +102,14 @@ impl Wakeup {
     }
 }
 
-async fn listen(pool: Pool, names: Arc<Names>, asks: Arc<Mutex<mpsc::UnboundedReceiver<Asked>>>) {
+async fn listen(connect: Connect, names: Arc<Names>, channels: &[&str], asks: Arc<Mutex<mpsc::UnboundedReceiver<Asked>>>) {
     let mut asks = asks.lock().await;
     loop {
         // A pool of its own, which is closed: in another one the session would go on with its locks.
-        let own = Own(db::sibling(&pool, 1, &[]));
-        let Err(error) = receive(&names, &own.0, &mut asks).await;
+        let own = Own(connect.pool("listen", 1, &[]));
+        let Err(error) = receive(&names, channels, &own.0, &mut asks).await;
         drop(own);
-        tracing::warn!(error = Cause::text(&error), "LISTEN connection lost; polling until it is back");
+        tracing::warn!(%error, "LISTEN connection lost; polling until it is back");
         away(&mut asks).await;
     }
 }
@@ -136,13 +141,14 @@ async fn away(asks: &mut mpsc::UnboundedReceiver<Asked>) {
 /// Passes notifications on and holds the locks, until the connection is lost.
 async fn receive(
     names: &Names,
+    channels: &[&str],
     pool: &Pool,
     asks: &mut mpsc::UnboundedReceiver<Asked>,
 ) -> Result<std::convert::Infallible, sqlx::Error> {
     let mut listener = PgListener::connect_with(pool).await?;
     // A connection that is made again behind our back would have lost its locks.
     listener.eager_reconnect(false);
-    listener.listen_all([READY, SCHEDULE_CHANGED]).await?;
+    listener.listen_all(std::iter::once(READY).chain(channels.iter().copied())).await?;
     // Whatever came before we listened.
     names.known.values().for_each(Notify::notify_waiters);
     let mut held: HashMap<String, Held> = HashMap::new();

@@ -6,43 +6,40 @@ use std::{
     time::Duration,
 };
 
-use borealis_engine::db::{Pool, Tx};
 use futures::future::BoxFuture;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::{Services, metrics::StepMeters};
+use crate::{Pool, Tx, error, metrics::StepMeters};
 
 /// What a step answers.
 pub type StepResult = Result<Outcome, StepError>;
 /// A step: a named async function over its context.
-pub type StepFn = for<'a> fn(&'a mut StepContext) -> BoxFuture<'a, StepResult>;
+pub type StepFn<S> = for<'a> fn(&'a mut StepContext<S>) -> BoxFuture<'a, StepResult>;
 
 /// The step that runs when a run is cancelled; every definition has it, by default it ends the run at once.
 pub const CANCEL_STEP: &str = "cancel";
 
 /// One version of a workflow. Built once, at start; never changed once published.
-#[derive(Clone)]
-pub struct Workflow {
+pub struct Workflow<S> {
     /// Its name, the same in database, API and docs.
     pub name: &'static str,
     /// Its version; a change of its steps is a new version beside the old.
     pub version: i32,
     /// Its steps, in order.
-    pub steps: Vec<Step>,
+    pub steps: Vec<Step<S>>,
     /// What runs instead of the next step once a cancel was asked for.
-    pub cancel: Step,
+    pub cancel: Step<S>,
 }
 
 /// One step of a workflow.
-#[derive(Clone)]
-pub struct Step {
+pub struct Step<S> {
     /// Its name, unique in the workflow.
     pub name: &'static str,
     /// What it does.
-    pub run: StepFn,
+    pub run: StepFn<S>,
     /// What happens when it fails.
     pub retry: Retry,
     /// How long one attempt may take; its end counts as a transient failure.
@@ -82,7 +79,7 @@ pub const fn transient(attempts: i32) -> Retry {
 
 /// Begins a definition.
 #[must_use]
-pub fn workflow(name: &'static str, version: i32) -> Workflow {
+pub fn workflow<S: Services>(name: &'static str, version: i32) -> Workflow<S> {
     Workflow {
         name,
         version,
@@ -91,21 +88,21 @@ pub fn workflow(name: &'static str, version: i32) -> Workflow {
     }
 }
 
-impl Step {
+impl<S> Step<S> {
     /// What counts its attempts, as a step of `workflow`.
-    pub(super) fn meters(&self, workflow: &'static str) -> &'static StepMeters {
+    pub(crate) fn meters(&self, workflow: &'static str) -> &'static StepMeters {
         self.meters.get_or_init(|| StepMeters::of(workflow, self.name))
     }
 
-    fn new(name: &'static str, run: StepFn) -> Self {
+    fn new(name: &'static str, run: StepFn<S>) -> Self {
         Self { name, run, retry: transient(5), timeout: Duration::from_secs(300), never_retry: false, meters: OnceLock::new() }
     }
 }
 
-impl Workflow {
+impl<S> Workflow<S> {
     /// Adds a step. Whether it is a wait is decided by what it answers: [`Outcome::Wait`] brings it back when woken.
     #[must_use]
-    pub fn step(mut self, name: &'static str, run: StepFn) -> Self {
+    pub fn step(mut self, name: &'static str, run: StepFn<S>) -> Self {
         self.steps.push(Step::new(name, run));
         self
     }
@@ -130,12 +127,12 @@ impl Workflow {
 
     /// What runs instead of the next step once a cancel was asked for. It may wait for the far side's answer.
     #[must_use]
-    pub fn on_cancel(mut self, run: StepFn) -> Self {
+    pub fn on_cancel(mut self, run: StepFn<S>) -> Self {
         self.cancel = Step::new(CANCEL_STEP, run);
         self
     }
 
-    fn last(mut self, change: impl FnOnce(&mut Step)) -> Self {
+    fn last(mut self, change: impl FnOnce(&mut Step<S>)) -> Self {
         if let Some(step) = self.steps.last_mut() {
             change(step);
         }
@@ -144,13 +141,13 @@ impl Workflow {
 
     /// The step of that name.
     #[must_use]
-    pub fn find(&self, name: &str) -> Option<&Step> {
+    pub fn find(&self, name: &str) -> Option<&Step<S>> {
         if name == CANCEL_STEP { Some(&self.cancel) } else { self.steps.iter().find(|step| step.name == name) }
     }
 
     /// The step after the one of that name; none after the last.
     #[must_use]
-    pub fn after(&self, name: &str) -> Option<&Step> {
+    pub fn after(&self, name: &str) -> Option<&Step<S>> {
         let at = self.steps.iter().position(|step| step.name == name)?;
         self.steps.get(at + 1)
     }
@@ -164,7 +161,7 @@ impl Workflow {
     /// The name of its queue.
     #[must_use]
     pub fn queue(&self) -> String {
-        super::queue(self.name, self.version)
+        crate::queue(self.name, self.version)
     }
 
     /// One line that names everything a published version must keep: its steps in order.
@@ -179,7 +176,26 @@ impl Workflow {
     }
 }
 
-impl fmt::Debug for Workflow {
+impl<S> Clone for Workflow<S> {
+    fn clone(&self) -> Self {
+        Self { name: self.name, version: self.version, steps: self.steps.clone(), cancel: self.cancel.clone() }
+    }
+}
+
+impl<S> Clone for Step<S> {
+    fn clone(&self) -> Self {
+        let Self { name, run, retry, timeout, never_retry, ref meters } = *self;
+        Self { name, run, retry, timeout, never_retry, meters: meters.clone() }
+    }
+}
+
+impl<S> fmt::Debug for Step<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+impl<S> fmt::Debug for Workflow<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.shape())
     }
@@ -235,40 +251,64 @@ pub struct Wait {
     pub state: Value,
 }
 
-/// How a step ended badly.
-#[derive(Debug, thiserror::Error)]
+/// How a step ended badly. Any error becomes one with `?`; [`Services::judge`] says what it means for the run.
+#[derive(Debug)]
 pub enum StepError {
     /// Trying again may help.
-    #[error("{0}")]
     Transient(String),
     /// Trying again will not help: the run fails.
-    #[error("{0}")]
     Final(String),
     /// The step noticed that it was told to stop: see [`StepContext::cancelled`].
-    #[error("stopped")]
+    Stopped,
+    /// Something that a function the step has called answered.
+    Other(Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// What a bad end means for the run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// The step is tried again, as often as its [`Retry`] allows.
+    Transient(String),
+    /// The run fails with this text, as `code: sentence`.
+    Final(String),
+    /// The step was told to stop, and runs again elsewhere or is cancelled.
     Stopped,
 }
 
 impl StepError {
-    /// A fault of ours: final, with its text.
+    /// A fault of the program: final, with its text.
     pub fn bug(error: impl fmt::Display) -> Self {
         Self::Final(format!("internal_error: {error}"))
     }
-}
 
-impl From<borealis_engine::Error> for StepError {
-    fn from(error: borealis_engine::Error) -> Self {
-        let text = match &error.source {
-            Some(source) => format!("{}: {} ({source})", error.code, error.message),
-            None => format!("{}: {}", error.code, error.message),
-        };
-        if error.is_transient() { Self::Transient(text) } else { Self::Final(text) }
+    pub(crate) fn judged<S: Services>(self, services: &S) -> Failure {
+        match self {
+            Self::Transient(text) => Failure::Transient(text),
+            Self::Final(text) => Failure::Final(text),
+            Self::Stopped => Failure::Stopped,
+            Self::Other(error) => services.judge(error),
+        }
     }
 }
 
-impl From<sqlx::Error> for StepError {
-    fn from(error: sqlx::Error) -> Self {
-        borealis_engine::Error::from(error).into()
+impl<E: std::error::Error + Send + Sync + 'static> From<E> for StepError {
+    fn from(error: E) -> Self {
+        Self::Other(Box::new(error))
+    }
+}
+
+/// What a step may use besides its run: whatever the program needs, and the database.
+pub trait Services: Send + Sync + 'static {
+    /// The database of the runs.
+    fn pool(&self) -> &Pool;
+
+    /// What an error that a step has passed on means for its run. Unless the program says otherwise, trouble with the database is
+    /// transient and everything else is final.
+    fn judge(&self, error: Box<dyn std::error::Error + Send + Sync>) -> Failure {
+        match error.downcast_ref::<sqlx::Error>() {
+            Some(error) if error::is_transient(error) => Failure::Transient(format!("database_unavailable: {error}")),
+            _ => Failure::Final(format!("internal_error: {error}")),
+        }
     }
 }
 
@@ -286,7 +326,7 @@ pub enum Wake {
 }
 
 impl Wake {
-    pub(super) fn read(wake: Option<&Value>) -> Self {
+    pub(crate) fn read(wake: Option<&Value>) -> Self {
         match wake.and_then(|wake| wake.get("by")).and_then(Value::as_str) {
             Some("signal") => Self::Signal(wake.and_then(|wake| wake.get("payload")).cloned().unwrap_or(Value::Null)),
             Some("children") => Self::Children,
@@ -297,7 +337,7 @@ impl Wake {
 }
 
 /// What a step sees of its run.
-pub struct StepContext {
+pub struct StepContext<S> {
     /// The run.
     pub run_id: Uuid,
     /// The step's name.
@@ -309,18 +349,18 @@ pub struct StepContext {
     /// Why it runs, for a step that waits.
     pub wake: Wake,
     /// What the run was started with.
-    pub(super) input: Value,
+    pub(crate) input: Value,
     /// What the step before answered, or this step itself before it waited.
-    pub(super) state: Value,
+    pub(crate) state: Value,
     /// Everything else a step may use.
-    pub services: Arc<Services>,
+    pub services: Arc<S>,
     /// Fires when the run is cancelled, the lease is lost or the worker stops.
-    pub(super) stop: CancellationToken,
+    pub(crate) stop: CancellationToken,
     /// The transaction that will commit this step, once the step has asked for it.
-    pub(super) tx: Option<Tx<'static>>,
+    pub(crate) tx: Option<Tx<'static>>,
 }
 
-impl StepContext {
+impl<S: Services> StepContext<S> {
     /// A key that is the same at every attempt of this step: to be handed to whatever outside is asked to do something once.
     #[must_use]
     pub fn key(&self) -> String {
@@ -346,7 +386,7 @@ impl StepContext {
     /// The database, for reading outside the committing transaction.
     #[must_use]
     pub fn pool(&self) -> &Pool {
-        &self.services.pool
+        self.services.pool()
     }
 
     /// The transaction that commits this step: what is written through it happens exactly once. It is opened at the first
@@ -356,7 +396,7 @@ impl StepContext {
     /// Transient, when the database is away.
     pub async fn tx(&mut self) -> Result<&mut Tx<'static>, StepError> {
         if self.tx.is_none() {
-            self.tx = Some(self.services.pool.begin().await?);
+            self.tx = Some(self.services.pool().begin().await?);
         }
         self.tx.as_mut().ok_or_else(|| StepError::bug("no transaction"))
     }
@@ -366,7 +406,7 @@ impl StepContext {
     /// # Errors
     /// Transient, when the database is away.
     pub async fn look(&self) -> Result<sqlx::pool::PoolConnection<sqlx::Postgres>, StepError> {
-        Ok(self.services.pool.acquire().await?)
+        Ok(self.services.pool().acquire().await?)
     }
 
     /// Gives the transaction back unused, so that something remote may be awaited. What was written through it is undone.
@@ -382,7 +422,7 @@ impl StepContext {
     }
 }
 
-impl fmt::Debug for StepContext {
+impl<S> fmt::Debug for StepContext<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("StepContext")
             .field("run_id", &self.run_id)
@@ -393,30 +433,47 @@ impl fmt::Debug for StepContext {
 }
 
 /// All workflows a process can run, by name and version.
-#[derive(Debug, Clone, Default)]
-pub struct Registry(Vec<Arc<Workflow>>);
+pub struct Registry<S>(Vec<Arc<Workflow<S>>>);
 
-impl Registry {
+impl<S> Clone for Registry<S> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<S> Default for Registry<S> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<S> fmt::Debug for Registry<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(&self.0).finish()
+    }
+}
+
+impl<S> Registry<S> {
     /// A registry of these.
     #[must_use]
-    pub fn new(workflows: impl IntoIterator<Item = Workflow>) -> Self {
+    pub fn new(workflows: impl IntoIterator<Item = Workflow<S>>) -> Self {
         Self(workflows.into_iter().map(Arc::new).collect())
     }
 
     /// The workflow of that name and version.
     #[must_use]
-    pub fn find(&self, name: &str, version: i32) -> Option<&Arc<Workflow>> {
+    pub fn find(&self, name: &str, version: i32) -> Option<&Arc<Workflow<S>>> {
         self.0.iter().find(|workflow| workflow.name == name && workflow.version == version)
     }
 
     /// The newest version of that name: what a new run is started with.
     #[must_use]
-    pub fn newest(&self, name: &str) -> Option<&Arc<Workflow>> {
+    pub fn newest(&self, name: &str) -> Option<&Arc<Workflow<S>>> {
         self.0.iter().filter(|workflow| workflow.name == name).max_by_key(|workflow| workflow.version)
     }
 
     /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<Workflow>> {
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Workflow<S>>> {
         self.0.iter()
     }
 

@@ -1,16 +1,18 @@
 //! What goes on when nobody is there to do it: runs of dead workers, waits that are over, hints that were lost. Every
 //! worker process does it; rows are taken with SKIP LOCKED, so any number may.
 
-use borealis_engine::{Result, db::Pool};
 use chrono::{DateTime, Utc};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{MAX_WORKER_DEATHS, RECOVER_BATCH, RECOVER_EVERY, commit::children_ended, definition::Registry, start::wake_up};
 use crate::{
-    hold::Gate,
+    MAX_WORKER_DEATHS, Pool, RECOVER_BATCH, RECOVER_EVERY, Result,
+    commit::children_ended,
+    definition::{Registry, Services},
+    gate::Gate,
     metrics::{self, METERS},
+    start::wake_up,
 };
 
 /// How many passes lie between two steps of the search for lost hints.
@@ -19,7 +21,7 @@ const PASSES_BETWEEN_STEPS: u32 = 4;
 const STEP_RUNS: i64 = 1_000;
 
 /// Recovers until `stop`.
-pub async fn keep(pool: Pool, registry: Registry, gate: Gate, stop: CancellationToken) {
+pub async fn keep<S: Services>(pool: Pool, registry: Registry<S>, gate: Gate, stop: CancellationToken) {
     let mut every = tokio::time::interval(RECOVER_EVERY);
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut pass, mut search) = (0_u32, Search::default());
@@ -34,7 +36,7 @@ pub async fn keep(pool: Pool, registry: Registry, gate: Gate, stop: Cancellation
                 // Where one is lost, more are.
                 while search.step(&pool).await? > 0 {}
             }
-            Ok::<_, borealis_engine::Error>(())
+            Ok::<_, sqlx::Error>(())
         };
         if let Err(error) = done.await {
             metrics::failed_pass("recovery");
@@ -71,7 +73,7 @@ pub fn fate(deaths: i32, never_retry: bool) -> Fate {
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn expired_leases(pool: &Pool, registry: &Registry) -> Result<usize> {
+pub async fn expired_leases<S: Services>(pool: &Pool, registry: &Registry<S>) -> Result<usize> {
     let mut tx = pool.begin().await?;
     let lost = sqlx::query!(
         "SELECT id, workflow, version, step, attempt, worker, worker_deaths FROM workflow_runs

@@ -3,29 +3,24 @@
 
 use std::{fmt, sync::Arc};
 
-use borealis_engine::{
-    Result,
-    db::{Pool, Tx},
-};
 use serde_json::Value;
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{
+use crate::{
+    Pool, Result, Tx,
     claim::Claim,
     commit::{Attempt, Commit, Written, transaction, write},
-    definition::{Outcome, Registry, StepContext, StepError, Wake, Workflow},
+    definition::{Failure, Outcome, Registry, Services, StepContext, Wake, Workflow},
     lease, worker,
 };
-use crate::Services;
 
 pub use lease::Renewed;
 
 /// A step that has run: its answer, and what that means for its run, not yet written.
-#[derive(Debug)]
-pub struct Executed {
-    workflow: Arc<Workflow>,
+pub struct Executed<S> {
+    workflow: Arc<Workflow<S>>,
     step: &'static str,
     commit: Commit,
     /// The claim of the next step, if the lease stays ours.
@@ -57,7 +52,7 @@ impl Claim {
     }
 
     /// Runs the claimed step. `None` when the registry does not know it.
-    pub async fn execute(self, registry: &Registry, services: Arc<Services>, place: Place<'_>) -> Option<Executed> {
+    pub async fn execute<S: Services>(self, registry: &Registry<S>, services: Arc<S>, place: Place<'_>) -> Option<Executed<S>> {
         let workflow = registry.find(place.workflow, place.version)?.clone();
         let step = workflow.find(&self.step)?;
         let of =
@@ -94,9 +89,9 @@ impl Claim {
     }
 }
 
-impl Executed {
+impl<S: Services> Executed<S> {
     /// What is to be written instead when the step's own transaction did not commit: it failed like any other attempt.
-    pub fn undone(&mut self, error: StepError) {
+    pub fn undone(&mut self, error: Failure) {
         self.tx = None;
         if let Some(step) = self.workflow.find(self.step) {
             self.commit = Commit::decide(&self.workflow, step, self.commit.of.clone(), Err(error), 0.0, false);
@@ -119,7 +114,13 @@ impl Executed {
     }
 }
 
-impl fmt::Display for Executed {
+impl<S> fmt::Debug for Executed<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Executed({self})")
+    }
+}
+
+impl<S> fmt::Display for Executed<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} in try {}: {}", self.step, self.commit.of.attempt, self.commit.kind)
     }
@@ -129,7 +130,7 @@ impl fmt::Display for Executed {
 ///
 /// # Errors
 /// When the database refuses; the same batch may be tried again.
-pub async fn commit_batch(pool: &Pool, worker: &str, executed: &[&Executed]) -> Result<Vec<Written>> {
+pub async fn commit_batch<S>(pool: &Pool, worker: &str, executed: &[&Executed<S>]) -> Result<Vec<Written>> {
     transaction(pool, worker, &commits(executed)).await
 }
 
@@ -137,11 +138,11 @@ pub async fn commit_batch(pool: &Pool, worker: &str, executed: &[&Executed]) -> 
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn write_batch(conn: &mut PgConnection, worker: &str, executed: &[&Executed]) -> Result<Vec<Written>> {
+pub async fn write_batch<S>(conn: &mut PgConnection, worker: &str, executed: &[&Executed<S>]) -> Result<Vec<Written>> {
     write(conn, worker, &commits(executed)).await
 }
 
-fn commits(executed: &[&Executed]) -> Vec<Commit> {
+fn commits<S>(executed: &[&Executed<S>]) -> Vec<Commit> {
     executed.iter().map(|executed| executed.commit.clone()).collect()
 }
 

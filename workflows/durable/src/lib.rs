@@ -1,4 +1,6 @@
-//! The durable runtime: workflows whose every step is committed once, wherever and however often processes die.
+#![doc = include_str!("../README.md")]
+//!
+//! # Inside
 //!
 //! A run is a row of `workflow_runs`, and that row is the truth. An apalis task in `apalis.jobs` is a *hint* that a run
 //! is ready: it is written in the transaction that makes the run ready, and consumed in the statement that leases it.
@@ -9,16 +11,21 @@
 //! * [`start`]: starting, signalling, cancelling and retrying runs, in the caller's transaction.
 //! * [`claim`]: from hints to leased runs; the apalis backend.
 //! * [`commit`]: the one place where a step's outcome is written, fenced by its lease, batched naturally.
-//! * [`lease`]: renewing what this process holds, and learning of cancellation.
+//! * `lease`: renewing what this process holds, and learning of cancellation.
 //! * [`recovery`]: runs of dead workers, ended waits, lost hints.
-//! * [`single`]: one operation at a time, for the simulator of the tests.
+//! * [`single`]: one operation at a time, for those who drive the runtime themselves.
 //! * [`worker`]: the workflow type of its own on apalis' `IntoWorkerService`, and the process around it.
 
 pub mod claim;
 pub mod commit;
+pub mod connect;
 pub mod definition;
+pub mod error;
 pub mod fault;
-pub mod lease;
+pub mod gate;
+mod lease;
+pub mod metrics;
+pub mod observer;
 pub mod recovery;
 pub mod single;
 pub mod start;
@@ -26,6 +33,18 @@ pub mod wakeup;
 pub mod worker;
 
 use std::time::Duration;
+
+pub use definition::{Failure, Outcome, Registry, Services, StepContext, StepError, StepResult, Wait, Wake, Workflow, workflow};
+pub use start::{
+    CancelAsked, Child, NewRun, RetryAsked, Started, request_cancel, retry, signal, start, start_children, start_many,
+};
+
+/// The pool every function takes.
+pub type Pool = sqlx::PgPool;
+/// A transaction; what is written through it is committed together.
+pub type Tx<'a> = sqlx::Transaction<'a, sqlx::Postgres>;
+/// What asking the database answers.
+pub type Result<T, E = sqlx::Error> = std::result::Result<T, E>;
 
 /// How long a claimed step is ours without renewal. Database time.
 pub const LEASE: Duration = Duration::from_secs(10);
@@ -50,4 +69,39 @@ pub const RECOVER_BATCH: i64 = 500;
 #[must_use]
 pub fn queue(workflow: &str, version: i32) -> String {
     format!("{workflow}.v{version}")
+}
+
+/// The tables of the runtime, for [`setup_alone`].
+const SCHEMA: &str = include_str!("../schema.sql");
+/// Where it is looked for.
+const TABLE: &str = "public.workflow_runs";
+
+/// Prepares a database whose only tables for runs are the runtime's own: makes them unless they are there, and brings the queue's to
+/// their version.
+///
+/// # Errors
+/// When Postgres is away or refuses.
+pub async fn setup_alone(pool: &Pool) -> Result<()> {
+    let mut tx = pool.begin().await?;
+    // Two programs that start at the same time make them once.
+    sqlx::query!("SELECT pg_advisory_xact_lock(hashtext('borealis.workflow_schema'))").execute(&mut *tx).await?;
+    let is_there = sqlx::query_scalar!(r#"SELECT to_regclass($1) IS NOT NULL AS "is!""#, TABLE).fetch_one(&mut *tx).await?;
+    if !is_there {
+        sqlx::raw_sql(SCHEMA).execute(&mut *tx).await?;
+    }
+    tx.commit().await?;
+    setup(pool).await
+}
+
+/// Brings the queue's own tables to their version, in a database that has the tables of `schema.sql` by migrations of the
+/// program's own.
+///
+/// # Errors
+/// When Postgres is away, or its history of the queue's migrations is another.
+pub async fn setup(pool: &Pool) -> Result<()> {
+    apalis_postgres::PostgresStorage::setup(pool).await.map_err(|error| match error {
+        apalis_postgres::Error::Database(error) => error,
+        other => sqlx::Error::Configuration(Box::new(other)),
+    })?;
+    start::own_notifications(pool).await
 }

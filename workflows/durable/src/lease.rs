@@ -5,17 +5,18 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use borealis_engine::{Result, db::Pool};
-use borealis_telemetry::meter::IntCounter;
+use prometheus::IntCounter;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{LEASE, RENEW_EVERY};
-use crate::metrics::{self, METERS};
+use crate::{
+    LEASE, Pool, RENEW_EVERY, Result,
+    metrics::{self, METERS},
+};
 
 /// The leases of one process, by run. A run has at most one lease, and so at most one entry with a valid token.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Leases(Arc<Mutex<HashMap<Uuid, Held>>>);
+pub(crate) struct Leases(Arc<Mutex<HashMap<Uuid, Held>>>);
 
 #[derive(Debug, Clone)]
 struct Held {
@@ -120,8 +121,8 @@ pub struct Renewed {
 }
 
 /// Renews the leases of `runs` with these `tokens`, and answers those that still were theirs.
-pub(super) async fn renew(pool: &Pool, runs: &[Uuid], tokens: &[Uuid]) -> Result<Vec<Renewed>> {
-    Ok(sqlx::query_as!(
+pub(crate) async fn renew(pool: &Pool, runs: &[Uuid], tokens: &[Uuid]) -> Result<Vec<Renewed>> {
+    sqlx::query_as!(
         Renewed,
         r#"WITH held AS (
                SELECT r.id FROM workflow_runs r JOIN unnest($1::uuid[], $2::uuid[]) AS t(id, token) ON r.id = t.id AND r.lease_token = t.token
@@ -133,5 +134,5 @@ pub(super) async fn renew(pool: &Pool, runs: &[Uuid], tokens: &[Uuid]) -> Result
         tokens,
     )
     .fetch_all(pool)
-    .await?)
+    .await
 }

@@ -1,6 +1,7 @@
 //! The workflow type of its own on apalis' `IntoWorkerService`, and the process around it.
 
 use std::{
+    fmt,
     sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -15,28 +16,25 @@ use apalis_core::{
     },
 };
 use apalis_postgres::PostgresStorage;
-use borealis_engine::{Result, db, db::Pool};
 use borealis_tasks::Tasks;
-use borealis_telemetry::trace;
 use futures::future::BoxFuture;
 use serde_json::Value;
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower_service::Service;
 
-use super::{
+use crate::{
+    Pool, Result, Tx,
     claim::{Claim, DurableBackend, Fetcher},
     commit::{Attempt, Commit, Committer, Written, write},
-    definition::{Outcome, Registry, Step, StepContext, StepError, StepResult, Wake, Workflow},
+    connect::Connect,
+    definition::{Failure, Outcome, Registry, Services, Step, StepContext, StepError, Wake, Workflow},
     fault,
+    gate::Gate,
     lease::Leases,
-    recovery,
-    wakeup::Wakeup,
-};
-use crate::{
-    Services,
-    hold::Gate,
     metrics::{self, METERS},
+    observer, recovery,
+    wakeup::Wakeup,
 };
 
 /// How long running steps may take to end after a stop was asked for, before they are told to stop too.
@@ -70,15 +68,31 @@ pub struct Options {
     pub poll_every: Duration,
     /// Whether this process may act.
     pub gate: Gate,
+    /// How it connects to the database for its own statements.
+    pub connect: Connect,
     /// What the tasks of the process are seen with.
     pub tasks: Tasks,
 }
 
+impl Options {
+    /// Eight steps at a time, connections to the database of `pool`, always allowed to act. `stop` ends the tasks of the process.
+    #[must_use]
+    pub fn new(name: impl Into<String>, pool: &Pool, stop: &CancellationToken) -> Self {
+        Self {
+            name: name.into(),
+            concurrency: 8,
+            poll_every: crate::POLL_EVERY,
+            gate: Gate::open(),
+            connect: Connect::like(pool),
+            tasks: Tasks::new(stop.clone()),
+        }
+    }
+}
+
 /// What all queues of a process share.
-#[derive(Debug, Clone)]
-struct Process {
+struct Process<S> {
     name: String,
-    services: Arc<Services>,
+    services: Arc<S>,
     committer: Committer,
     leases: Leases,
     claims: Claims,
@@ -92,6 +106,25 @@ struct Process {
     running: TaskTracker,
 }
 
+impl<S> Clone for Process<S> {
+    fn clone(&self) -> Self {
+        Self {
+            name: self.name.clone(),
+            services: self.services.clone(),
+            committer: self.committer.clone(),
+            leases: self.leases.clone(),
+            claims: self.claims.clone(),
+            slots: self.slots.clone(),
+            wakeup: self.wakeup.clone(),
+            poll_every: self.poll_every,
+            gate: self.gate.clone(),
+            drain: self.drain.clone(),
+            fetching: self.fetching.clone(),
+            running: self.running.clone(),
+        }
+    }
+}
+
 /// Where claims are made.
 #[derive(Debug, Clone)]
 struct Claims {
@@ -102,23 +135,28 @@ struct Claims {
 }
 
 impl Claims {
-    fn of(&self, workflow: &Workflow) -> Pool {
+    fn of<S>(&self, workflow: &Workflow<S>) -> Pool {
         if workflow.steps.iter().any(|step| step.never_retry) { self.durable.clone() } else { self.unflushed.clone() }
     }
 }
 
 /// A workflow as apalis runs it: `WorkerBuilder::new(name).backend(storage).build(flow)`.
-#[derive(Debug, Clone)]
-pub struct DurableFlow {
-    workflow: Arc<Workflow>,
-    process: Process,
+pub struct DurableFlow<S> {
+    workflow: Arc<Workflow<S>>,
+    process: Process<S>,
 }
 
-impl IntoWorkerService<PostgresStorage<Vec<u8>>, DurableService> for DurableFlow {
+impl<S> fmt::Debug for DurableFlow<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DurableFlow({:?})", self.workflow)
+    }
+}
+
+impl<S: Services> IntoWorkerService<PostgresStorage<Vec<u8>>, DurableService<S>> for DurableFlow<S> {
     type Task = Task<Claim>;
     type Backend = DurableBackend;
 
-    fn into_service(self, storage: PostgresStorage<Vec<u8>>) -> WorkerService<DurableBackend, DurableService> {
+    fn into_service(self, storage: PostgresStorage<Vec<u8>>) -> WorkerService<DurableBackend, DurableService<S>> {
         let Process { name: worker, claims, slots, wakeup, poll_every, gate, fetching, .. } = self.process.clone();
         let queue = storage.config().queue.to_string();
         let pool = claims.of(&self.workflow);
@@ -130,13 +168,18 @@ impl IntoWorkerService<PostgresStorage<Vec<u8>>, DurableService> for DurableFlow
 }
 
 /// Runs one claimed step and has its outcome committed.
-#[derive(Debug, Clone)]
-pub struct DurableService {
-    workflow: Arc<Workflow>,
-    process: Process,
+pub struct DurableService<S> {
+    workflow: Arc<Workflow<S>>,
+    process: Process<S>,
 }
 
-impl Service<Task<Claim>> for DurableService {
+impl<S> fmt::Debug for DurableService<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DurableService({:?})", self.workflow)
+    }
+}
+
+impl<S: Services> Service<Task<Claim>> for DurableService<S> {
     type Response = ();
     type Error = BoxDynError;
     type Future = BoxFuture<'static, Result<(), BoxDynError>>;
@@ -155,7 +198,7 @@ impl Service<Task<Claim>> for DurableService {
 }
 
 /// Runs the step a claim is for and those after it, for as long as the lease stays ours.
-async fn run_steps(workflow: Arc<Workflow>, process: Process, mut claim: Claim) {
+async fn run_steps<S: Services>(workflow: Arc<Workflow<S>>, process: Process<S>, mut claim: Claim) {
     let slot = claim.slot.take();
     let (run_id, token) = (claim.run_id, claim.token);
     let stop = CancellationToken::new();
@@ -168,7 +211,12 @@ async fn run_steps(workflow: Arc<Workflow>, process: Process, mut claim: Claim) 
 }
 
 /// Runs one step, from the first fail point to the last. Answers the claim of the next one when the lease is still ours.
-async fn run_step(workflow: &Arc<Workflow>, process: &Process, mut claim: Claim, stop: CancellationToken) -> Option<Claim> {
+async fn run_step<S: Services>(
+    workflow: &Arc<Workflow<S>>,
+    process: &Process<S>,
+    mut claim: Claim,
+    stop: CancellationToken,
+) -> Option<Claim> {
     let (run_id, attempt) = (claim.run_id, claim.attempt);
     let Some(step) = workflow.find(&claim.step) else {
         tracing::error!(%run_id, step = claim.step, workflow = workflow.name, "this version of the workflow has no such step");
@@ -191,7 +239,7 @@ async fn run_step(workflow: &Arc<Workflow>, process: &Process, mut claim: Claim,
         tx: None,
     };
     let span = tracing::info_span!("step", %run_id, workflow = name, step = step_name, attempt);
-    let traced = trace::Span::step(run_id, name, step_name, attempt);
+    let traced = observer::step(run_id, name, step_name, attempt);
     let began = Instant::now();
     let (answer, tx) = traced.around(tracing::Instrument::instrument(execute(step, context), span)).await;
     let answered = Instant::now();
@@ -209,7 +257,7 @@ async fn run_step(workflow: &Arc<Workflow>, process: &Process, mut claim: Claim,
         Some(mut tx) => match write(&mut tx, &process.name, std::slice::from_ref(&commit)).await {
             Ok(written) if written != [Written::Lost] => {
                 let written = written.first().copied().unwrap_or(Written::Lost);
-                let committed = tx.commit().await.map(|()| written).map_err(borealis_engine::Error::from);
+                let committed = tx.commit().await.map(|()| written);
                 if committed.is_ok() {
                     metrics::count(std::slice::from_ref(&commit), &[written]);
                 }
@@ -228,7 +276,8 @@ async fn run_step(workflow: &Arc<Workflow>, process: &Process, mut claim: Claim,
         Ok(written) => written,
         Err(error) => {
             // The step's own transaction did not commit, so nothing of it happened: it failed like any other attempt.
-            let commit = Commit::decide(workflow, step, of, Err(error.into()), rand::random(), false);
+            let failure = process.services.judge(Box::new(error));
+            let commit = Commit::decide(workflow, step, of, Err(failure), rand::random(), false);
             process.committer.commit(commit).await
         }
     };
@@ -250,7 +299,10 @@ async fn run_step(workflow: &Arc<Workflow>, process: &Process, mut claim: Claim,
 }
 
 /// Runs the step's function under its time limit. Its transaction comes back only with a good answer.
-pub(super) async fn execute(step: &Step, mut context: StepContext) -> (StepResult, Option<db::Tx<'static>>) {
+pub(crate) async fn execute<S: Services>(
+    step: &Step<S>,
+    mut context: StepContext<S>,
+) -> (Result<Outcome, Failure>, Option<Tx<'static>>) {
     let caught = tokio::time::timeout(
         step.timeout,
         futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe((step.run)(&mut context))),
@@ -264,32 +316,29 @@ pub(super) async fn execute(step: &Step, mut context: StepContext) -> (StepResul
         }
         Err(_) => Err(StepError::Transient(format!("timeout: the step took longer than {} s.", step.timeout.as_secs()))),
     };
+    let answer = answer.map_err(|error| error.judged(&*context.services));
     let tx = context.tx.take().filter(|_| answer.is_ok());
     (answer, tx)
 }
 
-/// Runs the workflows of `registry` until `stop` fires, then drains.
-///
-/// # Errors
-/// Only for faults of ours: while Postgres is away the process waits.
-pub async fn run(registry: Registry, services: Services, options: Options, stop: CancellationToken) -> Result<()> {
-    let pool: Pool = services.pool.clone();
+/// Runs the workflows of `registry` until `stop` fires, then drains. While Postgres is away it waits.
+pub async fn run<S: Services>(registry: Registry<S>, services: S, options: Options, stop: CancellationToken) {
+    let pool: Pool = services.pool().clone();
     let drain = stop.child_token();
     let after = CancellationToken::new();
     // What claims and looks ends when the process is asked to stop; what commits and renews, when its last step has ended.
     let (draining, lasting) = (options.tasks.part(drain.clone()), options.tasks.part(after.clone()));
     let queues = registry.iter().map(|workflow| workflow.queue());
     // Connections of its own, so that steps that wait for one never keep a lease from being renewed.
-    let vital = db::sibling(&pool, VITAL_CONNECTIONS, &PLANS);
+    let vital = options.connect.pool("vital", VITAL_CONNECTIONS, &PLANS);
     let unflushed = [PLANS.as_slice(), &[("synchronous_commit", "off")]].concat();
-    let claims = Claims { unflushed: db::sibling(&pool, CLAIM_CONNECTIONS, &unflushed), durable: vital.clone() };
-    let _watched = [db::watch("steps", &pool), db::watch("vital", &vital), db::watch("claims", &claims.unflushed)];
+    let claims = Claims { unflushed: options.connect.pool("claims", CLAIM_CONNECTIONS, &unflushed), durable: vital.clone() };
     let process = Process {
         committer: Committer::spawn(&vital, &options.name, &lasting),
         leases: Leases::default(),
         claims,
         slots: Arc::new(Semaphore::new(options.concurrency.max(1))),
-        wakeup: Wakeup::spawn(vital.clone(), queues, &draining),
+        wakeup: Wakeup::spawn(options.connect.clone(), queues, &[], &draining),
         poll_every: options.poll_every,
         gate: options.gate.clone(),
         drain: drain.clone(),
@@ -332,5 +381,4 @@ pub async fn run(registry: Registry, services: Services, options: Options, stop:
     after.cancel();
     draining.end_within(Duration::ZERO).await;
     lasting.end_within(Duration::ZERO).await;
-    Ok(())
 }

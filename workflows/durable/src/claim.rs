@@ -15,35 +15,32 @@ use apalis_core::{
     task::Task,
     worker::context::WorkerContext,
 };
-use borealis_engine::{Result, db::Pool};
 use borealis_tasks::Tasks;
 use serde_json::Value;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use uuid::Uuid;
 
-use super::{
-    CLAIM_BATCH, POLL_EVERY,
-    wakeup::{Sleep, Wakeup},
-};
 use crate::{
-    hold::Gate,
+    CLAIM_BATCH, POLL_EVERY, Pool, Result,
+    gate::Gate,
     metrics::{self, METERS},
+    wakeup::{Sleep, Wakeup},
 };
 
 /// A leased run whose present step this process may run.
 #[derive(Debug)]
 pub struct Claim {
-    pub(super) run_id: Uuid,
-    pub(super) token: Uuid,
-    pub(super) step: String,
-    pub(super) seq: i32,
-    pub(super) attempt: i32,
-    pub(super) input: Value,
-    pub(super) state: Value,
-    pub(super) wake: Option<Value>,
-    pub(super) is_child: bool,
+    pub(crate) run_id: Uuid,
+    pub(crate) token: Uuid,
+    pub(crate) step: String,
+    pub(crate) seq: i32,
+    pub(crate) attempt: i32,
+    pub(crate) input: Value,
+    pub(crate) state: Value,
+    pub(crate) wake: Option<Value>,
+    pub(crate) is_child: bool,
     /// Given back when the step has ended.
-    pub(super) slot: Option<OwnedSemaphorePermit>,
+    pub(crate) slot: Option<OwnedSemaphorePermit>,
 }
 
 /// Leases up to `limit` ready runs of `queue` to `worker`.
@@ -219,7 +216,7 @@ pub struct DurableBackend {
 pub struct BackendEnded;
 
 impl DurableBackend {
-    pub(super) fn spawn(fetcher: Fetcher, tasks: &Tasks) -> Self {
+    pub(crate) fn spawn(fetcher: Fetcher, tasks: &Tasks) -> Self {
         let (sender, claims) = mpsc::channel(CLAIM_BATCH);
         let fetcher = Arc::new(fetcher);
         // A claim cut off in flight either did not happen or is found by recovery.
@@ -239,7 +236,7 @@ impl DurableBackend {
 
 /// What claims the runs of one queue.
 #[derive(Debug)]
-pub(super) struct Fetcher {
+pub(crate) struct Fetcher {
     pub pool: Pool,
     pub queue: String,
     pub worker: String,

@@ -3,13 +3,11 @@
 
 use std::collections::{HashMap, HashSet};
 
-use borealis_engine::{Error, Result, db::Pool};
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::definition::Workflow;
-use crate::metrics;
+use crate::{Pool, Result, definition::Workflow, metrics};
 
 /// A run to be started.
 #[derive(Debug, Clone, Default)]
@@ -20,10 +18,10 @@ pub struct NewRun {
     pub input: Value,
     /// Higher is claimed first.
     pub priority: i32,
-    /// The job this run belongs to, for lists.
-    pub scheduled_job_id: Option<i64>,
-    /// The sites whose operators may see the run; none: administrators only.
-    pub site_ids: Vec<i64>,
+    /// What the run belongs to, for lists: an id of the program's own.
+    pub owner_id: Option<i64>,
+    /// Ids of the program's own that say who may see the run; the runtime only keeps them.
+    pub scope_ids: Vec<i64>,
     /// Keys whose number of running steps is bounded by `workflow_limits`.
     pub limit_keys: Vec<String>,
 }
@@ -41,7 +39,7 @@ pub struct Started {
 ///
 /// # Errors
 /// When the database refuses.
-pub(crate) async fn own_notifications(pool: &Pool) -> Result<()> {
+pub async fn own_notifications(pool: &Pool) -> Result<()> {
     let on = sqlx::query_scalar!(
         r#"SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'apalis.jobs'::regclass AND tgname = 'notify_workers' AND tgenabled <> 'D') AS "on!""#
     )
@@ -57,15 +55,15 @@ pub(crate) async fn own_notifications(pool: &Pool) -> Result<()> {
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn start(conn: &mut PgConnection, workflow: &Workflow, new: NewRun) -> Result<Started> {
-    start_many(conn, workflow, vec![new]).await?.pop().ok_or_else(|| Error::bug("a start without an answer"))
+pub async fn start<S>(conn: &mut PgConnection, workflow: &Workflow<S>, new: NewRun) -> Result<Started> {
+    start_many(conn, workflow, vec![new]).await?.pop().ok_or(sqlx::Error::RowNotFound)
 }
 
 /// Starts runs of `workflow` in one statement, each once per key. Answers in the order of `new`.
 ///
 /// # Errors
 /// When the database refuses; then none was started.
-pub async fn start_many(conn: &mut PgConnection, workflow: &Workflow, new: Vec<NewRun>) -> Result<Vec<Started>> {
+pub async fn start_many<S>(conn: &mut PgConnection, workflow: &Workflow<S>, new: Vec<NewRun>) -> Result<Vec<Started>> {
     let mut started: Vec<Started> = new.iter().map(|_| Started { run_id: Uuid::now_v7(), created: true }).collect();
     let mut order: Vec<usize> = (0..new.len()).collect();
     // In the order of their keys: two batches with the same keys would otherwise wait for each other.
@@ -77,12 +75,12 @@ pub async fn start_many(conn: &mut PgConnection, workflow: &Workflow, new: Vec<N
     let created = sqlx::query!(
         r#"WITH run AS (
                INSERT INTO workflow_runs
-                   (id, workflow, version, start_key, step, input, state_data, priority, scheduled_job_id, site_ids, limit_keys, event_seq)
-               SELECT id, $1, $2, start_key, $3, input, input, priority, scheduled_job_id,
-                      CASE WHEN site_ids = '[]' THEN '{}' ELSE ARRAY(SELECT jsonb_array_elements_text(site_ids)::bigint) END,
+                   (id, workflow, version, start_key, step, input, state_data, priority, owner_id, scope_ids, limit_keys, event_seq)
+               SELECT id, $1, $2, start_key, $3, input, input, priority, owner_id,
+                      CASE WHEN scope_ids = '[]' THEN '{}' ELSE ARRAY(SELECT jsonb_array_elements_text(scope_ids)::bigint) END,
                       CASE WHEN limit_keys = '[]' THEN '{}' ELSE ARRAY(SELECT jsonb_array_elements_text(limit_keys)) END, 1
                FROM unnest($4::uuid[], $5::text[], $6::jsonb[], $7::int[], $8::bigint[], $9::jsonb[], $10::jsonb[])
-                   AS new(id, start_key, input, priority, scheduled_job_id, site_ids, limit_keys)
+                   AS new(id, start_key, input, priority, owner_id, scope_ids, limit_keys)
                ON CONFLICT (workflow, start_key) WHERE start_key IS NOT NULL DO NOTHING
                RETURNING id, ready_at, priority
            ), event AS (
@@ -96,8 +94,8 @@ pub async fn start_many(conn: &mut PgConnection, workflow: &Workflow, new: Vec<N
         &all(&sorted, |new| new.key.as_deref()) as &[Option<&str>],
         &all(&sorted, |new| &new.input) as &[&Value],
         &all(&sorted, |new| new.priority),
-        &all(&sorted, |new| new.scheduled_job_id) as &[Option<i64>],
-        &all(&sorted, |new| json!(new.site_ids)),
+        &all(&sorted, |new| new.owner_id) as &[Option<i64>],
+        &all(&sorted, |new| json!(new.scope_ids)),
         &all(&sorted, |new| json!(new.limit_keys)),
         workflow.queue(),
     )
@@ -120,7 +118,7 @@ pub async fn start_many(conn: &mut PgConnection, workflow: &Workflow, new: Vec<N
     .map(|row| (row.start_key, row.id))
     .collect();
     for (started, new) in started.iter_mut().zip(new).filter(|(started, _)| !created.contains(&started.run_id)) {
-        let run_id = known.get(&new.key).copied().ok_or_else(|| Error::bug("a start key that is neither new nor known"))?;
+        let run_id = known.get(&new.key).copied().ok_or(sqlx::Error::RowNotFound)?;
         *started = Started { run_id, created: false };
     }
     Ok(started)
@@ -140,15 +138,20 @@ pub struct Child {
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn start_children(conn: &mut PgConnection, parent: Uuid, workflow: &Workflow, children: &[Child]) -> Result<Vec<Uuid>> {
+pub async fn start_children<S>(
+    conn: &mut PgConnection,
+    parent: Uuid,
+    workflow: &Workflow<S>,
+    children: &[Child],
+) -> Result<Vec<Uuid>> {
     let ids: Vec<Uuid> = children.iter().map(|_| Uuid::now_v7()).collect();
     let keys: Vec<String> = children.iter().map(|child| format!("{parent}/{}", child.key)).collect();
     let inputs: Vec<Value> = children.iter().map(|child| child.input.clone()).collect();
     let rows = sqlx::query!(
         r#"WITH run AS (
                INSERT INTO workflow_runs
-                   (id, workflow, version, start_key, step, input, state_data, priority, scheduled_job_id, site_ids, parent_id, event_seq)
-               SELECT c.id, $2, $3, c.key, $4, c.input, c.input, p.priority, p.scheduled_job_id, p.site_ids, p.id, 1
+                   (id, workflow, version, start_key, step, input, state_data, priority, owner_id, scope_ids, parent_id, event_seq)
+               SELECT c.id, $2, $3, c.key, $4, c.input, c.input, p.priority, p.owner_id, p.scope_ids, p.id, 1
                FROM unnest($5::uuid[], $6::text[], $7::jsonb[]) AS c(id, key, input)
                JOIN workflow_runs p ON p.id = $1
                ON CONFLICT (workflow, start_key) WHERE start_key IS NOT NULL DO NOTHING
@@ -174,7 +177,7 @@ pub async fn start_children(conn: &mut PgConnection, parent: Uuid, workflow: &Wo
 }
 
 /// Ends the waits of runs that are parked: the one way a sleeping run becomes ready. Each pair is a run and its `wake` document.
-pub(super) async fn wake_up(conn: &mut PgConnection, wakes: &[(Uuid, Value)]) -> Result<usize> {
+pub(crate) async fn wake_up(conn: &mut PgConnection, wakes: &[(Uuid, Value)]) -> Result<usize> {
     if wakes.is_empty() {
         return Ok(0);
     }
@@ -284,17 +287,29 @@ pub async fn request_cancel(conn: &mut PgConnection, run_id: Uuid, reason: &str)
     Ok(CancelAsked::Cancelling)
 }
 
+/// What asking for a retry did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RetryAsked {
+    /// The failed step is tried again.
+    Retrying,
+    /// The run has not failed: it is in this state.
+    NotFailed(String),
+    /// There is no such run.
+    Unknown,
+}
+
 /// Lets a failed run try its failed step again, with fresh attempts.
 ///
 /// # Errors
-/// 404 when there is no such run, 409 `run_not_failed` when it has not failed.
-pub async fn retry(conn: &mut PgConnection, run_id: Uuid, requested_by: &str) -> Result<()> {
+/// When the database refuses.
+pub async fn retry(conn: &mut PgConnection, run_id: Uuid, requested_by: &str) -> Result<RetryAsked> {
     let state = sqlx::query_scalar!("SELECT state FROM workflow_runs WHERE id = $1 FOR UPDATE", run_id)
         .fetch_optional(&mut *conn)
-        .await?
-        .ok_or_else(Error::not_found)?;
-    if state != "failed" {
-        return Err(Error::conflict("run_not_failed", format!("Only a failed run can be retried; this one is {state}.")));
+        .await?;
+    match state {
+        None => return Ok(RetryAsked::Unknown),
+        Some(state) if state != "failed" => return Ok(RetryAsked::NotFailed(state)),
+        Some(_) => {}
     }
     sqlx::query!(
         r#"WITH run AS (
@@ -315,5 +330,5 @@ pub async fn retry(conn: &mut PgConnection, run_id: Uuid, requested_by: &str) ->
     )
     .fetch_one(conn)
     .await?;
-    Ok(())
+    Ok(RetryAsked::Retrying)
 }
