@@ -21,7 +21,7 @@ use crate::errors::Result;
 /// From this many bytes on an answer is compressed.
 const COMPRESSED_FROM: usize = 4 * 1024;
 /// The level of compression, from 1 to 9.
-const LEVEL: u32 = 3;
+const LEVEL: u32 = 2;
 /// Up to about so many bytes are written where the request is served, and a quarter of them compressed: less than a millisecond.
 const INLINE_MAX: usize = 128 * 1024;
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use borealis_workflows::{
     Registry, StepContext, Workflow,
     durable::{
-        definition::{Outcome, StepError, StepResult, Wait, Wake, transient, workflow},
+        definition::{Children, Outcome, StepError, StepResult, Wait, Wake, transient, workflow},
         fault,
     },
     start_children,
@@ -126,7 +126,7 @@ async fn children(cx: &mut StepContext) -> StepResult {
             let tx = cx.tx().await?;
             start_children(tx, run_id, &child(), &children).await?;
             fault::point("inside", "probe", "children");
-            Ok(Outcome::Wait(Wait { signal: None, children: true, at_most: None, state: Value::Null }))
+            Ok(Outcome::Wait(Wait { signal: None, children: Children::Last, at_most: None, state: Value::Null }))
         }
     }
 }
@@ -135,7 +135,7 @@ async fn wait(cx: &mut StepContext) -> StepResult {
     fault::point("inside", "probe", "wait");
     match &cx.wake {
         Wake::Signal(payload) => Ok(Outcome::Next(payload.clone())),
-        _ => Ok(Outcome::Wait(Wait { signal: Some(GO.into()), children: false, at_most: None, state: Value::Null })),
+        _ => Ok(Outcome::Wait(Wait { signal: Some(GO.into()), children: Children::None, at_most: None, state: Value::Null })),
     }
 }
 
@@ -196,7 +196,7 @@ async fn nap(cx: &mut StepContext) -> StepResult {
         _ => {
             let ms = cx.input::<Value>()?.get("ms").and_then(Value::as_i64).unwrap_or(500);
             let at_most = Some(Duration::from_millis(u64::try_from(ms).unwrap_or(0)));
-            Ok(Outcome::Wait(Wait { signal: None, children: false, at_most, state: Value::Null }))
+            Ok(Outcome::Wait(Wait { signal: None, children: Children::None, at_most, state: Value::Null }))
         }
     }
 }

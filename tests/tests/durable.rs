@@ -11,7 +11,6 @@ use borealis_workflows::{
     durable::{
         Outcome, POLL_EVERY, RetryAsked, Started, claim,
         connect::Connect,
-        gate::Gate,
         recovery,
         wakeup::{Sleep, Wakeup},
         worker, workflow,
@@ -55,14 +54,7 @@ impl Bench {
         .unwrap();
         let services = Services { pool, agents: Arc::new(probe::NoAgents) };
         let stop = CancellationToken::new();
-        let options = worker::Options {
-            name: name.to_owned(),
-            concurrency: 8,
-            poll_every,
-            gate: Gate::open(),
-            connect: Connect::like(&services.pool),
-            tasks: Tasks::new(stop.clone()),
-        };
+        let options = worker::Options { poll_every, ..worker::Options::new(name, &services.pool, &stop) };
         let running = worker::run(probe::registry(), services, options, stop.clone());
         self.stops.push((stop, tokio::spawn(running)));
         self

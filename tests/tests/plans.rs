@@ -252,6 +252,7 @@ fn cases() -> Vec<Case> {
     let columns = |values: &[&str]| values.iter().map(|value| repeat(value, 100)).collect::<Vec<_>>().join(", ");
     let hand_over = columns(&["0", "1", "resolve", "dispatch", "\"{}\""]);
     let release = columns(&["0", "resolve", "retry", "NULL", "\"{}\"", "x", "NULL", "false", "NULL", "500", "\"{}\"", "1"]);
+    let none = columns(&["false"]);
     vec![
         runtime(
             "claim",
@@ -270,7 +271,7 @@ fn cases() -> Vec<Case> {
         runtime(
             "commit: release",
             &["UPDATE workflow_runs r", "workflow_becomes", "r.seq = a.seq"],
-            format!("({ids}, {tokens}, {release}, 'w')"),
+            format!("({ids}, {tokens}, {release}, 'w', {none})"),
             20_000,
             100,
         ),
@@ -324,12 +325,12 @@ fn cases() -> Vec<Case> {
         ),
         case(
             "devices of a page",
-            &["unnest($1::uuid[]) WITH ORDINALITY AS wanted", "live_system_sockets"],
+            &["unnest((SELECT $1::uuid[])) WITH ORDINALITY AS wanted"],
             format!("({}, NULL, false)", leased(1, 100)),
             2_500,
             2_000,
         ),
-        case("one device", &["unnest($1::uuid[]) WITH ORDINALITY AS wanted", "live_system_sockets"], format!("({}, NULL, true)", leased(1, 1)), 50, 100),
+        case("one device", &["unnest((SELECT $1::uuid[])) WITH ORDINALITY AS wanted"], format!("({}, NULL, true)", leased(1, 1)), 50, 100),
         case(
             "job list",
             &["without_devices", "ORDER BY j.id DESC LIMIT $5"],

@@ -4,6 +4,7 @@
 pub mod api_client;
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -13,7 +14,7 @@ use borealis_engine::{Result, db, jobs::store};
 use borealis_tasks::Tasks;
 use borealis_workflows::{
     Agents, Registry, Services,
-    durable::{POLL_EVERY, connect::Connect, observer, wakeup, worker},
+    durable::{DEFAULT_LANE, POLL_EVERY, connect::Connect, observer, wakeup, worker},
     hold, housekeeping, metrics, scheduler, traces,
 };
 use tokio_util::sync::CancellationToken;
@@ -102,7 +103,8 @@ pub async fn run(
     });
     let options = worker::Options {
         name,
-        concurrency: options.concurrency,
+        lanes: BTreeMap::from([(DEFAULT_LANE, options.concurrency.max(1))]),
+        places: vec![worker::ANYWHERE.to_owned()],
         poll_every: POLL_EVERY,
         gate: gate.acts(),
         connect,

@@ -23,6 +23,9 @@ CREATE TABLE workflow_runs (
     wait_until timestamptz,
     wake jsonb,
     open_children integer NOT NULL DEFAULT 0,
+    wait_any boolean NOT NULL DEFAULT false,
+    ended_children integer NOT NULL DEFAULT 0,
+    told_children integer NOT NULL DEFAULT 0,
     input jsonb NOT NULL,
     state_data jsonb NOT NULL DEFAULT 'null',
     output jsonb,
@@ -32,6 +35,7 @@ CREATE TABLE workflow_runs (
     priority integer NOT NULL DEFAULT 0,
     owner_id bigint,
     scope_ids bigint[] NOT NULL DEFAULT '{}',
+    place text NOT NULL DEFAULT '',
     cancel_requested_at timestamptz,
     cancel_reason text,
     created_at timestamptz NOT NULL DEFAULT now(),
@@ -69,6 +73,18 @@ CREATE TABLE workflow_events (
 CREATE VIEW workflow_journal AS
 SELECT run_id, step_seq AS seq, step, attempt, worker, output, at AS committed_at FROM workflow_events WHERE step_seq IS NOT NULL;
 
+-- What a step says while it runs, in order for each attempt.
+CREATE TABLE workflow_output (
+    run_id uuid NOT NULL,
+    step_seq integer NOT NULL,
+    attempt integer NOT NULL,
+    n bigint NOT NULL,
+    at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    kind text NOT NULL,
+    data jsonb NOT NULL,
+    PRIMARY KEY (run_id, step_seq, attempt, n)
+);
+
 -- Signals that came before their run waited for them.
 CREATE TABLE workflow_signals (
     run_id uuid NOT NULL REFERENCES workflow_runs (id) ON DELETE CASCADE,
@@ -87,10 +103,16 @@ CREATE TABLE workflow_limits (
 CREATE FUNCTION workflow_events_follow() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     DELETE FROM workflow_events e USING gone WHERE e.run_id = gone.id;
+    DELETE FROM workflow_output o USING gone WHERE o.run_id = gone.id;
     RETURN NULL;
 END $$;
 CREATE TRIGGER workflow_events_follow AFTER DELETE ON workflow_runs REFERENCING OLD TABLE AS gone
     FOR EACH STATEMENT EXECUTE FUNCTION workflow_events_follow();
+
+-- The queue of a run.
+CREATE FUNCTION workflow_queue(workflow text, version integer, place text) RETURNS text IMMUTABLE LANGUAGE sql AS $$
+    SELECT workflow || '.v' || version || CASE WHEN place = '' THEN '' ELSE '@' || place END
+$$;
 
 -- A run that has ended stays as it ended; only a failed one may be retried.
 CREATE FUNCTION has_ended() RETURNS trigger LANGUAGE plpgsql AS $$

@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use crate::{
     StepContext, Workflow,
-    durable::{NewRun, Outcome, StepResult, Wait, Wake, definition::transient, fault, start, workflow},
+    durable::{Children, NewRun, Outcome, StepResult, Wait, Wake, definition::transient, fault, start, workflow},
 };
 
 /// The workflow's name.
@@ -142,7 +142,7 @@ async fn results(cx: &mut StepContext) -> StepResult {
     if open == 0 {
         return Outcome::next(&());
     }
-    Ok(Outcome::Wait(Wait { signal: Some(RESULTS.to_owned()), children: false, at_most: None, state: json!(null) }))
+    Ok(Outcome::Wait(Wait { signal: Some(RESULTS.to_owned()), children: Children::None, at_most: None, state: json!(null) }))
 }
 
 /// Closes the occurrence and starts the one that waited for it. Where not every device's run went well, this run has failed, too.
@@ -187,7 +187,7 @@ async fn cancel(cx: &mut StepContext) -> StepResult {
         let state = json!(Targets { devices: cancelled.devices });
         return Ok(Outcome::Wait(Wait {
             signal: Some(RESULTS.to_owned()),
-            children: false,
+            children: Children::None,
             at_most: Some(Duration::ZERO),
             state,
         }));
@@ -205,7 +205,7 @@ async fn cancel(cx: &mut StepContext) -> StepResult {
     }
     Ok(Outcome::Wait(Wait {
         signal: Some(RESULTS.to_owned()),
-        children: false,
+        children: Children::None,
         at_most: Some(CANCEL_AGAIN),
         state: json!(targets),
     }))

@@ -277,7 +277,7 @@ fn pattern(text: &str) -> String {
 }
 
 /// What there is to show of these devices, in this order; those outside `scope` are left out. The rows of a page are looked up by their
-/// keys, with a kept plan; a long list is planned by its length, and reads each table once.
+/// keys: Postgres is not told how many there are, so that one kept plan is good for all. A long list reads each table once.
 async fn describe(pool: &db::Pool, scope: &Scope, guids: &[Uuid], shown: Shown) -> Result<Vec<Device>> {
     let query = sqlx::query_as!(
         Row,
@@ -297,12 +297,12 @@ async fn describe(pool: &db::Pool, scope: &Scope, guids: &[Uuid], shown: Shown) 
                   x.processes AS "processes?: Json<Box<RawValue>>", x.role_health AS "role_health?", x.agent_update AS "agent_update?",
                   x.services_reported_at AS "services_reported_at?", x.sessions_reported_at AS "sessions_reported_at?",
                   x.processes_reported_at AS "processes_reported_at?"
-           FROM unnest($1::uuid[]) WITH ORDINALITY AS wanted (guid, at)
+           FROM unnest((SELECT $1::uuid[])) WITH ORDINALITY AS wanted (guid, at)
            JOIN devices AS d ON d.guid = wanted.guid
            LEFT JOIN live_system_sockets AS k ON k.device_guid = d.guid
            CROSS JOIN LATERAL presence(k.device_guid IS NOT NULL, d.last_seen, d.left_at) AS p
            LEFT JOIN sites AS s ON s.id = d.site_id
-           LEFT JOIN device_details AS x ON x.device_guid = d.guid AND $3
+           LEFT JOIN LATERAL (SELECT * FROM device_details WHERE device_guid = d.guid AND $3 LIMIT 1) AS x ON true
            WHERE $2::bigint[] IS NULL OR d.site_id = ANY($2)
            ORDER BY wanted.at"#,
         guids,
@@ -310,7 +310,9 @@ async fn describe(pool: &db::Pool, scope: &Scope, guids: &[Uuid], shown: Shown) 
         shown.has_documents(),
     );
     let rows = if guids.len() > PAGE_ROWS {
-        query.fetch_all(&mut *db::begin_wide(pool).await?).await?
+        let mut tx = db::begin_wide(pool).await?;
+        sqlx::raw_sql("SET LOCAL enable_nestloop = off").execute(&mut *tx).await?;
+        query.fetch_all(&mut *tx).await?
     } else {
         query.fetch_all(pool).await?
     };

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use borealis_workflows::{
     Child, Registry, StepContext, Workflow,
-    durable::definition::{Outcome, StepError, StepResult, Wait, Wake, transient, workflow},
+    durable::definition::{Children, Outcome, StepError, StepResult, Wait, Wake, transient, workflow},
     start_children,
 };
 use rand::{RngExt, rngs::StdRng};
@@ -232,7 +232,7 @@ async fn step(cx: &mut StepContext) -> StepResult {
         Act::Signal(at_most, tries) => match cx.wake.clone() {
             Wake::First => Ok(Outcome::Wait(Wait {
                 signal: Some(signal_name(index)),
-                children: false,
+                children: Children::None,
                 at_most: at_most.map(std::time::Duration::from_millis),
                 state: after(cx, json!({"wait_ms": at_most})),
             })),
@@ -244,7 +244,7 @@ async fn step(cx: &mut StepContext) -> StepResult {
         Act::Nap(ms) => match cx.wake {
             Wake::First => Ok(Outcome::Wait(Wait {
                 signal: None,
-                children: false,
+                children: Children::None,
                 at_most: Some(std::time::Duration::from_millis(*ms)),
                 state: after(cx, json!({"wait_ms": ms})),
             })),
@@ -269,7 +269,12 @@ async fn children(cx: &mut StepContext, count: u32) -> StepResult {
             };
             let children: Vec<_> = (0..count).map(|n| Child { key: n.to_string(), input: json!(plan(n)) }).collect();
             start_children(cx.tx().await?, run_id, &child(), &children).await?;
-            Ok(Outcome::Wait(Wait { signal: None, children: true, at_most: None, state: after(cx, json!({"children": count})) }))
+            Ok(Outcome::Wait(Wait {
+                signal: None,
+                children: Children::Last,
+                at_most: None,
+                state: after(cx, json!({"children": count})),
+            }))
         }
         Wake::Children => {
             // A worker that has lost the run may come so late that it finds the children of a later step.
@@ -298,7 +303,7 @@ async fn cancel(cx: &mut StepContext) -> StepResult {
         let at_most = Some(std::time::Duration::from_millis(UNDONE_MS));
         return Ok(Outcome::Wait(Wait {
             signal: Some(UNDONE.into()),
-            children: false,
+            children: Children::None,
             at_most,
             state: after(cx, json!({"wait_ms": UNDONE_MS})),
         }));

@@ -429,7 +429,7 @@ impl World {
     }
 
     async fn claim(&mut self, at: usize, workflow: &str, version: i32, limit: usize, lost: bool) -> usize {
-        let queue = borealis_workflows::durable::queue(workflow, version);
+        let queue = borealis_workflows::durable::queue(workflow, version, "");
         let name = self.workers[at].name.clone();
         let claimed = claim::claim(&self.pool, &queue, &name, limit).await;
         let Some(mut claims) = self.answer(&format!("{name} claims {queue}"), claimed).await else { return 0 };

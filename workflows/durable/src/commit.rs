@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use crate::{
     COMMIT_BATCH, COMMIT_LANES, LEASE, Pool, Result,
-    definition::{Failure, Outcome, Step, Workflow},
+    definition::{Children, Failure, Outcome, Step, Workflow},
     error::is_transient,
     metrics::{self, METERS, StepMeters},
     start::wake_up,
@@ -63,7 +63,7 @@ pub struct Commit {
     data: Value,
     error: Option<String>,
     wait_signal: Option<String>,
-    wait_children: bool,
+    wait_children: Children,
     wait_ms: Option<i64>,
     delay_ms: i64,
     keeps: bool,
@@ -119,7 +119,7 @@ impl Commit {
             data: Value::Null,
             error: None,
             wait_signal: None,
-            wait_children: false,
+            wait_children: Children::None,
             wait_ms: None,
             delay_ms: 0,
             keeps: false,
@@ -208,12 +208,14 @@ impl Commit {
 
     /// Whether one statement is all there is to write: nobody else's row has to be looked at.
     fn is_alone(&self) -> bool {
-        !self.of.is_child && self.wait_signal.is_none() && !self.wait_children
+        !self.of.is_child && self.wait_signal.is_none() && self.wait_children == Children::None
     }
 
     fn detail(&self) -> Value {
         match self.kind {
-            "wait" => json!({"signal": self.wait_signal, "children": self.wait_children, "at_most_ms": self.wait_ms}),
+            "wait" => {
+                json!({"signal": self.wait_signal, "children": self.wait_children != Children::None, "at_most_ms": self.wait_ms})
+            }
             "retry" => json!({"error": self.error, "delay_ms": self.delay_ms}),
             "fail" => json!({"error": self.error}),
             _ => json!({}),
@@ -315,6 +317,7 @@ async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> 
                        WHEN 'waiting' THEN a.wait_signal END,
                    wait_children = a.wait_children
                        AND workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL) = 'waiting',
+                   wait_any = a.wait_any,
                    wait_until = CASE workflow_becomes(a.kind, a.next_step IS NULL, r.step, r.cancel_requested_at IS NOT NULL)
                        WHEN 'waiting' THEN now() + a.wait_ms * interval '1 millisecond' END,
                    wake = CASE WHEN a.kind = 'fail' OR a.kind IN ('retry', 'release') AND (r.cancel_requested_at IS NULL OR r.step = 'cancel') THEN r.wake END,
@@ -324,11 +327,11 @@ async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> 
                        THEN now() END,
                    event_seq = r.event_seq + 1, updated_at = now()
                FROM unnest($1::uuid[], $2::uuid[], $3::int[], $4::text[], $5::text[], $6::text[], $7::jsonb[], $8::text[], $9::text[],
-                           $10::boolean[], $11::bigint[], $12::bigint[], $13::jsonb[], $14::int[])
-                   AS a(id, token, seq, step, kind, next_step, data, error, wait_signal, wait_children, wait_ms, delay_ms, detail, attempt)
+                           $10::boolean[], $11::bigint[], $12::bigint[], $13::jsonb[], $14::int[], $16::boolean[])
+                   AS a(id, token, seq, step, kind, next_step, data, error, wait_signal, wait_children, wait_ms, delay_ms, detail, attempt, wait_any)
                WHERE r.id = a.id AND r.lease_token = a.token AND r.seq = a.seq
-               RETURNING r.id, r.workflow, r.version, r.event_seq, r.priority, r.ready_at, r.parent_id, r.finished_at, r.parked, r.wait_signal,
-                         r.wait_children, r.open_children, a.token, a.step, a.seq, a.attempt, a.kind, a.data, a.detail,
+               RETURNING r.id, r.workflow, r.version, r.place, r.event_seq, r.priority, r.ready_at, r.parent_id, r.finished_at, r.parked, r.wait_signal,
+                         r.wait_children, r.open_children, r.wait_any AND r.ended_children > r.told_children AS untold, a.token, a.step, a.seq, a.attempt, a.kind, a.data, a.detail,
                          CASE WHEN r.finished_at IS NOT NULL THEN r.state
                               WHEN r.parked THEN 'waiting'
                               WHEN r.step = 'cancel' AND a.step <> 'cancel' THEN 'cancelling'
@@ -342,9 +345,9 @@ async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> 
                FROM written
            )
            SELECT id AS "id!", token AS "token!", parent_id, (finished_at IS NOT NULL) AS "finished!", parked AS "parked!",
-                  wait_signal, wait_children AS "wait_children!", open_children AS "open_children!",
+                  wait_signal, wait_children AS "wait_children!", open_children AS "open_children!", untold AS "untold!",
                   CASE WHEN finished_at IS NULL AND NOT parked
-                       THEN workflow_hint(id, workflow || '.v' || version, event_seq, ready_at, priority) IS NOT NULL END AS hinted
+                       THEN workflow_hint(id, workflow_queue(workflow, version, place), event_seq, ready_at, priority) IS NOT NULL END AS hinted
            FROM written"#,
         &all(commits, |c| c.of.run_id),
         &all(commits, |c| c.of.token),
@@ -355,12 +358,13 @@ async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> 
         &all(commits, |c| &c.data) as &[&Value],
         &all(commits, |c| c.error.as_deref()) as &[Option<&str>],
         &all(commits, |c| c.wait_signal.as_deref()) as &[Option<&str>],
-        &all(commits, |c| c.wait_children),
+        &all(commits, |c| c.wait_children != Children::None),
         &all(commits, |c| c.wait_ms) as &[Option<i64>],
         &all(commits, |c| c.delay_ms),
         &all(commits, Commit::detail),
         &all(commits, |c| c.of.attempt),
         worker,
+        &all(commits, |c| c.wait_children == Children::Any),
     )
     .fetch_all(&mut *conn)
     .await?;
@@ -369,8 +373,8 @@ async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> 
     let (mut sleeping, mut wakes, mut parents) = (Vec::new(), Vec::new(), Vec::new());
     for row in &rows {
         written.insert((row.id, row.token));
-        if row.parked && row.wait_children && row.open_children == 0 {
-            wakes.push((row.id, json!({"by": "children"})));
+        if row.parked && row.wait_children && (row.open_children == 0 || row.untold) {
+            wakes.push((row.id, by_children(row.open_children)));
         } else if row.parked && row.wait_signal.is_some() {
             sleeping.push(row.id);
         }
@@ -394,27 +398,33 @@ async fn release(conn: &mut PgConnection, worker: &str, commits: &[&Commit]) -> 
     Ok(written)
 }
 
-/// Counts ended children off their parents (one entry per child) and wakes those parents whose last child it was.
+/// Why children wake a run: the last of them has ended, or one of them.
+fn by_children(open: i32) -> Value {
+    json!({"by": if open == 0 { "children" } else { "child" }})
+}
+
+/// Counts ended children off their parents (one entry per child) and wakes those parents that waited for it, or for the last.
 pub(crate) async fn children_ended(conn: &mut PgConnection, parents: &[Uuid]) -> Result<()> {
     if parents.is_empty() {
         return Ok(());
     }
-    let ready = sqlx::query_scalar!(
+    let ready = sqlx::query!(
         "WITH ended AS (
              SELECT id, count(*)::int AS children FROM unnest($1::uuid[]) AS t(id) GROUP BY id
          ), held AS (
              SELECT r.id FROM workflow_runs r JOIN ended USING (id) ORDER BY r.id FOR UPDATE OF r
          ), counted AS (
-             UPDATE workflow_runs r SET open_children = greatest(r.open_children - e.children, 0)
+             UPDATE workflow_runs r
+             SET open_children = greatest(r.open_children - e.children, 0), ended_children = r.ended_children + e.children
              FROM ended e JOIN held USING (id) WHERE r.id = e.id
-             RETURNING r.id, r.open_children, r.parked AND r.wait_children AS waits
+             RETURNING r.id, r.open_children, r.parked AND r.wait_children AND (r.wait_any OR r.open_children = 0) AS waits
          )
-         SELECT id FROM counted WHERE open_children = 0 AND waits",
+         SELECT id, open_children FROM counted WHERE waits",
         parents,
     )
     .fetch_all(&mut *conn)
     .await?;
-    let wakes: Vec<_> = ready.into_iter().map(|id| (id, json!({"by": "children"}))).collect();
+    let wakes: Vec<_> = ready.into_iter().map(|row| (row.id, by_children(row.open_children))).collect();
     wake_up(conn, &wakes).await?;
     Ok(())
 }

@@ -12,7 +12,12 @@ use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::{Pool, Tx, error, metrics::StepMeters};
+use crate::{
+    Pool, Tx, error,
+    metrics::StepMeters,
+    output::Output,
+    start::{ChildRun, children},
+};
 
 /// What a step answers.
 pub type StepResult = Result<Outcome, StepError>;
@@ -22,12 +27,17 @@ pub type StepFn<S> = for<'a> fn(&'a mut StepContext<S>) -> BoxFuture<'a, StepRes
 /// The step that runs when a run is cancelled; every definition has it, by default it ends the run at once.
 pub const CANCEL_STEP: &str = "cancel";
 
+/// The lane of a workflow that names none.
+pub const DEFAULT_LANE: &str = "default";
+
 /// One version of a workflow. Built once, at start; never changed once published.
 pub struct Workflow<S> {
     /// Its name, the same in database, API and docs.
     pub name: &'static str,
     /// Its version; a change of its steps is a new version beside the old.
     pub version: i32,
+    /// Whose slots its steps take; see [`Workflow::lane`].
+    pub lane: &'static str,
     /// Its steps, in order.
     pub steps: Vec<Step<S>>,
     /// What runs instead of the next step once a cancel was asked for.
@@ -83,6 +93,7 @@ pub fn workflow<S: Services>(name: &'static str, version: i32) -> Workflow<S> {
     Workflow {
         name,
         version,
+        lane: DEFAULT_LANE,
         steps: Vec::new(),
         cancel: Step::new(CANCEL_STEP, |_| Box::pin(async { Ok(Outcome::Done(Value::Null)) })),
     }
@@ -104,6 +115,14 @@ impl<S> Workflow<S> {
     #[must_use]
     pub fn step(mut self, name: &'static str, run: StepFn<S>) -> Self {
         self.steps.push(Step::new(name, run));
+        self
+    }
+
+    /// Has its steps run in a lane with slots of its own, so that many long runs of one workflow do not keep the others waiting. A
+    /// worker that has no slots in the lane leaves them to others.
+    #[must_use]
+    pub fn lane(mut self, lane: &'static str) -> Self {
+        self.lane = lane;
         self
     }
 
@@ -158,10 +177,10 @@ impl<S> Workflow<S> {
         self.steps.first().map_or(CANCEL_STEP, |step| step.name)
     }
 
-    /// The name of its queue.
+    /// The name of its queue, for runs that may run anywhere.
     #[must_use]
     pub fn queue(&self) -> String {
-        crate::queue(self.name, self.version)
+        crate::queue(self.name, self.version, "")
     }
 
     /// One line that names everything a published version must keep: its steps in order.
@@ -178,7 +197,7 @@ impl<S> Workflow<S> {
 
 impl<S> Clone for Workflow<S> {
     fn clone(&self) -> Self {
-        Self { name: self.name, version: self.version, steps: self.steps.clone(), cancel: self.cancel.clone() }
+        Self { name: self.name, version: self.version, lane: self.lane, steps: self.steps.clone(), cancel: self.cancel.clone() }
     }
 }
 
@@ -238,13 +257,25 @@ impl Outcome {
     }
 }
 
+/// Which ends of children end a wait.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Children {
+    /// None: it waits for something else.
+    #[default]
+    None,
+    /// That of any child, once for each look: one that ended since the run was last told of children counts.
+    Any,
+    /// That of the last open child.
+    Last,
+}
+
 /// What a run sleeps for.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Wait {
     /// The signal that wakes it. A signal sent earlier and not yet used wakes it at once.
     pub signal: Option<String>,
-    /// Whether the end of the last open child wakes it.
-    pub children: bool,
+    /// Which ends of children wake it.
+    pub children: Children,
     /// How long it sleeps at most, by the database's clock.
     pub at_most: Option<Duration>,
     /// The state the step gets when it runs again.
@@ -319,6 +350,8 @@ pub enum Wake {
     First,
     /// The signal came, with its payload.
     Signal(Value),
+    /// A child ended, and others are open.
+    Child,
     /// The last open child ended.
     Children,
     /// The instant passed.
@@ -329,6 +362,7 @@ impl Wake {
     pub(crate) fn read(wake: Option<&Value>) -> Self {
         match wake.and_then(|wake| wake.get("by")).and_then(Value::as_str) {
             Some("signal") => Self::Signal(wake.and_then(|wake| wake.get("payload")).cloned().unwrap_or(Value::Null)),
+            Some("child") => Self::Child,
             Some("children") => Self::Children,
             Some("deadline") => Self::Deadline,
             _ => Self::First,
@@ -354,6 +388,8 @@ pub struct StepContext<S> {
     pub(crate) state: Value,
     /// Everything else a step may use.
     pub services: Arc<S>,
+    /// The lease the step runs under.
+    pub(crate) token: Uuid,
     /// Fires when the run is cancelled, the lease is lost or the worker stops.
     pub(crate) stop: CancellationToken,
     /// The transaction that will commit this step, once the step has asked for it.
@@ -412,6 +448,20 @@ impl<S: Services> StepContext<S> {
     /// Gives the transaction back unused, so that something remote may be awaited. What was written through it is undone.
     pub fn end_tx(&mut self) {
         self.tx = None;
+    }
+
+    /// Where the step tells what happens while it runs.
+    #[must_use]
+    pub fn output(&self) -> Output {
+        Output::new(self.services.pool().clone(), self.run_id, self.token, self.seq, self.attempt)
+    }
+
+    /// The children of the run, in the order in which they were started.
+    ///
+    /// # Errors
+    /// Transient, when the database is away.
+    pub async fn children(&self) -> Result<Vec<ChildRun>, StepError> {
+        Ok(children(self.services.pool(), self.run_id).await?)
     }
 
     /// Completes when the step is to stop: the run was cancelled, its lease is lost, or the worker goes down.

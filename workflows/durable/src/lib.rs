@@ -26,6 +26,7 @@ pub mod gate;
 mod lease;
 pub mod metrics;
 pub mod observer;
+pub mod output;
 pub mod recovery;
 pub mod single;
 pub mod start;
@@ -34,9 +35,12 @@ pub mod worker;
 
 use std::time::Duration;
 
-pub use definition::{Failure, Outcome, Registry, Services, StepContext, StepError, StepResult, Wait, Wake, Workflow, workflow};
+pub use definition::{
+    Children, DEFAULT_LANE, Failure, Outcome, Registry, Services, StepContext, StepError, StepResult, Wait, Wake, Workflow,
+    workflow,
+};
 pub use start::{
-    CancelAsked, Child, NewRun, RetryAsked, Started, request_cancel, retry, signal, start, start_children, start_many,
+    CancelAsked, Child, ChildRun, NewRun, RetryAsked, Started, request_cancel, retry, signal, start, start_children, start_many,
 };
 
 /// The pool every function takes.
@@ -65,10 +69,11 @@ pub const CLAIM_BATCH: usize = 200;
 /// The most signals, children and rows one recovery pass handles.
 pub const RECOVER_BATCH: i64 = 500;
 
-/// The name of the queue of one version of a workflow.
+/// The name of the queue of one version of a workflow at a place, as `workflow_queue` makes it.
 #[must_use]
-pub fn queue(workflow: &str, version: i32) -> String {
-    format!("{workflow}.v{version}")
+pub fn queue(workflow: &str, version: i32, place: &str) -> String {
+    let at = if place.is_empty() { "" } else { "@" };
+    format!("{workflow}.v{version}{at}{place}")
 }
 
 /// The tables of the runtime, for [`setup_alone`].

@@ -116,7 +116,7 @@ pub async fn expired_leases<S: Services>(pool: &Pool, registry: &Registry<S>) ->
                    ready_at = now(), event_seq = r.event_seq + 1, updated_at = now()
                FROM lost l, workflow_runs old
                WHERE r.id = l.id AND old.id = r.id
-               RETURNING r.id, r.workflow, r.version, r.event_seq, r.priority, r.ready_at, r.parent_id, r.finished_at, r.error,
+               RETURNING r.id, r.workflow, r.version, r.place, r.event_seq, r.priority, r.ready_at, r.parent_id, r.finished_at, r.error,
                          old.step, old.attempt, old.worker, r.worker_deaths
            ), event AS (
                INSERT INTO workflow_events (run_id, seq, kind, step, attempt, worker, detail)
@@ -125,7 +125,7 @@ pub async fn expired_leases<S: Services>(pool: &Pool, registry: &Registry<S>) ->
                FROM taken
            )
            SELECT parent_id, (finished_at IS NOT NULL) AS "finished!",
-                  CASE WHEN finished_at IS NULL THEN workflow_hint(id, workflow || '.v' || version, event_seq, ready_at, priority) IS NOT NULL END AS hinted
+                  CASE WHEN finished_at IS NULL THEN workflow_hint(id, workflow_queue(workflow, version, place), event_seq, ready_at, priority) IS NOT NULL END AS hinted
            FROM taken"#,
         &ids,
         &errors as &[Option<String>],
@@ -197,7 +197,7 @@ impl Search {
                    -- Not NOT EXISTS: as a join it reads the whole queue for every run when statistics call it empty.
                    WHERE (SELECT j.id FROM apalis.jobs j WHERE j.id = p.id || ':' || p.event_seq) IS NULL
                ), lost AS (
-                   SELECT r.id, r.workflow || '.v' || r.version AS queue, r.event_seq, r.priority
+                   SELECT r.id, workflow_queue(r.workflow, r.version, r.place) AS queue, r.event_seq, r.priority
                    FROM without w JOIN workflow_runs r ON r.id = w.id
                    -- It may have been claimed since.
                    WHERE r.event_seq = w.event_seq AND r.state IN ('pending', 'cancelling') AND r.lease_token IS NULL AND NOT r.parked

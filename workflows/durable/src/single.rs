@@ -66,6 +66,7 @@ impl Claim {
             input: self.input.clone(),
             state: self.state,
             services,
+            token: self.token,
             stop: place.stop,
             tx: None,
         };

@@ -24,6 +24,8 @@ pub struct NewRun {
     pub scope_ids: Vec<i64>,
     /// Keys whose number of running steps is bounded by `workflow_limits`.
     pub limit_keys: Vec<String>,
+    /// Where it has to run: only workers with this among their [places](crate::worker::Options::places) take it. Empty: the others do.
+    pub place: String,
 }
 
 /// A started run.
@@ -75,18 +77,18 @@ pub async fn start_many<S>(conn: &mut PgConnection, workflow: &Workflow<S>, new:
     let created = sqlx::query!(
         r#"WITH run AS (
                INSERT INTO workflow_runs
-                   (id, workflow, version, start_key, step, input, state_data, priority, owner_id, scope_ids, limit_keys, event_seq)
+                   (id, workflow, version, start_key, step, input, state_data, priority, owner_id, scope_ids, limit_keys, place, event_seq)
                SELECT id, $1, $2, start_key, $3, input, input, priority, owner_id,
                       CASE WHEN scope_ids = '[]' THEN '{}' ELSE ARRAY(SELECT jsonb_array_elements_text(scope_ids)::bigint) END,
-                      CASE WHEN limit_keys = '[]' THEN '{}' ELSE ARRAY(SELECT jsonb_array_elements_text(limit_keys)) END, 1
-               FROM unnest($4::uuid[], $5::text[], $6::jsonb[], $7::int[], $8::bigint[], $9::jsonb[], $10::jsonb[])
-                   AS new(id, start_key, input, priority, owner_id, scope_ids, limit_keys)
+                      CASE WHEN limit_keys = '[]' THEN '{}' ELSE ARRAY(SELECT jsonb_array_elements_text(limit_keys)) END, place, 1
+               FROM unnest($4::uuid[], $5::text[], $6::jsonb[], $7::int[], $8::bigint[], $9::jsonb[], $10::jsonb[], $11::text[])
+                   AS new(id, start_key, input, priority, owner_id, scope_ids, limit_keys, place)
                ON CONFLICT (workflow, start_key) WHERE start_key IS NOT NULL DO NOTHING
-               RETURNING id, ready_at, priority
+               RETURNING id, ready_at, priority, place
            ), event AS (
                INSERT INTO workflow_events (run_id, seq, kind, step) SELECT id, 1, 'created', $3 FROM run
            )
-           SELECT id, workflow_hint(id, $11, 1, ready_at, priority) IS NOT NULL AS hinted FROM run"#,
+           SELECT id, workflow_hint(id, workflow_queue($1, $2, place), 1, ready_at, priority) IS NOT NULL AS hinted FROM run"#,
         workflow.name,
         workflow.version,
         workflow.first(),
@@ -97,7 +99,7 @@ pub async fn start_many<S>(conn: &mut PgConnection, workflow: &Workflow<S>, new:
         &all(&sorted, |new| new.owner_id) as &[Option<i64>],
         &all(&sorted, |new| json!(new.scope_ids)),
         &all(&sorted, |new| json!(new.limit_keys)),
-        workflow.queue(),
+        &all(&sorted, |new| new.place.as_str()) as &[&str],
     )
     .fetch_all(&mut *conn)
     .await?;
@@ -150,18 +152,18 @@ pub async fn start_children<S>(
     let rows = sqlx::query!(
         r#"WITH run AS (
                INSERT INTO workflow_runs
-                   (id, workflow, version, start_key, step, input, state_data, priority, owner_id, scope_ids, parent_id, event_seq)
-               SELECT c.id, $2, $3, c.key, $4, c.input, c.input, p.priority, p.owner_id, p.scope_ids, p.id, 1
+                   (id, workflow, version, start_key, step, input, state_data, priority, owner_id, scope_ids, place, parent_id, event_seq)
+               SELECT c.id, $2, $3, c.key, $4, c.input, c.input, p.priority, p.owner_id, p.scope_ids, p.place, p.id, 1
                FROM unnest($5::uuid[], $6::text[], $7::jsonb[]) AS c(id, key, input)
                JOIN workflow_runs p ON p.id = $1
                ON CONFLICT (workflow, start_key) WHERE start_key IS NOT NULL DO NOTHING
-               RETURNING id, ready_at, priority
+               RETURNING id, ready_at, priority, place
            ), event AS (
                INSERT INTO workflow_events (run_id, seq, kind, step) SELECT id, 1, 'created', $4 FROM run
            ), counted AS (
                UPDATE workflow_runs SET open_children = open_children + (SELECT count(*) FROM run) WHERE id = $1
            )
-           SELECT id, workflow_hint(id, $8, 1, ready_at, priority) IS NOT NULL AS hinted FROM run"#,
+           SELECT id, workflow_hint(id, workflow_queue($2, $3, place), 1, ready_at, priority) IS NOT NULL AS hinted FROM run"#,
         parent,
         workflow.name,
         workflow.version,
@@ -169,11 +171,40 @@ pub async fn start_children<S>(
         &ids,
         &keys,
         &inputs,
-        workflow.queue(),
     )
     .fetch_all(conn)
     .await?;
     Ok(rows.into_iter().map(|row| row.id).collect())
+}
+
+/// A child of a run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChildRun {
+    /// Its run.
+    pub run_id: Uuid,
+    /// Its key among the children of the parent.
+    pub key: String,
+    /// Its state.
+    pub state: String,
+    /// What it ended with, once it has.
+    pub output: Option<Value>,
+    /// Why it failed or was cancelled.
+    pub error: Option<String>,
+}
+
+/// The children of `parent`, in the order in which they were started.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn children(pool: &Pool, parent: Uuid) -> Result<Vec<ChildRun>> {
+    sqlx::query_as!(
+        ChildRun,
+        r#"SELECT id AS run_id, substr(coalesce(start_key, ''), 38) AS "key!", state, output, error
+           FROM workflow_runs WHERE parent_id = $1 ORDER BY id"#,
+        parent,
+    )
+    .fetch_all(pool)
+    .await
 }
 
 /// Ends the waits of runs that are parked: the one way a sleeping run becomes ready. Each pair is a run and its `wake` document.
@@ -191,15 +222,16 @@ pub(crate) async fn wake_up(conn: &mut PgConnection, wakes: &[(Uuid, Value)]) ->
            ), woken AS (
                UPDATE workflow_runs r
                SET parked = false, wait_signal = NULL, wait_children = false, wait_until = NULL, wake = a.wake, ready_at = now(),
+                   told_children = CASE WHEN a.wake ->> 'by' IN ('child', 'children') THEN r.ended_children ELSE r.told_children END,
                    state = CASE WHEN r.step = 'cancel' THEN 'cancelling' ELSE 'pending' END,
                    event_seq = r.event_seq + 1, updated_at = now()
                FROM asked a JOIN held USING (id)
                WHERE r.id = a.id AND r.parked
-               RETURNING r.id, r.workflow, r.version, r.event_seq, r.priority, r.step, r.ready_at, a.wake
+               RETURNING r.id, r.workflow, r.version, r.place, r.event_seq, r.priority, r.step, r.ready_at, a.wake
            ), event AS (
                INSERT INTO workflow_events (run_id, seq, kind, step, detail) SELECT id, event_seq, 'woken', step, wake FROM woken
            )
-           SELECT workflow_hint(id, workflow || '.v' || version, event_seq, ready_at, priority) IS NOT NULL AS hinted FROM woken"#,
+           SELECT workflow_hint(id, workflow_queue(workflow, version, place), event_seq, ready_at, priority) IS NOT NULL AS hinted FROM woken"#,
         &ids,
         &documents,
     )
@@ -272,12 +304,12 @@ pub async fn request_cancel(conn: &mut PgConnection, run_id: Uuid, reason: &str)
                    attempt = CASE WHEN lease_token IS NULL THEN 0 ELSE attempt END,
                    parked = false, wait_signal = NULL, wait_children = false, wait_until = NULL, wake = NULL, ready_at = now()
                WHERE id = $1
-               RETURNING id, workflow, version, event_seq, priority, step, ready_at, lease_token
+               RETURNING id, workflow, version, place, event_seq, priority, step, ready_at, lease_token
            ), event AS (
                INSERT INTO workflow_events (run_id, seq, kind, step, detail)
                SELECT id, event_seq, 'cancel_requested', step, jsonb_build_object('reason', $2::text) FROM run
            )
-           SELECT workflow_hint(id, workflow || '.v' || version, event_seq, ready_at, priority) IS NOT NULL AS hinted
+           SELECT workflow_hint(id, workflow_queue(workflow, version, place), event_seq, ready_at, priority) IS NOT NULL AS hinted
            FROM run WHERE lease_token IS NULL"#,
         run_id,
         reason,
@@ -317,14 +349,14 @@ pub async fn retry(conn: &mut PgConnection, run_id: Uuid, requested_by: &str) ->
                SET state = CASE WHEN step = 'cancel' THEN 'cancelling' ELSE 'pending' END, attempt = 0, worker_deaths = 0, error = NULL, output = NULL,
                    finished_at = NULL, event_seq = event_seq + 1, ready_at = now(), updated_at = now()
                WHERE id = $1
-               RETURNING id, workflow, version, event_seq, priority, step, ready_at, parent_id
+               RETURNING id, workflow, version, place, event_seq, priority, step, ready_at, parent_id
            ), event AS (
                INSERT INTO workflow_events (run_id, seq, kind, step, detail)
                SELECT id, event_seq, 'retry_requested', step, jsonb_build_object('requested_by', $2::text) FROM run
            ), parent AS (
                UPDATE workflow_runs p SET open_children = p.open_children + 1 FROM run WHERE p.id = run.parent_id
            )
-           SELECT workflow_hint(id, workflow || '.v' || version, event_seq, ready_at, priority) IS NOT NULL AS hinted FROM run"#,
+           SELECT workflow_hint(id, workflow_queue(workflow, version, place), event_seq, ready_at, priority) IS NOT NULL AS hinted FROM run"#,
         run_id,
         requested_by,
     )

@@ -1,6 +1,7 @@
 //! The workflow type of its own on apalis' `IntoWorkerService`, and the process around it.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     sync::Arc,
     task::{Context, Poll},
@@ -28,7 +29,7 @@ use crate::{
     claim::{Claim, DurableBackend, Fetcher},
     commit::{Attempt, Commit, Committer, Written, write},
     connect::Connect,
-    definition::{Failure, Outcome, Registry, Services, Step, StepContext, StepError, Wake, Workflow},
+    definition::{DEFAULT_LANE, Failure, Outcome, Registry, Services, Step, StepContext, StepError, Wake, Workflow},
     fault,
     gate::Gate,
     lease::Leases,
@@ -47,6 +48,9 @@ const VITAL_CONNECTIONS: u32 = 5;
 /// Connections for claims.
 const CLAIM_CONNECTIONS: u32 = 2;
 
+/// The place of runs that may run anywhere.
+pub const ANYWHERE: &str = "";
+
 /// How the runtime's own connections plan: its statements are written for one plan, by index from array to row, which
 /// must not depend on when a table of runs was last analyzed.
 pub const PLANS: [(&str, &str); 5] = [
@@ -62,8 +66,10 @@ pub const PLANS: [(&str, &str); 5] = [
 pub struct Options {
     /// A name no other process start has: host, pid and a random part.
     pub name: String,
-    /// The most steps run at the same time.
-    pub concurrency: usize,
+    /// The most steps that run at the same time, for each lane.
+    pub lanes: BTreeMap<&'static str, usize>,
+    /// The places whose runs it takes; [`ANYWHERE`] alone unless it is to be a worker of certain places.
+    pub places: Vec<String>,
     /// How often a queue is looked at when nothing is announced; [`super::POLL_EVERY`] but in tests.
     pub poll_every: Duration,
     /// Whether this process may act.
@@ -80,7 +86,8 @@ impl Options {
     pub fn new(name: impl Into<String>, pool: &Pool, stop: &CancellationToken) -> Self {
         Self {
             name: name.into(),
-            concurrency: 8,
+            lanes: BTreeMap::from([(DEFAULT_LANE, 8)]),
+            places: vec![ANYWHERE.to_owned()],
             poll_every: crate::POLL_EVERY,
             gate: Gate::open(),
             connect: Connect::like(pool),
@@ -96,7 +103,7 @@ struct Process<S> {
     committer: Committer,
     leases: Leases,
     claims: Claims,
-    slots: Arc<Semaphore>,
+    lanes: Arc<BTreeMap<&'static str, Arc<Semaphore>>>,
     wakeup: Wakeup,
     poll_every: Duration,
     gate: Gate,
@@ -114,7 +121,7 @@ impl<S> Clone for Process<S> {
             committer: self.committer.clone(),
             leases: self.leases.clone(),
             claims: self.claims.clone(),
-            slots: self.slots.clone(),
+            lanes: self.lanes.clone(),
             wakeup: self.wakeup.clone(),
             poll_every: self.poll_every,
             gate: self.gate.clone(),
@@ -157,7 +164,8 @@ impl<S: Services> IntoWorkerService<PostgresStorage<Vec<u8>>, DurableService<S>>
     type Backend = DurableBackend;
 
     fn into_service(self, storage: PostgresStorage<Vec<u8>>) -> WorkerService<DurableBackend, DurableService<S>> {
-        let Process { name: worker, claims, slots, wakeup, poll_every, gate, fetching, .. } = self.process.clone();
+        let Process { name: worker, claims, lanes, wakeup, poll_every, gate, fetching, .. } = self.process.clone();
+        let slots = lanes.get(self.workflow.lane).cloned().unwrap_or_else(|| Arc::new(Semaphore::new(0)));
         let queue = storage.config().queue.to_string();
         let pool = claims.of(&self.workflow);
         WorkerService {
@@ -235,6 +243,7 @@ async fn run_step<S: Services>(
         input: if next.is_some() { claim.input.clone() } else { std::mem::take(&mut claim.input) },
         state: std::mem::take(&mut claim.state),
         services: process.services.clone(),
+        token: claim.token,
         stop,
         tx: None,
     };
@@ -322,13 +331,21 @@ pub(crate) async fn execute<S: Services>(
 }
 
 /// Runs the workflows of `registry` until `stop` fires, then drains. While Postgres is away it waits.
-pub async fn run<S: Services>(registry: Registry<S>, services: S, options: Options, stop: CancellationToken) {
+pub async fn run<S: Services>(registry: Registry<S>, services: impl Into<Arc<S>>, options: Options, stop: CancellationToken) {
+    let services = services.into();
     let pool: Pool = services.pool().clone();
     let drain = stop.child_token();
     let after = CancellationToken::new();
     // What claims and looks ends when the process is asked to stop; what commits and renews, when its last step has ended.
     let (draining, lasting) = (options.tasks.part(drain.clone()), options.tasks.part(after.clone()));
-    let queues = registry.iter().map(|workflow| workflow.queue());
+    let queues: Vec<(Arc<Workflow<S>>, String)> = registry
+        .iter()
+        .filter(|workflow| options.lanes.get(workflow.lane).is_some_and(|slots| *slots > 0))
+        .flat_map(|workflow| {
+            options.places.iter().map(|place| (workflow.clone(), crate::queue(workflow.name, workflow.version, place)))
+        })
+        .collect();
+    let names = queues.iter().map(|(_, queue)| queue.clone());
     // Connections of its own, so that steps that wait for one never keep a lease from being renewed.
     let vital = options.connect.pool("vital", VITAL_CONNECTIONS, &PLANS);
     let unflushed = [PLANS.as_slice(), &[("synchronous_commit", "off")]].concat();
@@ -337,14 +354,14 @@ pub async fn run<S: Services>(registry: Registry<S>, services: S, options: Optio
         committer: Committer::spawn(&vital, &options.name, &lasting),
         leases: Leases::default(),
         claims,
-        slots: Arc::new(Semaphore::new(options.concurrency.max(1))),
-        wakeup: Wakeup::spawn(options.connect.clone(), queues, &[], &draining),
+        lanes: Arc::new(options.lanes.iter().map(|(lane, slots)| (*lane, Arc::new(Semaphore::new(*slots)))).collect()),
+        wakeup: Wakeup::spawn(options.connect.clone(), names, &[], &draining),
         poll_every: options.poll_every,
         gate: options.gate.clone(),
         drain: drain.clone(),
         fetching: draining.clone(),
         running: TaskTracker::new(),
-        services: Arc::new(services),
+        services,
         name: options.name,
     };
     lasting.keep("leases", {
@@ -355,14 +372,14 @@ pub async fn run<S: Services>(registry: Registry<S>, services: S, options: Optio
         let (registry, gate, drain) = (registry.clone(), options.gate.clone(), drain.clone());
         move || recovery::keep(vital.clone(), registry.clone(), gate.clone(), drain.clone())
     });
-    for workflow in registry.iter() {
-        let (workflow, process, pool) = (workflow.clone(), process.clone(), pool.clone());
+    for (workflow, queue) in queues {
+        let (process, pool) = (process.clone(), pool.clone());
         // It lives until the last step has ended: its steps run in tasks of their own, and its fetcher ends before.
         lasting.keep_until_stopped("queue", move || {
             let storage =
-                PostgresStorage::<Vec<u8>>::new(&pool).with_config(apalis_postgres::Config::default().queue(workflow.queue()));
+                PostgresStorage::<Vec<u8>>::new(&pool).with_config(apalis_postgres::Config::default().queue(queue.clone()));
             let flow = DurableFlow { workflow: workflow.clone(), process: process.clone() };
-            let worker = WorkerBuilder::new(format!("{}/{}", process.name, workflow.queue())).backend(storage).build(flow);
+            let worker = WorkerBuilder::new(format!("{}/{queue}", process.name)).backend(storage).build(flow);
             async move {
                 if let Err(error) = worker.run().await {
                     tracing::error!(%error, "a queue's worker has ended");
