@@ -1,6 +1,6 @@
 //! The assembled service: routes, limits, request ids and headers.
 
-use std::{any::Any, time::Duration};
+use std::any::Any;
 
 use axum::{
     Extension, Router,
@@ -28,11 +28,6 @@ use crate::{
 pub const LARGEST_BODY: u64 = 32 * 1024 * 1024;
 /// The longest request target, in bytes.
 pub const MAX_TARGET: usize = 8 * 1024;
-/// How long a request may take until its answer begins, in seconds; an event stream has begun by then. A large body gets
-/// a second more for each [`BYTES_PER_S`] of it.
-pub const REQUEST_TIMEOUT_S: u64 = 30;
-/// The slowest upload that is waited for, in bytes a second.
-pub const BYTES_PER_S: u64 = 256 * 1024;
 
 /// Builds the public service with its OpenAPI document and access table.
 pub fn build(app: &App) -> (Router, OpenApi, Vec<Entry>) {
@@ -44,7 +39,7 @@ pub fn build(app: &App) -> (Router, OpenApi, Vec<Entry>) {
         .fallback(|| async { ApiError(Error::new(Kind::NotFound, "not_found", "There is no such route.")) })
         .method_not_allowed_fallback(method_not_allowed)
         .layer(Extension(Document::new(&document)))
-        .layer(middleware::from_fn(time_limit))
+        .layer(middleware::from_fn(largest_body))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(middleware::from_fn(normal_form))
         .layer(middleware::from_fn_with_state(app.clone(), headers))
@@ -104,25 +99,13 @@ fn is_socket(path: &str) -> bool {
     path.starts_with("/socket.io") || path.starts_with("/_borealis/")
 }
 
-async fn time_limit(request: Request, next: Next) -> Response {
-    if is_socket(request.uri().path()) {
-        return next.run(request).await;
-    }
+async fn largest_body(request: Request, next: Next) -> Response {
     let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    let length = length.unwrap_or(0);
-    if length > LARGEST_BODY {
+    if !is_socket(request.uri().path()) && length.is_some_and(|length| length > LARGEST_BODY) {
         let refused = Error::new(Kind::TooLarge, "body_too_large", "The request body is larger than any route accepts.");
         return ApiError(refused).into_response();
     }
-    let upload_s = length / BYTES_PER_S;
-    match tokio::time::timeout(Duration::from_secs(REQUEST_TIMEOUT_S + upload_s), next.run(request)).await {
-        Ok(response) => response,
-        Err(_) => {
-            tracing::warn!("request timed out");
-            ApiError(Error::new(Kind::Unavailable, "request_timeout", "This took too long; try again.").retry_after(5))
-                .into_response()
-        }
-    }
+    next.run(request).await
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "the layer hands the panic over")]

@@ -1,19 +1,19 @@
 //! Who may call a route. A route enters the router only through one of the methods of [`Routes`], each of which names a
-//! class; so a route without a class does not exist, and [`Routes::table`] is the list the access test walks. What an API token
-//! needs follows from the [`Area`] of a route and its method; a route without an area is closed to API tokens.
+//! class, and for operators the [`Permission`] it needs; so a route without them does not exist, and [`Routes::split`] gives the list
+//! that the access test walks. Which role and which scope of an API token has a permission is in one place of its own.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
     extract::{FromRequestParts, Request, State},
-    http::{Method, request::Parts},
+    http::{Method, header, request::Parts},
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
 use borealis_engine::{
     Error, Kind,
-    access::{api_tokens::TokenScope, bootstrap, limits, passwords, setup_token},
+    access::{api_tokens::TokenScope, bootstrap, limits, passwords, setup_token, users::Role},
 };
 use utoipa::openapi::{
     PathItem, Paths, RefOr,
@@ -26,6 +26,12 @@ use crate::{
     errors::ApiError,
     state::App,
 };
+
+/// How long a request may take until its answer begins; an event stream has begun by then. A large body gets a second more for each
+/// [`BYTES_PER_S`] of it.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+/// The slowest upload that is waited for, in bytes a second.
+pub const BYTES_PER_S: u64 = 256 * 1024;
 
 /// Who may call a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -41,41 +47,6 @@ pub enum Class {
     Device,
 }
 
-/// What routes are about: with the method it decides which scope an API token needs.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Area {
-    /// The signed-in user's account, sessions, API tokens, the key of the secrets: for people only, as is whatever names no area.
-    #[default]
-    Closed,
-    /// Users, credentials, the audit: API tokens read it, and people change it. Else a token could make itself an account or
-    /// rights that outlive it.
-    ReadOnly,
-    /// Assemblies.
-    Assemblies,
-    /// Devices and their admission.
-    Devices,
-    /// Jobs, runs and quick runs.
-    Jobs,
-    /// Sites, and which devices are in them.
-    Sites,
-}
-
-impl Area {
-    /// The scope an API token needs for a method; none where no token gets in.
-    #[must_use]
-    pub fn token_scope(self, method: &Method) -> Option<TokenScope> {
-        match self {
-            Self::Closed => None,
-            _ if !client::changes(method) => Some(TokenScope::Read),
-            Self::ReadOnly => None,
-            Self::Assemblies => Some(TokenScope::AssembliesWrite),
-            Self::Devices => Some(TokenScope::DevicesWrite),
-            Self::Jobs => Some(TokenScope::JobsWrite),
-            Self::Sites => Some(TokenScope::SitesWrite),
-        }
-    }
-}
-
 /// One line of the access table.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct Entry {
@@ -85,10 +56,14 @@ pub struct Entry {
     pub path: String,
     /// Who may call it.
     pub class: Class,
+    /// What an operator needs to call it.
+    pub permission: Option<Permission>,
     /// The scope with which an operator's API token may call it; none where no token gets in.
     pub token_scope: Option<TokenScope>,
     /// The most bytes its body may have, where it takes one.
     pub body_bytes: usize,
+    /// How long it may take until its answer begins, in seconds, beside the time that a large body needs.
+    pub deadline_s: u64,
 }
 
 /// A set of routes, each with its class.
@@ -96,21 +71,15 @@ pub struct Routes {
     router: OpenApiRouter<App>,
     table: Vec<Entry>,
     app: App,
-    area: Area,
     body: Option<BodyLimit>,
+    deadline: Duration,
 }
 
 impl Routes {
     /// No routes yet.
     #[must_use]
     pub fn new(app: App) -> Self {
-        Self { router: OpenApiRouter::new(), table: Vec::new(), app, area: Area::default(), body: None }
-    }
-
-    /// Says what the routes added from here on are about.
-    #[must_use]
-    pub fn area(self, area: Area) -> Self {
-        Self { area, ..self }
+        Self { router: OpenApiRouter::new(), table: Vec::new(), app, body: None, deadline: DEADLINE }
     }
 
     /// Says how large the bodies of the routes added from here on may be, where that is not what is usual for their class.
@@ -119,28 +88,29 @@ impl Routes {
         Self { body: Some(limit), ..self }
     }
 
+    /// Says how long the routes added from here on may take until their answer begins, where that is not [`DEADLINE`].
+    #[must_use]
+    pub fn deadline(self, deadline: Duration) -> Self {
+        Self { deadline, ..self }
+    }
+
     /// Adds routes anybody may call.
     #[must_use]
     pub fn anonymous(self, routes: UtoipaMethodRouter<App>) -> Self {
-        self.add(Class::Anonymous, routes)
+        self.add(Class::Anonymous, None, routes)
     }
 
-    /// Adds routes for signed-in operators.
+    /// Adds routes for signed-in operators who have a permission.
     #[must_use]
-    pub fn operator(self, routes: UtoipaMethodRouter<App>) -> Self {
-        self.add(Class::Operator, routes)
-    }
-
-    /// Adds routes for administrators.
-    #[must_use]
-    pub fn admin(self, routes: UtoipaMethodRouter<App>) -> Self {
-        self.add(Class::Admin, routes)
+    pub fn operator(self, permission: Permission, routes: UtoipaMethodRouter<App>) -> Self {
+        let class = if Role::User.may(permission) { Class::Operator } else { Class::Admin };
+        self.add(class, Some(permission), routes)
     }
 
     /// Adds routes for devices.
     #[must_use]
     pub fn device(self, routes: UtoipaMethodRouter<App>) -> Self {
-        self.add(Class::Device, routes)
+        self.add(Class::Device, None, routes)
     }
 
     /// Adds all routes of another set.
@@ -151,18 +121,24 @@ impl Routes {
         self
     }
 
-    fn add(mut self, class: Class, (schemas, paths, methods): UtoipaMethodRouter<App>) -> Self {
+    fn add(mut self, class: Class, permission: Option<Permission>, (schemas, paths, methods): UtoipaMethodRouter<App>) -> Self {
         let usual = if class == Class::Anonymous { BodyLimit::ANONYMOUS } else { BodyLimit::USUAL };
         let limit = self.body.unwrap_or(usual);
         for (path, item) in &paths.paths {
             for (method, _) in operations(item) {
-                let is_operators = matches!(class, Class::Operator | Class::Admin);
-                let token_scope = self.area.token_scope(&method).filter(|_| is_operators);
-                let entry = Entry { method: method.to_string(), path: path.clone(), class, token_scope, body_bytes: limit.bytes };
-                self.table.push(entry);
+                self.table.push(Entry {
+                    method: method.to_string(),
+                    path: path.clone(),
+                    class,
+                    permission,
+                    token_scope: permission.and_then(Permission::token_scope),
+                    body_bytes: limit.bytes,
+                    deadline_s: self.deadline.as_secs(),
+                });
             }
         }
-        let guard = Guard { app: self.app.clone(), class, area: self.area, limit, query: query_names(&paths).into() };
+        let guard =
+            Guard { app: self.app.clone(), class, permission, limit, deadline: self.deadline, query: query_names(&paths).into() };
         let guard = middleware::from_fn_with_state(guard, check);
         self.router = self.router.routes((schemas, paths, methods.layer(guard)));
         self
@@ -180,8 +156,9 @@ impl Routes {
 struct Guard {
     app: App,
     class: Class,
-    area: Area,
+    permission: Option<Permission>,
     limit: BodyLimit,
+    deadline: Duration,
     /// The names that the query of each method may have.
     query: Arc<[(Method, Vec<String>)]>,
 }
@@ -231,19 +208,35 @@ fn check_query(guard: &Guard, parts: &Parts) -> Result<(), ApiError> {
 }
 
 async fn check(State(guard): State<Guard>, request: Request, next: Next) -> Response {
-    let Guard { app, class, area, limit, .. } = guard.clone();
+    let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    let deadline = guard.deadline + Duration::from_secs(length.unwrap_or(0) / BYTES_PER_S);
+    match tokio::time::timeout(deadline, admit(guard, request, next)).await {
+        Ok(response) => response,
+        Err(_) => {
+            tracing::warn!("request timed out");
+            ApiError(Error::new(Kind::Unavailable, "request_timeout", "This took too long; try again.").retry_after(5))
+                .into_response()
+        }
+    }
+}
+
+async fn admit(guard: Guard, request: Request, next: Next) -> Response {
+    let Guard { app, class, permission, limit, .. } = guard.clone();
     let (mut parts, body) = request.into_parts();
-    let needed = area.token_scope(&parts.method);
     let admitted = match class {
         Class::Anonymous => Ok(limits::address(client::client_ip(&parts))),
-        Class::Operator | Class::Admin => operator::authenticate(&app, &parts, needed).await.and_then(|operator| {
-            if class == Class::Admin && !operator.is_admin() {
-                return Err(Error::new(Kind::Forbidden, "forbidden", "This needs the Admin role.").into());
-            }
-            let holder = operator.user_id.to_string();
-            parts.extensions.insert(operator);
-            Ok(holder)
-        }),
+        Class::Operator | Class::Admin => {
+            let needed = permission.and_then(Permission::token_scope);
+            operator::authenticate(&app, &parts, needed).await.and_then(|operator| {
+                if let Some(missing) = permission.filter(|permission| !operator.role.may(*permission)) {
+                    let why = format!("Your role does not have the permission {missing}.");
+                    return Err(Error::new(Kind::Forbidden, "forbidden", why).with("permission", missing.as_str()).into());
+                }
+                let holder = operator.user_id.to_string();
+                parts.extensions.insert(operator);
+                Ok(holder)
+            })
+        }
         Class::Device => device::authenticate(&app, &parts).await.map(|device| {
             let holder = device.identity.guid.to_string();
             parts.extensions.insert(device);
@@ -286,6 +279,7 @@ pub mod operator;
 pub mod proxies;
 mod target;
 
+pub use borealis_engine::access::permissions::Permission;
 pub use device::Device;
 pub use operator::Operator;
 pub use target::TargetDevice;

@@ -5,7 +5,9 @@ use borealis_engine::{
     Actor, Caller, Error, Kind, Scope,
     access::{
         api_tokens::{self, ApiToken, TokenScope},
+        permissions::Permission,
         sessions::{self, Session},
+        users::Role,
     },
 };
 use uuid::Uuid;
@@ -20,8 +22,8 @@ pub struct Operator {
     pub user_id: i64,
     /// The user's name, as stored.
     pub username: String,
-    /// The role in the user's row now: `Admin` or `User`.
-    pub role: String,
+    /// The role in the user's row now.
+    pub role: Role,
     /// The sites this operator may see.
     pub scope: Scope,
     /// For the audit.
@@ -53,7 +55,7 @@ impl Operator {
         Self {
             user_id: session.user_id,
             username: session.username.clone(),
-            role: session.role.clone(),
+            role: session.role,
             scope: session.scope.clone(),
             actor: session.actor(ip),
             proof: Proof::Session(session),
@@ -64,7 +66,7 @@ impl Operator {
         Self {
             user_id: token.user_id,
             username: token.username.clone(),
-            role: token.role.clone(),
+            role: token.role,
             scope: token.scope.clone(),
             actor: token.actor(ip),
             proof: Proof::Token(token),
@@ -80,7 +82,7 @@ impl Operator {
     /// Whether the role is Admin.
     #[must_use]
     pub fn is_admin(&self) -> bool {
-        self.role == "Admin"
+        self.role == Role::Admin
     }
 
     /// The session this request came with.
@@ -102,13 +104,14 @@ impl Operator {
         Ok(self.session()?.require_step_up()?)
     }
 
-    /// Whether what the request came with is enough for `scope`: a session is, and an API token that has it.
+    /// Whether the role has a permission, and so has what the request came with: a session, or an API token with its scope.
     #[must_use]
-    pub fn may(&self, scope: TokenScope) -> bool {
-        match &self.proof {
+    pub fn may(&self, permission: Permission) -> bool {
+        let by_proof = match &self.proof {
             Proof::Session(_) => true,
-            Proof::Token(token) => token.require(Some(scope)).is_ok(),
-        }
+            Proof::Token(token) => token.require(permission.token_scope()).is_ok(),
+        };
+        by_proof && self.role.may(permission)
     }
 
     /// What the request came with.

@@ -13,7 +13,7 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::{
-    access::{Area, Operator, Routes, TargetDevice},
+    access::{Operator, Permission, Routes, TargetDevice},
     body::{self, Params, Path},
     errors::{ApiError, Result},
     sockets::events::ToOperator,
@@ -22,10 +22,10 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
-        .area(Area::Jobs)
-        .operator(routes!(quick_run))
-        .operator(routes!(history, clear))
-        .operator(routes!(one))
+        .operator(Permission::JobsLaunch, routes!(quick_run))
+        .operator(Permission::JobsRead, routes!(history))
+        .operator(Permission::JobsEdit, routes!(clear))
+        .operator(Permission::JobsRead, routes!(one))
 }
 
 /// A script to be run now.

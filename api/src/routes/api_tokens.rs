@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::auth::Done;
 use crate::{
-    access::{Operator, Routes},
+    access::{Operator, Permission, Routes},
     body::{self, Path},
     errors::Result,
     state::App,
@@ -17,10 +17,10 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
-        .operator(routes!(list, create))
-        .operator(routes!(revoke))
-        .admin(routes!(list_of_user))
-        .admin(routes!(revoke_of_user))
+        .operator(Permission::AccountManage, routes!(list, create))
+        .operator(Permission::AccountManage, routes!(revoke))
+        .operator(Permission::ApiTokensManage, routes!(list_of_user))
+        .operator(Permission::ApiTokensManage, routes!(revoke_of_user))
 }
 
 /// An API token; never the token itself.

@@ -12,7 +12,7 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::{
-    access::{Area, Operator, Routes},
+    access::{Operator, Permission, Routes},
     body::{OptionalJson, Params, Path},
     errors::Result,
     sockets::events::ToOperator,
@@ -21,12 +21,12 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
-        .area(Area::Devices)
-        .admin(routes!(codes, create_code))
-        .admin(routes!(delete_code))
-        .operator(routes!(list))
-        .operator(routes!(approve))
-        .operator(routes!(deny))
+        .operator(Permission::EnrollmentCodesRead, routes!(codes))
+        .operator(Permission::EnrollmentCodesEdit, routes!(create_code))
+        .operator(Permission::EnrollmentCodesEdit, routes!(delete_code))
+        .operator(Permission::ApprovalsRead, routes!(list))
+        .operator(Permission::ApprovalsDecide, routes!(approve))
+        .operator(Permission::ApprovalsDecide, routes!(deny))
 }
 
 /// The enrollment codes of all sites.

@@ -17,7 +17,7 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Area, Operator, Routes},
+    access::{Operator, Permission, Routes},
     body::{self, BodyLimit, Change, Params, Path, SentBack},
     errors::{ApiError, Result},
     page::Limit,
@@ -26,12 +26,13 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
-        .area(Area::Assemblies)
         .body(BodyLimit { bytes: BODY_MAX, values: VALUES_MAX })
-        .operator(routes!(list, create))
-        .operator(routes!(import))
-        .operator(routes!(export))
-        .operator(routes!(get, update, delete))
+        .operator(Permission::AssembliesRead, routes!(list))
+        .operator(Permission::AssembliesEdit, routes!(create))
+        .operator(Permission::AssembliesEdit, routes!(import))
+        .operator(Permission::AssembliesRead, routes!(export))
+        .operator(Permission::AssembliesRead, routes!(get))
+        .operator(Permission::AssembliesEdit, routes!(update, delete))
 }
 
 /// An assembly. Times are text without an offset, in UTC.

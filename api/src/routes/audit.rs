@@ -20,7 +20,7 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Area, Operator, Routes},
+    access::{Operator, Permission, Routes},
     body::{self, Params},
     errors::Result,
     page::Limit,
@@ -39,7 +39,7 @@ const EXPORT_MAX: i64 = 1_000_000;
 static LONG_READS: Semaphore = Semaphore::const_new(2);
 
 pub(super) fn routes(app: &App) -> Routes {
-    Routes::new(app.clone()).area(Area::ReadOnly).admin(routes!(list)).admin(routes!(check))
+    Routes::new(app.clone()).operator(Permission::AuditRead, routes!(list)).operator(Permission::AuditRead, routes!(check))
 }
 
 /// Which events.

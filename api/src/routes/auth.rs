@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use crate::{
     access::{
-        Area, Operator, Routes,
+        Operator, Permission, Routes,
         client::{self, Caller, Carrier},
         operator,
     },
@@ -36,14 +36,13 @@ pub(super) fn routes(app: &App) -> Routes {
         .anonymous(routes!(login))
         .anonymous(routes!(mfa_verify))
         .anonymous(routes!(logout))
-        .operator(routes!(step_up))
-        .operator(routes!(password_reset))
-        .operator(routes!(mfa_reset))
-        .operator(routes!(recovery_codes_left, make_recovery_codes))
-        .operator(routes!(own_sessions, end_other_sessions))
-        .operator(routes!(end_session))
-        .area(Area::ReadOnly)
-        .operator(routes!(me))
+        .operator(Permission::AccountManage, routes!(step_up))
+        .operator(Permission::AccountManage, routes!(password_reset))
+        .operator(Permission::AccountManage, routes!(mfa_reset))
+        .operator(Permission::AccountManage, routes!(recovery_codes_left, make_recovery_codes))
+        .operator(Permission::AccountManage, routes!(own_sessions, end_other_sessions))
+        .operator(Permission::AccountManage, routes!(end_session))
+        .operator(Permission::AccountRead, routes!(me))
 }
 
 /// `{"status":"ok"}`.

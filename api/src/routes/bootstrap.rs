@@ -11,7 +11,7 @@ use utoipa_axum::routes;
 use super::auth::{Head, MfaCode, MfaRequired, SignInAnswer};
 use crate::{
     access::{
-        Operator, Routes,
+        Operator, Permission, Routes,
         client::{self, Caller, Installer},
     },
     body,
@@ -27,9 +27,9 @@ pub(super) fn routes(app: &App) -> Routes {
         .anonymous(routes!(admin_setup))
         .anonymous(routes!(admin_recover))
         .anonymous(routes!(admin_verify))
-        .operator(routes!(aegis_status))
-        .admin(routes!(aegis_rotate))
-        .admin(routes!(aegis_force_reset))
+        .operator(Permission::SecretsRead, routes!(aegis_status))
+        .operator(Permission::SecretsManage, routes!(aegis_rotate))
+        .operator(Permission::SecretsManage, routes!(aegis_force_reset))
 }
 
 /// How far the set-up is.
@@ -186,7 +186,7 @@ struct AegisStatus {
     /// Epoch seconds of its last change; 0 before set-up.
     updated_at: i64,
     /// The caller's role.
-    user_role: String,
+    user_role: &'static str,
 }
 
 /// The state of the secret store.
@@ -207,7 +207,7 @@ impl AegisStatus {
             unlock_scope: "engine_global",
             secret_scope: aegis::PROTECTED.to_vec(),
             updated_at: updated_at.map(|at| at.timestamp()).unwrap_or(0),
-            user_role: operator.role,
+            user_role: operator.role.as_str(),
         })
     }
 }

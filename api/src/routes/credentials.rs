@@ -12,7 +12,7 @@ use utoipa_axum::routes;
 
 use super::auth::Done;
 use crate::{
-    access::{Area, Operator, Routes},
+    access::{Operator, Permission, Routes},
     body::{self, Path, SentBack},
     errors::Result,
     state::App,
@@ -20,12 +20,11 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
-        .area(Area::ReadOnly)
-        .operator(routes!(list))
-        .operator(routes!(get))
-        .admin(routes!(create))
-        .admin(routes!(update))
-        .admin(routes!(delete))
+        .operator(Permission::CredentialsRead, routes!(list))
+        .operator(Permission::CredentialsRead, routes!(get))
+        .operator(Permission::CredentialsEdit, routes!(create))
+        .operator(Permission::CredentialsEdit, routes!(update))
+        .operator(Permission::CredentialsEdit, routes!(delete))
 }
 
 /// A credential. Its secrets never leave the engine through this API.

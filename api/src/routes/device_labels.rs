@@ -11,7 +11,7 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Area, Operator, Routes, TargetDevice},
+    access::{Operator, Permission, Routes, TargetDevice},
     body::{Json, Params},
     errors::Result,
     sockets::events::ToOperator,
@@ -20,10 +20,9 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
-        .area(Area::Devices)
-        .operator(routes!(search))
-        .operator(routes!(describe))
-        .operator(routes!(approve_hostname))
+        .operator(Permission::DevicesRead, routes!(search))
+        .operator(Permission::DevicesEdit, routes!(describe))
+        .operator(Permission::DevicesEdit, routes!(approve_hostname))
 }
 
 #[derive(Debug, Default, Deserialize, IntoParams)]

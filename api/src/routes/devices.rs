@@ -8,7 +8,7 @@ use utoipa::IntoParams;
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Area, Operator, Routes, TargetDevice},
+    access::{Operator, Permission, Routes, TargetDevice},
     body::{self, Params},
     errors::Result,
     large::Encodings,
@@ -17,11 +17,10 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
-        .area(Area::Devices)
-        .operator(routes!(devices))
-        .operator(routes!(device))
-        .operator(routes!(details))
-        .operator(routes!(agents))
+        .operator(Permission::DevicesRead, routes!(devices))
+        .operator(Permission::DevicesRead, routes!(device))
+        .operator(Permission::DevicesRead, routes!(details))
+        .operator(Permission::DevicesRead, routes!(agents))
 }
 
 #[derive(Debug, Default, Deserialize, IntoParams)]

@@ -16,7 +16,7 @@ use utoipa_axum::routes;
 
 use super::auth::Done;
 use crate::{
-    access::{Area, Operator, Routes},
+    access::{Operator, Permission, Routes},
     body::{self, Path},
     errors::Result,
     state::App,
@@ -24,14 +24,14 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
-        .area(Area::ReadOnly)
-        .admin(routes!(list, create))
-        .admin(routes!(update, delete))
-        .admin(routes!(certificate))
-        .admin(routes!(test))
-        .admin(routes!(lookup_user))
-        .admin(routes!(sync))
-        .admin(routes!(directory_cache))
+        .operator(Permission::DirectoryRead, routes!(list))
+        .operator(Permission::DirectoryEdit, routes!(create))
+        .operator(Permission::DirectoryEdit, routes!(update, delete))
+        .operator(Permission::DirectoryEdit, routes!(certificate))
+        .operator(Permission::DirectoryEdit, routes!(test))
+        .operator(Permission::DirectoryEdit, routes!(lookup_user))
+        .operator(Permission::DirectoryEdit, routes!(sync))
+        .operator(Permission::DirectoryEdit, routes!(directory_cache))
 }
 
 /// A group and the role it gives.

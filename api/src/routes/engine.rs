@@ -6,12 +6,12 @@ use utoipa::ToSchema;
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Area, Routes},
+    access::{Permission, Routes},
     state::App,
 };
 
 pub(super) fn routes(app: &App) -> Routes {
-    Routes::new(app.clone()).area(Area::ReadOnly).operator(routes!(hold))
+    Routes::new(app.clone()).operator(Permission::EngineRead, routes!(hold))
 }
 
 /// Whether the engine is held.

@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Area, Operator, Routes},
+    access::{Operator, Permission, Routes},
     body,
     errors::Result,
     github::{Verdict, verify},
@@ -18,7 +18,9 @@ use crate::{
 };
 
 pub(super) fn routes(app: &App) -> Routes {
-    Routes::new(app.clone()).area(Area::ReadOnly).admin(routes!(status, update))
+    Routes::new(app.clone())
+        .operator(Permission::IntegrationsRead, routes!(status))
+        .operator(Permission::IntegrationsEdit, routes!(update))
 }
 
 /// The token and what GitHub says of it.

@@ -12,7 +12,7 @@ use utoipa_axum::routes;
 
 use super::auth::{Head, SignInAnswer, require_login_phase};
 use crate::{
-    access::{Operator, Routes, client::Caller},
+    access::{Operator, Permission, Routes, client::Caller},
     body::{self, Path},
     errors::Result,
     state::App,
@@ -22,10 +22,10 @@ pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
         .anonymous(routes!(authenticate_options))
         .anonymous(routes!(authenticate_verify))
-        .operator(routes!(register_options))
-        .operator(routes!(register_verify))
-        .operator(routes!(list))
-        .operator(routes!(rename, remove))
+        .operator(Permission::AccountManage, routes!(register_options))
+        .operator(Permission::AccountManage, routes!(register_verify))
+        .operator(Permission::AccountManage, routes!(list))
+        .operator(Permission::AccountManage, routes!(rename, remove))
 }
 
 fn party(app: &App) -> Result<RelyingParty> {

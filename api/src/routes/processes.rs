@@ -12,14 +12,14 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Area, Routes, TargetDevice},
+    access::{Permission, Routes, TargetDevice},
     body::Params,
     errors::Result,
     state::App,
 };
 
 pub(super) fn routes(app: &App) -> Routes {
-    Routes::new(app.clone()).area(Area::Devices).operator(routes!(list))
+    Routes::new(app.clone()).operator(Permission::DevicesRead, routes!(list))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]

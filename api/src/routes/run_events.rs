@@ -21,7 +21,7 @@ use uuid::Uuid;
 use super::runs::run_id;
 use crate::{
     access::{
-        Area, Operator, Routes,
+        Operator, Permission, Routes,
         client::{self, Carrier},
         operator,
     },
@@ -41,7 +41,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const UNBUFFERED: (HeaderName, &str) = (HeaderName::from_static("x-accel-buffering"), "no");
 
 pub(super) fn routes(app: &App) -> Routes {
-    Routes::new(app.clone()).area(Area::Jobs).operator(routes!(events))
+    Routes::new(app.clone()).operator(Permission::JobsRead, routes!(events))
 }
 
 /// A transition of a run.

@@ -11,7 +11,7 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::{
-    access::{Area, Operator, Routes},
+    access::{Operator, Permission, Routes},
     body::{OptionalJson, Params, Path},
     errors::Result,
     page::Limit,
@@ -23,11 +23,10 @@ const PAGE_DEFAULT: i64 = 50;
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
-        .area(Area::Jobs)
-        .operator(routes!(list))
-        .operator(routes!(get))
-        .operator(routes!(cancel))
-        .operator(routes!(retry))
+        .operator(Permission::JobsRead, routes!(list))
+        .operator(Permission::JobsRead, routes!(get))
+        .operator(Permission::JobsLaunch, routes!(cancel))
+        .operator(Permission::JobsLaunch, routes!(retry))
 }
 
 /// A workflow run.

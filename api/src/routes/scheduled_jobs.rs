@@ -24,7 +24,7 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
 use crate::{
-    access::{Area, Operator, Routes},
+    access::{Operator, Permission, Routes},
     body::{self, Change, OptionalJson, Params, Path, SentBack},
     errors::{ApiError, Result},
     page::Limit,
@@ -40,16 +40,18 @@ const DAYS_MAX: i32 = 3_660;
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
-        .area(Area::Jobs)
-        .operator(routes!(list, create))
-        .operator(routes!(preview))
-        .operator(routes!(get, update, delete))
-        .operator(routes!(toggle))
-        .operator(routes!(rerun))
-        .operator(routes!(retry_failed))
-        .operator(routes!(runs, clear_runs))
-        .operator(routes!(cancel_run))
-        .operator(routes!(devices))
+        .operator(Permission::JobsRead, routes!(list))
+        .operator(Permission::JobsEdit, routes!(create))
+        .operator(Permission::JobsRead, routes!(preview))
+        .operator(Permission::JobsRead, routes!(get))
+        .operator(Permission::JobsEdit, routes!(update, delete))
+        .operator(Permission::JobsEdit, routes!(toggle))
+        .operator(Permission::JobsLaunch, routes!(rerun))
+        .operator(Permission::JobsLaunch, routes!(retry_failed))
+        .operator(Permission::JobsRead, routes!(runs))
+        .operator(Permission::JobsEdit, routes!(clear_runs))
+        .operator(Permission::JobsLaunch, routes!(cancel_run))
+        .operator(Permission::JobsRead, routes!(devices))
 }
 
 /// A schedule. `start` and `end` are epoch seconds or ISO 8601 text; text without an offset is wall time in `timezone`.

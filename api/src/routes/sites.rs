@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use axum::{Json, extract::State, http::StatusCode};
 use borealis_engine::{
     Error, Kind,
-    access::api_tokens::TokenScope,
     sites::{self, CODE_MAX_DAYS, CodeDays},
 };
 use chrono::{DateTime, Utc};
@@ -15,7 +14,7 @@ use utoipa_axum::routes;
 
 use super::auth::Done;
 use crate::{
-    access::{Area, Operator, Routes},
+    access::{Operator, Permission, Routes},
     body::{self, Params, Path},
     errors::Result,
     state::App,
@@ -23,16 +22,15 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
-        .area(Area::Sites)
-        .operator(routes!(list))
-        .admin(routes!(create))
-        .operator(routes!(get))
-        .admin(routes!(delete))
-        .operator(routes!(device_map))
-        .admin(routes!(assign))
-        .admin(routes!(rename))
-        .admin(routes!(rotate_enrollment_code))
-        .admin(routes!(auto_approval))
+        .operator(Permission::SitesRead, routes!(list))
+        .operator(Permission::SitesEdit, routes!(create))
+        .operator(Permission::SitesRead, routes!(get))
+        .operator(Permission::SitesEdit, routes!(delete))
+        .operator(Permission::SitesRead, routes!(device_map))
+        .operator(Permission::SitesEdit, routes!(assign))
+        .operator(Permission::SitesEdit, routes!(rename))
+        .operator(Permission::SitesEdit, routes!(rotate_enrollment_code))
+        .operator(Permission::SitesEdit, routes!(auto_approval))
 }
 
 /// A site.
@@ -94,7 +92,7 @@ struct SitesQuery {
 
 /// A site as this operator may see it. With a code machines are brought in: it is for those who could make one.
 fn shown(operator: &Operator, mut site: sites::Site) -> Site {
-    if !(operator.is_admin() && operator.may(TokenScope::SitesWrite)) {
+    if !operator.may(Permission::SitesEdit) {
         site.enrollment_code.clear();
     }
     site.into()

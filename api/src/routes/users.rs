@@ -16,7 +16,7 @@ use utoipa_axum::routes;
 
 use super::{auth::Done, sites::Site};
 use crate::{
-    access::{Area, Operator, Routes},
+    access::{Operator, Permission, Routes},
     body::{self, Path},
     errors::Result,
     state::App,
@@ -24,14 +24,14 @@ use crate::{
 
 pub(super) fn routes(app: &App) -> Routes {
     Routes::new(app.clone())
-        .area(Area::ReadOnly)
-        .admin(routes!(list, create))
-        .admin(routes!(delete))
-        .admin(routes!(reset_password))
-        .admin(routes!(role))
-        .admin(routes!(mfa))
-        .admin(routes!(selection))
-        .admin(routes!(assign))
+        .operator(Permission::UsersRead, routes!(list))
+        .operator(Permission::UsersEdit, routes!(create))
+        .operator(Permission::UsersEdit, routes!(delete))
+        .operator(Permission::UsersEdit, routes!(reset_password))
+        .operator(Permission::UsersEdit, routes!(role))
+        .operator(Permission::UsersEdit, routes!(mfa))
+        .operator(Permission::UsersRead, routes!(selection))
+        .operator(Permission::UsersEdit, routes!(assign))
 }
 
 /// A user.

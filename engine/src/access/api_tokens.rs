@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::{
     sessions::{self, Session, TOUCH_AFTER_S},
     sign_in,
+    users::Role,
 };
 use crate::{
     audit::{self, Entry},
@@ -85,8 +86,8 @@ pub struct ApiToken {
     pub user_id: i64,
     /// The owner's name, as stored.
     pub username: String,
-    /// `Admin` or `User`, from the owner's row now.
-    pub role: String,
+    /// From the owner's row now.
+    pub role: Role,
     /// Whether the owner must choose a password before anything else.
     pub password_change_required: bool,
     /// What the owner may see.
@@ -157,13 +158,14 @@ pub async fn find(pool: &db::Pool, token: &str, ip: &str) -> Result<Option<ApiTo
         .execute(pool)
         .await?;
     }
+    let role = Role::parse(&row.role)?;
     Ok(Some(ApiToken {
         id: row.id,
         name: row.name,
         user_id: row.user_id,
         username: row.username,
-        scope: if row.role == "Admin" { Scope::All } else { Scope::Sites(row.site_ids) },
-        role: row.role,
+        scope: if role == Role::Admin { Scope::All } else { Scope::Sites(row.site_ids) },
+        role,
         password_change_required: row.password_change_required,
         scopes: row.scopes,
     }))

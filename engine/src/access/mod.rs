@@ -19,6 +19,7 @@ pub mod limits;
 pub mod mfa;
 pub mod passkeys;
 pub mod passwords;
+pub mod permissions;
 pub mod recovery_codes;
 pub mod sessions;
 pub mod setup_token;

@@ -5,6 +5,7 @@ use chrono::{DateTime, Utc};
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
+use super::users::Role;
 use crate::{
     db,
     error::{Error, Kind, Result},
@@ -51,8 +52,8 @@ pub struct Session {
     pub user_id: i64,
     /// The user's name, as stored.
     pub username: String,
-    /// `Admin` or `User`, from the user's row now.
-    pub role: String,
+    /// From the user's row now.
+    pub role: Role,
     /// When the user last proved again who they are.
     pub stepped_up_at: Option<DateTime<Utc>>,
     /// Whether the user must choose a password of their own before anything else.
@@ -143,12 +144,13 @@ pub async fn find(pool: &db::Pool, token: &str, lifetimes: Lifetimes) -> Result<
     .fetch_optional(pool)
     .await?;
     let Some(row) = row else { return Ok(None) };
+    let role = Role::parse(&row.role)?;
     let session = Session {
         id: row.id,
         user_id: row.user_id,
         username: row.username,
-        scope: if row.role == "Admin" { Scope::All } else { Scope::Sites(row.site_ids) },
-        role: row.role,
+        scope: if role == Role::Admin { Scope::All } else { Scope::Sites(row.site_ids) },
+        role,
         stepped_up_at: row.stepped_up_at,
         password_change_required: row.password_change_required,
         key_id: row.key_id,
