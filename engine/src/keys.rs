@@ -45,6 +45,7 @@ use crate::{
     state_dir,
 };
 
+mod eddsa;
 mod files;
 pub mod rotation;
 
@@ -396,6 +397,7 @@ impl Rotating {
         let text = |secret: &Option<Secret<String>>| secret.as_ref().map(|secret| Zeroizing::new(secret.expose().clone()));
         let (next, previous) = (text(&next), text(&previous));
         let token_kid = kid(&spki(&current.verifying_key())?);
+        eddsa::install();
         let script = read_signing_key(&secrets_dir.join(format!("{SCRIPT_KEY}.pem")))?;
         let script_spki = STANDARD.encode(spki(&script.verifying_key())?);
         let successions = Successions::read(secrets_dir)?;
@@ -518,6 +520,8 @@ fn verifier(key: &VerifyingKey) -> Result<(String, DecodingKey)> {
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
+    use hmac::{Hmac, KeyInit as _, Mac as _};
+
     use super::*;
 
     fn keys() -> (tempfile::TempDir, Keys) {
@@ -631,7 +635,11 @@ mod tests {
         let mut header = Header::new(Algorithm::HS256);
         header.kid = Some(keys.rotating().token_kid.clone());
         for secret in [own.verifying_key().as_bytes().to_vec(), spki(&own.verifying_key()).unwrap()] {
-            let confused = jsonwebtoken::encode(&header, &good, &EncodingKey::from_secret(&secret)).unwrap();
+            let part = |value: &serde_json::Value| URL_SAFE_NO_PAD.encode(value.to_string());
+            let message = format!("{}.{}", part(&serde_json::to_value(&header).unwrap()), part(&good));
+            let mut mac = Hmac::<Sha256>::new_from_slice(&secret).unwrap();
+            mac.update(message.as_bytes());
+            let confused = format!("{message}.{}", URL_SAFE_NO_PAD.encode(mac.finalize().into_bytes()));
             assert_eq!(code(verify(&confused)), "invalid_token");
         }
 

@@ -265,3 +265,103 @@ fn every_checked_query_is_in_the_sources() {
     }
     assert!(unused.is_empty(), "no source has these; remove them: {unused:#?}");
 }
+
+/// A promise that names its test is kept by that test. What the docs write in backticks with three underscores or more is the name of a
+/// function.
+#[test]
+fn tests_that_the_docs_name_exist() {
+    let functions: BTreeSet<String> = ["agent", "api", "engine", "tasks", "telemetry", "tests", "workers", "workflows"]
+        .iter()
+        .flat_map(|folder| sources(folder))
+        .flat_map(|(_, text)| {
+            let names = text.split("fn ").skip(1).map(|rest| rest.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next());
+            names.flatten().map(str::to_owned).collect::<Vec<_>>()
+        })
+        .collect();
+    let docs = root().join("docs");
+    let mut pages = vec![docs.join("security.md"), docs.join("architecture.md")];
+    pages.extend(std::fs::read_dir(docs.join("compatibility")).expect("the folder").map(|file| file.expect("a file").path()));
+    let (mut named, mut missing) = (0, Vec::new());
+    for page in pages {
+        let text = std::fs::read_to_string(&page).expect("a page");
+        for name in text.split('`').skip(1).step_by(2) {
+            let is_name =
+                name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_') && name.matches('_').count() >= 3;
+            if is_name {
+                named += 1;
+                if !functions.contains(name) {
+                    missing.push(format!("{}: {name}", page.display()));
+                }
+            }
+        }
+    }
+    assert!(named > 100, "{named}");
+    assert!(missing.is_empty(), "{missing:#?}");
+}
+
+/// Licences under which a dependency may be used, as SPDX names them.
+const LICENCES: [&str; 12] = [
+    "0BSD",
+    "Apache-2.0",
+    "Apache-2.0 WITH LLVM-exception",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "BSL-1.0",
+    "CC0-1.0",
+    "ISC",
+    "MIT",
+    "MPL-2.0",
+    "Unicode-3.0",
+    "Zlib",
+];
+/// Crates that name no licence and have the text of MIT in a file.
+const MIT_BY_FILE: [&str; 1] = ["apalis-postgres"];
+/// How many crates may be linked in two versions. Each costs time at every first build; what is added for one has to go for another.
+const TWICE_MAX: usize = 32;
+
+/// Whether an expression of SPDX can be met with [`LICENCES`]. The older form has `/` for OR.
+fn is_allowed(expression: &str) -> bool {
+    let expression = expression.replace('/', " OR ").replace(['(', ')'], "");
+    // AND binds closer than OR but in brackets, of which there is one kind: `(A OR B) AND C`.
+    expression.split(" AND ").all(|all| all.split(" OR ").any(|one| LICENCES.contains(&one.trim())))
+}
+
+#[test]
+fn dependencies_may_be_used_and_come_from_the_registry() {
+    let metadata = metadata();
+    let linked: BTreeSet<&str> = metadata["resolve"]["nodes"]
+        .as_array()
+        .expect("a resolved graph")
+        .iter()
+        .filter_map(|node| node["id"].as_str())
+        .collect();
+    let mut versions: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    let mut wrong = Vec::new();
+    let packages = metadata["packages"].as_array().expect("packages").iter();
+    for package in packages.filter(|package| package["id"].as_str().is_some_and(|id| linked.contains(id))) {
+        let text = |field: &str| package[field].as_str().unwrap_or_default();
+        let (name, version) = (text("name"), text("version"));
+        versions.entry(name).or_default().insert(version);
+        let Some(source) = package["source"].as_str() else { continue };
+        if source != "registry+https://github.com/rust-lang/crates.io-index" {
+            wrong.push(format!("{name} {version} comes from {source}"));
+        }
+        if !is_allowed(text("license")) && !MIT_BY_FILE.contains(&name) {
+            wrong.push(format!("{name} {version} is under {:?}", text("license")));
+        }
+    }
+    assert!(versions.len() > 300, "{}", versions.len());
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    let twice: Vec<&&str> = versions.iter().filter(|(_, versions)| versions.len() > 1).map(|(name, _)| name).collect();
+    assert!(twice.len() <= TWICE_MAX, "{} crates are linked in two versions: {twice:?}", twice.len());
+    for (expression, allowed) in [
+        ("MIT", true),
+        ("GPL-3.0", false),
+        ("GPL-3.0 OR MIT", true),
+        ("MIT AND GPL-3.0", false),
+        ("(MIT OR Apache-2.0) AND Unicode-3.0", true),
+        ("", false),
+    ] {
+        assert_eq!(is_allowed(expression), allowed, "{expression}");
+    }
+}

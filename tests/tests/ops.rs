@@ -305,3 +305,40 @@ async fn a_failed_start_leaves_no_postgres_behind() {
         panic!("its Postgres {pid} runs on");
     }
 }
+
+#[tokio::test]
+async fn a_crash_leaves_no_core_dump_with_secrets_in_it() {
+    use std::os::unix::process::ExitStatusExt;
+    let folder = tempfile::tempdir().unwrap();
+    let crash = |script: String| {
+        let mut command = std::process::Command::new("sh");
+        command.arg("-c").arg(format!("ulimit -c unlimited; exec {script}")).current_dir(folder.path()).env_clear();
+        command.env("DATABASE_URL", "postgres://nobody@127.0.0.1:1/none").env("BOREALIS_STATE_DIR", folder.path());
+        command.env("BOREALIS_ENGINE_SECRET_FILE", folder.path().join("secrets/engine.secret")).env("PATH", "/usr/bin:/bin");
+        let port = free_port();
+        command.env("BOREALIS_LISTEN", format!("127.0.0.1:{port}"));
+        command.env("BOREALIS_INTERNAL_LISTEN", format!("127.0.0.1:{}", free_port()));
+        command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        (command.spawn().unwrap(), port)
+    };
+    let dumped = |mut child: std::process::Child| {
+        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGABRT).unwrap();
+        let status = child.wait().unwrap();
+        assert_eq!(status.signal(), Some(Signal::SIGABRT as i32));
+        status.core_dumped()
+    };
+    // Without our care there is one, where this machine makes any.
+    let (sleeper, _) = crash("sleep 60".to_owned());
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let made_here = dumped(sleeper);
+    let (api, port) = crash(format!("{} serve", borealis_tests::processes::built("borealis-api").display()));
+    eventually("the API listens", SOON, async || tokio::net::TcpStream::connect(("127.0.0.1", port)).await.ok()).await;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", api.id())).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"], "{core}");
+    assert!(!dumped(api), "a core dump of the API");
+    let (worker, _) = crash(format!("{} run", borealis_tests::processes::built("borealis-worker").display()));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(!dumped(worker), "a core dump of the worker");
+    eprintln!("this machine makes core dumps: {made_here}");
+}
