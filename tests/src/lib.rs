@@ -6,6 +6,7 @@ pub mod agent;
 pub mod bench;
 pub mod browser;
 pub mod chaos;
+pub mod crons;
 pub mod database;
 pub mod demo;
 pub mod directory;

@@ -16,75 +16,12 @@ use borealis_engine::{
     jobs::schedule::{PREVIEW_MAX, Schedule},
     time_zones,
 };
+use borealis_tests::crons::{ZONES, cron, schedule};
 use chrono::{DateTime, Utc};
-use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-/// Zones with all kinds of changes: of an hour, of half an hour, of two hours, of a day; at midnight, in the southern hemisphere, for the
-/// month of Ramadan, for good; and without any.
-const ZONES: [&str; 60] = [
-    "Africa/Cairo",
-    "Africa/Casablanca",
-    "Africa/El_Aaiun",
-    "Africa/Juba",
-    "Africa/Lagos",
-    "Africa/Sao_Tome",
-    "America/Adak",
-    "America/Anchorage",
-    "America/Asuncion",
-    "America/Bogota",
-    "America/Caracas",
-    "America/Chicago",
-    "America/Chihuahua",
-    "America/Ciudad_Juarez",
-    "America/Halifax",
-    "America/Havana",
-    "America/Los_Angeles",
-    "America/Mexico_City",
-    "America/New_York",
-    "America/Nuuk",
-    "America/Phoenix",
-    "America/Port-au-Prince",
-    "America/Santiago",
-    "America/Sao_Paulo",
-    "America/Scoresbysund",
-    "America/St_Johns",
-    "America/Vancouver",
-    "America/Whitehorse",
-    "Antarctica/Casey",
-    "Antarctica/Troll",
-    "Antarctica/Vostok",
-    "Asia/Almaty",
-    "Asia/Amman",
-    "Asia/Beirut",
-    "Asia/Damascus",
-    "Asia/Gaza",
-    "Asia/Jerusalem",
-    "Asia/Kathmandu",
-    "Asia/Kolkata",
-    "Asia/Manila",
-    "Asia/Singapore",
-    "Asia/Tehran",
-    "Asia/Tokyo",
-    "Australia/Adelaide",
-    "Australia/Eucla",
-    "Australia/Lord_Howe",
-    "Australia/Sydney",
-    "Etc/GMT+12",
-    "Europe/Berlin",
-    "Europe/Dublin",
-    "Europe/Istanbul",
-    "Europe/Lisbon",
-    "Europe/Volgograd",
-    "Pacific/Apia",
-    "Pacific/Auckland",
-    "Pacific/Chatham",
-    "Pacific/Easter",
-    "Pacific/Fiji",
-    "Pacific/Kiritimati",
-    "Pacific/Norfolk",
-];
 /// The years whose changes are looked at.
 const YEARS: [i32; 2] = [2019, 2029];
 /// How many instants are compared from a random start on.
@@ -92,11 +29,6 @@ const FIRST: usize = 1_000;
 
 fn at(minute: i64) -> DateTime<Utc> {
     DateTime::from_timestamp(minute * 60, 0).expect("an instant")
-}
-
-fn schedule(cron: &str, zone: &str) -> Option<Schedule> {
-    let input = json!({"type": "cron", "cron": cron, "timezone": zone});
-    Schedule::parse(&serde_json::from_value(input).expect("an input"), at(0)).ok()
 }
 
 /// The minutes at which a schedule is due, from `from` on.
@@ -114,36 +46,6 @@ fn digest(minutes: &[i64]) -> String {
         let _ = write!(hex, "{byte:02x}");
         hex
     })
-}
-
-fn field(random: &mut StdRng, low: u32, high: u32, names: &[&str]) -> String {
-    let mut number = || random.random_range(low..=high);
-    let (one, other) = (number(), number());
-    match random.random_range(0..10) {
-        0..3 => "*".to_owned(),
-        3..5 => format!("*/{}", random.random_range(1..=12.min(high))),
-        5 => format!("{}-{}", one.min(other), one.max(other)),
-        6 => format!("{}-{}/{}", one.min(other), one.max(other), random.random_range(1..=5)),
-        7 if !names.is_empty() => {
-            let name = |number: u32| names[(number - low) as usize % names.len()];
-            format!("{}-{}", name(one), name(other))
-        }
-        _ => {
-            let list = std::iter::once(one).chain((0..random.random_range(0..3)).map(|_| random.random_range(low..=high)));
-            list.map(|number| number.to_string()).collect::<Vec<_>>().join(",")
-        }
-    }
-}
-
-fn cron(random: &mut impl Rng) -> String {
-    const MONTHS: [&str; 12] = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"];
-    const WEEKDAYS: [&str; 7] = ["SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"];
-    let mut random = StdRng::from_rng(random);
-    let days = if random.random_bool(0.5) { "*".to_owned() } else { field(&mut random, 1, 31, &[]) };
-    let months = if random.random_bool(0.7) { "*".to_owned() } else { field(&mut random, 1, 12, &MONTHS) };
-    let weekdays = if random.random_bool(0.5) { "*".to_owned() } else { field(&mut random, 0, 6, &WEEKDAYS) };
-    let (minutes, hours) = (field(&mut random, 0, 59, &[]), field(&mut random, 0, 23, &[]));
-    format!("{minutes} {hours} {days} {months} {weekdays}")
 }
 
 /// A folder of compiled zones for both sides: those of the built-in copy.

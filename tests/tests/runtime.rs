@@ -332,6 +332,20 @@ async fn output_is_in_order_and_ends_with_the_lease() {
     second.write(&[("line", json!("good"))]).await.unwrap();
     assert_eq!(read((0, 2, 3)).await.len(), 1);
 
+    // A worker that stops lets go of the step, which then runs again as the same attempt: what it tells comes after.
+    let (stop, running) = world.workers.remove(0);
+    stop.cancel();
+    running.await.unwrap();
+    world.worker("w2", |_| {});
+    world.program.tells.notified().await;
+    let again: Vec<(i32, i64, Value)> = output::told(&world.database.pool, run, (0, 2, 4), 100)
+        .await
+        .unwrap()
+        .into_iter()
+        .map(|told| (told.attempt, told.n, told.data))
+        .collect();
+    assert_eq!(again, [(2, 5, json!("try 2")), (2, 6, json!("second"))]);
+
     // It goes with its run.
     let database = world.stop().await;
     database.execute("DELETE FROM workflow_runs").await;

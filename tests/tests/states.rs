@@ -1,4 +1,4 @@
-//! The words that tables and code share for states and kinds; and that what has ended stays as it ended.
+//! Tables and code agree: on the words of states and kinds, on what has ended, and on every checked query.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,6 +16,8 @@ use borealis_engine::{
 };
 use borealis_tests::TestDatabase;
 use borealis_workflows::runs;
+use serde_json::Value;
+use sqlx::{AssertSqlSafe, Column as _, Either, Executor as _, SqlSafeStr as _, Statement as _, TypeInfo as _};
 use strum::VariantArray;
 
 fn words<T: VariantArray + Copy + Into<&'static str>>() -> BTreeSet<String> {
@@ -134,4 +136,54 @@ async fn what_has_ended_stays_as_it_ended() {
         let done = sqlx::query(allowed).execute(&database.pool).await.expect(allowed);
         assert_eq!(done.rows_affected(), 1, "{allowed}");
     }
+}
+
+/// A type as `.sqlx` writes it, in the words of Postgres: `UuidArray` is `UUID[]`.
+fn type_name(written: &Value) -> String {
+    let name = written.as_str().or_else(|| written["Custom"]["name"].as_str()).unwrap_or_default();
+    match name.strip_suffix("Array") {
+        Some(element) => format!("{}[]", element.to_uppercase()),
+        None => name.to_uppercase(),
+    }
+}
+
+/// A build takes the types of parameters and columns from `.sqlx`; here they are compared with what Postgres says of each query. A query
+/// without a file does not build, and a file without a query fails the house tests.
+#[tokio::test]
+async fn checked_queries_are_fresh() {
+    let database = TestDatabase::start().await;
+    let mut conn = database.pool.acquire().await.unwrap();
+    let (mut count, mut wrong) = (0, Vec::new());
+    for file in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.sqlx")).expect("the checked queries") {
+        let path = file.expect("a file").path();
+        let checked: Value = serde_json::from_str(&std::fs::read_to_string(&path).expect("a file")).expect("a checked query");
+        let query = checked["query"].as_str().expect("a query");
+        let describe = &checked["describe"];
+        let listed = |list: &Value| list.as_array().cloned().unwrap_or_default();
+        let parameters: Vec<String> = listed(&describe["parameters"]["Left"]).iter().map(type_name).collect();
+        let columns: Vec<(String, String)> = listed(&describe["columns"])
+            .iter()
+            .map(|column| (column["name"].as_str().unwrap_or_default().to_owned(), type_name(&column["type_info"])))
+            .collect();
+        count += 1;
+        let statement = match (&mut *conn).prepare(AssertSqlSafe(query.to_owned()).into_sql_str()).await {
+            Ok(statement) => statement,
+            Err(error) => {
+                wrong.push(format!("{}: {error}", path.display()));
+                continue;
+            }
+        };
+        let name = |info: &sqlx::postgres::PgTypeInfo| info.name().to_uppercase();
+        let now: Vec<(String, String)> =
+            statement.columns().iter().map(|column| (column.name().to_owned(), name(column.type_info()))).collect();
+        let takes: Vec<String> = match statement.parameters() {
+            Some(Either::Left(types)) => types.iter().map(name).collect(),
+            _ => Vec::new(),
+        };
+        if (&now, &takes) != (&columns, &parameters) {
+            wrong.push(format!("{}: {takes:?} -> {now:?}, and written are {parameters:?} -> {columns:?}", path.display()));
+        }
+    }
+    assert!(count > 400, "{count}");
+    assert!(wrong.is_empty(), "run ./borealis prepare: {wrong:#?}");
 }

@@ -1,8 +1,11 @@
 //! `bench scheduler`: how late a thousand jobs of the same second begin among a hundred thousand, and what those cost that
 //! are not due.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use borealis_engine::jobs::schedule::PREVIEW_MAX;
+use chrono::Utc;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 use sqlx::AssertSqlSafe;
 
 use super::{
@@ -10,7 +13,7 @@ use super::{
     environment::{Database, machine, tree_cpu_seconds},
     reference,
 };
-use crate::{Child, probe};
+use crate::{Child, crons, probe};
 
 /// How much is measured.
 #[derive(Debug, Clone, clap::Args)]
@@ -46,6 +49,8 @@ pub async fn run(options: &Options) -> Report {
     let worker = environment.processes.start("test-worker", &[]);
     tokio::time::sleep(Duration::from_secs(3)).await;
 
+    previews(&mut report);
+
     let without = idle(&environment, &worker, options.idle).await;
     let later = "now() + interval '1 hour' + n * interval '0.5 second'";
     write(&database, options.jobs - options.due, later).await;
@@ -66,6 +71,25 @@ pub async fn run(options: &Options) -> Report {
         report.figure(format!("jobs begun a second, {round} time"), rate(&begun), "jobs/s");
     }
     report
+}
+
+/// How many random crons are previewed.
+const PREVIEWS: usize = 2_000;
+
+/// How long the next hundred instants of random crons take, each in a random zone.
+fn previews(report: &mut Report) {
+    let mut random = StdRng::seed_from_u64(1);
+    let mut took = Latencies::default();
+    while took.count() < PREVIEWS {
+        let (text, zone) = (crons::cron(&mut random), crons::ZONES[random.random_range(0..crons::ZONES.len())]);
+        let Some(schedule) = crons::schedule(&text, zone) else { continue };
+        let began = Instant::now();
+        let instants = schedule.preview(Utc::now(), PREVIEW_MAX);
+        took.add(began.elapsed());
+        std::hint::black_box(instants);
+    }
+    report.figure("preview of 100 instants of a cron, p50", took.percentile(50.0), "ms");
+    report.at_most(5.0, "preview of 100 instants of a cron, slowest", took.percentile(100.0), "ms");
 }
 
 /// The share of a core that worker and Postgres use while nothing happens.

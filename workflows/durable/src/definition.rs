@@ -388,8 +388,8 @@ pub struct StepContext<S> {
     pub(crate) state: Value,
     /// Everything else a step may use.
     pub services: Arc<S>,
-    /// The lease the step runs under.
-    pub(crate) token: Uuid,
+    /// Where it tells what happens.
+    pub(crate) output: Output,
     /// Fires when the run is cancelled, the lease is lost or the worker stops.
     pub(crate) stop: CancellationToken,
     /// The transaction that will commit this step, once the step has asked for it.
@@ -453,7 +453,7 @@ impl<S: Services> StepContext<S> {
     /// Where the step tells what happens while it runs.
     #[must_use]
     pub fn output(&self) -> Output {
-        Output::new(self.services.pool().clone(), self.run_id, self.token, self.seq, self.attempt)
+        self.output.clone()
     }
 
     /// The children of the run, in the order in which they were started.

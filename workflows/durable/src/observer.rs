@@ -18,7 +18,7 @@ pub trait Observer: Send + Sync {
 
 /// What a program wants to be told of one attempt of a step. It is dropped without a word when the process takes the run for lost.
 pub trait StepObserver: Send + Sync {
-    /// Runs the step.
+    /// Runs the step: awaits it to its end.
     fn around<'a>(&'a self, step: BoxFuture<'a, ()>) -> BoxFuture<'a, ()>;
 
     /// What became of it: a word, and whether something went wrong.
@@ -44,19 +44,16 @@ pub(crate) fn step(run: Uuid, workflow: &'static str, step: &'static str, attemp
 pub(crate) struct Observed(Option<Box<dyn StepObserver>>);
 
 impl Observed {
-    pub async fn around<T: Send>(&self, step: impl Future<Output = T> + Send) -> T {
-        let Some(observer) = &self.0 else { return step.await };
+    /// Runs a step. None when the observer did not.
+    pub async fn around<T: Send>(&self, step: impl Future<Output = T> + Send) -> Option<T> {
+        let Some(observer) = &self.0 else { return Some(step.await) };
         let (done, mut answer) = tokio::sync::oneshot::channel();
         let step = async {
             // The other end is below.
             let _ = done.send(step.await);
         };
         observer.around(Box::pin(step)).await;
-        match answer.try_recv() {
-            Ok(answer) => answer,
-            // An observer that does not run the step is a fault that no step can make up for: the run is recovered elsewhere.
-            Err(_) => std::future::pending().await,
-        }
+        answer.try_recv().ok()
     }
 
     pub fn committed(self, outcome: &'static str, went_wrong: bool) {

@@ -18,8 +18,8 @@ pub struct Output {
     token: Uuid,
     step_seq: i32,
     attempt: i32,
-    /// Held while something is written: what is told is in order.
-    next: Arc<Mutex<i64>>,
+    /// The number of what is told next, once it is known. Held while something is written: what is told is in order.
+    next: Arc<Mutex<Option<i64>>>,
 }
 
 /// One thing that was told.
@@ -41,7 +41,7 @@ pub struct Told {
 
 impl Output {
     pub(crate) fn new(pool: Pool, run_id: Uuid, token: Uuid, step_seq: i32, attempt: i32) -> Self {
-        Self { pool, run_id, token, step_seq, attempt, next: Arc::new(Mutex::new(1)) }
+        Self { pool, run_id, token, step_seq, attempt, next: Arc::default() }
     }
 
     /// Writes entries, each a kind and what it says, in one statement: all or none. They can be read from then on.
@@ -55,6 +55,21 @@ impl Output {
         }
         let count = i64::try_from(entries.len()).unwrap_or(i64::MAX);
         let mut next = self.next.lock().await;
+        let first = match *next {
+            Some(first) => first,
+            // A step that was told to stop runs again as the same attempt.
+            None => {
+                sqlx::query_scalar!(
+                    r#"SELECT coalesce(max(n), 0) + 1 AS "next!" FROM workflow_output WHERE run_id = $1 AND step_seq = $2 AND attempt = $3"#,
+                    self.run_id,
+                    self.step_seq,
+                    self.attempt,
+                )
+                .fetch_one(&self.pool)
+                .await?
+            }
+        };
+        *next = Some(first);
         let (kinds, data): (Vec<&str>, Vec<&Value>) = entries.iter().map(|(kind, data)| (*kind, data)).unzip();
         // The row is locked against whoever would take the run over, until what is told is written.
         let written = sqlx::query!(
@@ -71,7 +86,7 @@ impl Output {
             self.token,
             self.step_seq,
             self.attempt,
-            *next,
+            first,
             &kinds as &[&str],
             &data as &[&Value],
         )
@@ -80,7 +95,7 @@ impl Output {
         if written.held == 0 {
             return Err(StepError::Stopped);
         }
-        *next += count;
+        *next = Some(first + count);
         Ok(())
     }
 }

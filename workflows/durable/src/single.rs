@@ -13,7 +13,9 @@ use crate::{
     claim::Claim,
     commit::{Attempt, Commit, Written, transaction, write},
     definition::{Failure, Outcome, Registry, Services, StepContext, Wake, Workflow},
-    lease, worker,
+    lease,
+    output::Output,
+    worker,
 };
 
 pub use lease::Renewed;
@@ -65,8 +67,8 @@ impl Claim {
             wake: Wake::read(self.wake.as_ref()),
             input: self.input.clone(),
             state: self.state,
+            output: Output::new(services.pool().clone(), self.run_id, self.token, self.seq, self.attempt),
             services,
-            token: self.token,
             stop: place.stop,
             tx: None,
         };

@@ -34,7 +34,9 @@ use crate::{
     gate::Gate,
     lease::Leases,
     metrics::{self, METERS},
-    observer, recovery,
+    observer,
+    output::Output,
+    recovery,
     wakeup::Wakeup,
 };
 
@@ -243,14 +245,16 @@ async fn run_step<S: Services>(
         input: if next.is_some() { claim.input.clone() } else { std::mem::take(&mut claim.input) },
         state: std::mem::take(&mut claim.state),
         services: process.services.clone(),
-        token: claim.token,
+        output: Output::new(process.services.pool().clone(), run_id, claim.token, claim.seq, attempt),
         stop,
         tx: None,
     };
     let span = tracing::info_span!("step", %run_id, workflow = name, step = step_name, attempt);
     let traced = observer::step(run_id, name, step_name, attempt);
     let began = Instant::now();
-    let (answer, tx) = traced.around(tracing::Instrument::instrument(execute(step, context), span)).await;
+    let ran = traced.around(tracing::Instrument::instrument(execute(step, context), span)).await;
+    let (answer, tx) =
+        ran.unwrap_or_else(|| (Err(Failure::Final("internal_error: the observer did not run the step".to_owned())), None));
     let answered = Instant::now();
     meters.seconds.observe((answered - began).as_secs_f64());
     fault::point("after_effect", name, step_name);
