@@ -277,7 +277,8 @@ fn pattern(text: &str) -> String {
 }
 
 /// What there is to show of these devices, in this order; those outside `scope` are left out. The rows of a page are looked up by their
-/// keys: Postgres is not told how many there are, so that one kept plan is good for all. A long list reads each table once.
+/// keys: Postgres is not told how many there are, nor whether documents are wanted, so that one kept plan costs as much as any other and
+/// none is made anew. A long list reads each table once.
 async fn describe(pool: &db::Pool, scope: &Scope, guids: &[Uuid], shown: Shown) -> Result<Vec<Device>> {
     let query = sqlx::query_as!(
         Row,
@@ -302,7 +303,7 @@ async fn describe(pool: &db::Pool, scope: &Scope, guids: &[Uuid], shown: Shown) 
            LEFT JOIN live_system_sockets AS k ON k.device_guid = d.guid
            CROSS JOIN LATERAL presence(k.device_guid IS NOT NULL, d.last_seen, d.left_at) AS p
            LEFT JOIN sites AS s ON s.id = d.site_id
-           LEFT JOIN LATERAL (SELECT * FROM device_details WHERE device_guid = d.guid AND $3 LIMIT 1) AS x ON true
+           LEFT JOIN LATERAL (SELECT * FROM device_details WHERE device_guid = d.guid AND (SELECT $3::boolean) LIMIT 1) AS x ON true
            WHERE $2::bigint[] IS NULL OR d.site_id = ANY($2)
            ORDER BY wanted.at"#,
         guids,
