@@ -322,7 +322,7 @@ const TWICE_MAX: usize = 32;
 /// Whether an expression of SPDX can be met with [`LICENCES`]. The older form has `/` for OR.
 fn is_allowed(expression: &str) -> bool {
     let expression = expression.replace('/', " OR ").replace(['(', ')'], "");
-    // AND binds closer than OR but in brackets, of which there is one kind: `(A OR B) AND C`.
+    // Brackets are dropped and OR is read before AND: right for `(A OR B) AND C`, and never more lenient than SPDX.
     expression.split(" AND ").all(|all| all.split(" OR ").any(|one| LICENCES.contains(&one.trim())))
 }
 

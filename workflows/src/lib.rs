@@ -81,8 +81,8 @@ pub trait Agents: Send + Sync {
     /// was sent is marked, so a repetition sends nothing twice.
     async fn deliver(&self, devices: &[Uuid]) -> Result<()>;
 
-    /// Asks a device's agent and waits for what comes of it, at most for the call's time limit. It is sent at most once: whoever needs it
-    /// done must be able to ask again. A runtime without API processes reaches no agent.
+    /// Asks a device's agent and waits for what comes of it, at most for the call's time limit. It is sent at most once: a caller
+    /// that needs it done must be able to ask again. A runtime without API processes reaches no agent.
     async fn call(&self, device: Uuid, call: Spec, request: Value) -> Result<Outcome> {
         let _ = (device, call, request);
         Ok(Outcome::Away)

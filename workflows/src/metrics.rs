@@ -209,7 +209,7 @@ impl Tables {
         let zones = time_zones::current();
         LOOKED.zones_version.set(zones.version_number());
         LOOKED.zones_age.set(zones.age(Utc::now()).as_seconds_f64());
-        // Whoever comes while somebody looks sees what that one has found.
+        // A refresh that comes while another one runs shows the result of that one.
         let mut next = self.next.lock().await;
         if next.is_some_and(|next| Instant::now() < next) {
             return;

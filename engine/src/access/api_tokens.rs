@@ -267,7 +267,7 @@ pub async fn create(pool: &db::Pool, actor: &Actor, session: &Session, new: &New
     if live >= MAX {
         return Err(Error::conflict("too_many_tokens", format!("A user has at most {MAX} live API tokens; revoke one first.")));
     }
-    // From the session's row, looked at under the lock: whoever has just ended the session ended the user's tokens with it.
+    // From the session's row, read under the lock: a session that has just been ended took the user's tokens with it.
     let made = sqlx::query_as!(
         Listed,
         "INSERT INTO api_tokens (id, user_id, name, token_hash, hint, scopes, expires_at)

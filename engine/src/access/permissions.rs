@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_may_edit_may_read() {
+    fn edit_permissions_come_with_read_permissions() {
         for permission in Permission::VARIANTS {
             let Some((what, _)) = permission.as_str().split_once('.') else { panic!("{permission} has no dot") };
             let Ok(read) = format!("{what}.read").parse::<Permission>() else { continue };

@@ -1,5 +1,5 @@
-//! Recovery codes: for who has lost the authenticator app. Each stands once for a code of it at a sign-in, and for nothing else: a
-//! step-up takes the password.
+//! Recovery codes, for users who have lost the authenticator app. Each can be used once, in place of a code of the app, at sign-in only:
+//! a step-up takes the password.
 
 use chrono::{DateTime, Utc};
 use serde_json::json;

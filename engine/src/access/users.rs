@@ -391,14 +391,14 @@ pub async fn reset_password(
         // Else a stolen session could take the account without knowing its password.
         return Err(Error::invalid("cannot_reset_self", "Change your own password with POST /api/auth/password/reset."));
     }
-    let ended = begin_anew(&mut tx, vault, &user, &verifier).await?;
+    let ended = reset_sign_in(&mut tx, vault, &user, &verifier).await?;
     record(&mut tx, actor, "user.reset_password", user.id, json!({ "username": user.username })).await?;
     tx.commit().await?;
     Ok(ended)
 }
 
-/// Gives a local user a password that has to be changed, and takes everything else they signed in with.
-async fn begin_anew(tx: &mut db::Tx<'_>, vault: &Vault, user: &Named, verifier: &Secret<String>) -> Result<Vec<Uuid>> {
+/// Sets a password that the local user has to change, and removes their other ways to sign in.
+async fn reset_sign_in(tx: &mut db::Tx<'_>, vault: &Vault, user: &Named, verifier: &Secret<String>) -> Result<Vec<Uuid>> {
     if user.auth_source != "local" {
         return Err(directory_user());
     }
@@ -435,7 +435,7 @@ pub async fn recover(pool: &db::Pool, vault: &Vault, actor: &Actor, username: &s
     if user.role != Role::Admin.as_str() && !promote {
         return Err(Error::conflict("not_an_admin", format!("{} is no administrator.", user.username)));
     }
-    let ended = begin_anew(&mut tx, vault, &user, &verifier).await?;
+    let ended = reset_sign_in(&mut tx, vault, &user, &verifier).await?;
     sqlx::query!("UPDATE users SET role = 'Admin' WHERE id = $1", user.id).execute(&mut *tx).await?;
     let detail = json!({ "username": user.username, "role_before": user.role, "sessions": ended });
     record(&mut tx, actor, "user.recover", user.id, detail).await?;

@@ -71,7 +71,7 @@ impl Output {
         };
         *next = Some(first);
         let (kinds, data): (Vec<&str>, Vec<&Value>) = entries.iter().map(|(kind, data)| (*kind, data)).unzip();
-        // The row is locked against whoever would take the run over, until what is told is written.
+        // The row is locked until the entries are written, so that no other worker takes the run over meanwhile.
         let written = sqlx::query!(
             r#"WITH held AS (
                    SELECT r.id FROM workflow_runs r WHERE r.id = $1 AND r.lease_token = $2 FOR SHARE

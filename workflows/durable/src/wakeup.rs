@@ -1,7 +1,7 @@
 //! One LISTEN connection per process, shared by all its queues. Its session also holds the advisory locks that say which
 //! fetchers sleep, so that they end with it. A lost connection is made again; until then the fetchers poll.
 //!
-//! Whoever writes a hint notifies while a fetcher sleeps. A fetcher falls asleep only when no transaction that has written
+//! A transaction that writes a hint notifies while a fetcher sleeps. A fetcher falls asleep only when no transaction that has written
 //! a hint is under way, so there is no moment at which a hint is neither seen nor announced. The locks and why this holds:
 //! `docs/decisions/0008-no-wake-up-is-lost.md`.
 

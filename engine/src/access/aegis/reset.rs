@@ -64,7 +64,8 @@ impl Vault {
 
     async fn try_reset(&self, pool: &db::Pool, actor: &Actor) -> Result<Taken> {
         let mut tx = db::begin_wide(pool).await?;
-        // The row comes first: this waits for whoever is sealing, and nobody can begin to. What follows sees all that was sealed.
+        // The row is deleted first: this waits for transactions that are sealing, and no new one can begin. The statements below see all
+        // that was sealed.
         if sqlx::query!("DELETE FROM aegis").execute(&mut *tx).await?.rows_affected() == 0 {
             return Err(not_configured());
         }

@@ -111,7 +111,7 @@ fn is_authority(der: &[u8]) -> Result<bool> {
     Ok(constraints.is_some_and(|constraints| constraints.value.ca))
 }
 
-/// Which certificates are accepted, whoever signed them and whatever name they are for.
+/// Which certificates are accepted; neither the signer nor the name in them is checked.
 #[derive(Debug)]
 enum Accepted {
     /// These, while they are valid.
