@@ -49,7 +49,7 @@ pub fn complete(document: &mut OpenApi, table: &[Entry]) {
     components.schemas.insert(ERROR.to_owned(), error_schema());
     let descriptions = descriptions(&components.schemas);
     for entry in table {
-        let Entry { method, path, class, permission, token_scope, body_bytes, .. } = entry;
+        let Entry { method, path, class, permission, token_scope, body_bytes } = entry;
         let Some(item) = document.paths.paths.get_mut(path) else { continue };
         let operation = match method.as_str() {
             "GET" => item.get.as_mut(),

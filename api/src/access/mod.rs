@@ -62,8 +62,6 @@ pub struct Entry {
     pub token_scope: Option<TokenScope>,
     /// The most bytes its body may have, where it takes one.
     pub body_bytes: usize,
-    /// How long it may take until its answer begins, in seconds, beside the time that a large body needs.
-    pub deadline_s: u64,
 }
 
 /// A set of routes, each with its class.
@@ -72,26 +70,19 @@ pub struct Routes {
     table: Vec<Entry>,
     app: App,
     body: Option<BodyLimit>,
-    deadline: Duration,
 }
 
 impl Routes {
     /// No routes yet.
     #[must_use]
     pub fn new(app: App) -> Self {
-        Self { router: OpenApiRouter::new(), table: Vec::new(), app, body: None, deadline: DEADLINE }
+        Self { router: OpenApiRouter::new(), table: Vec::new(), app, body: None }
     }
 
     /// Says how large the bodies of the routes added from here on may be, where that is not what is usual for their class.
     #[must_use]
     pub fn body(self, limit: BodyLimit) -> Self {
         Self { body: Some(limit), ..self }
-    }
-
-    /// Says how long the routes added from here on may take until their answer begins, where that is not [`DEADLINE`].
-    #[must_use]
-    pub fn deadline(self, deadline: Duration) -> Self {
-        Self { deadline, ..self }
     }
 
     /// Adds routes anybody may call.
@@ -133,12 +124,10 @@ impl Routes {
                     permission,
                     token_scope: permission.and_then(Permission::token_scope),
                     body_bytes: limit.bytes,
-                    deadline_s: self.deadline.as_secs(),
                 });
             }
         }
-        let guard =
-            Guard { app: self.app.clone(), class, permission, limit, deadline: self.deadline, query: query_names(&paths).into() };
+        let guard = Guard { app: self.app.clone(), class, permission, limit, query: query_names(&paths).into() };
         let guard = middleware::from_fn_with_state(guard, check);
         self.router = self.router.routes((schemas, paths, methods.layer(guard)));
         self
@@ -158,7 +147,6 @@ struct Guard {
     class: Class,
     permission: Option<Permission>,
     limit: BodyLimit,
-    deadline: Duration,
     /// The names that the query of each method may have.
     query: Arc<[(Method, Vec<String>)]>,
 }
@@ -209,7 +197,7 @@ fn check_query(guard: &Guard, parts: &Parts) -> Result<(), ApiError> {
 
 async fn check(State(guard): State<Guard>, request: Request, next: Next) -> Response {
     let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    let deadline = guard.deadline + Duration::from_secs(length.unwrap_or(0) / BYTES_PER_S);
+    let deadline = DEADLINE + Duration::from_secs(length.unwrap_or(0) / BYTES_PER_S);
     match tokio::time::timeout(deadline, admit(guard, request, next)).await {
         Ok(response) => response,
         Err(_) => {
