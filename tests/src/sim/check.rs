@@ -6,7 +6,7 @@ use sqlx::AssertSqlSafe;
 use super::plan::ATTEMPTS;
 
 /// Rows that must not exist, at any moment between two transactions: a name, and a query for their ids as text.
-const NEVER: [(&str, &str); 23] = [
+const NEVER: [(&str, &str); 24] = [
     ("an ended run is leased or sleeps", "SELECT id::text FROM workflow_runs WHERE finished_at IS NOT NULL AND (lease_token IS NOT NULL OR parked)"),
     ("a lease without worker, end or running state",
      "SELECT id::text FROM workflow_runs WHERE lease_token IS NOT NULL AND (state NOT IN ('running', 'cancelling') OR worker IS NULL
@@ -17,6 +17,8 @@ const NEVER: [(&str, &str); 23] = [
     ("asleep with nothing to wake it",
      "SELECT id::text FROM workflow_runs WHERE parked AND wait_signal IS NULL AND NOT wait_children AND wait_until IS NULL"),
     ("waits for children that have all ended", "SELECT id::text FROM workflow_runs WHERE parked AND wait_children AND open_children = 0"),
+    ("waits for any child and was not told of one that has ended",
+     "SELECT id::text FROM workflow_runs WHERE parked AND wait_children AND wait_any AND ended_children > told_children"),
     ("waits for a signal that is there",
      "SELECT r.id::text FROM workflow_runs r JOIN workflow_signals s ON s.run_id = r.id AND s.name = r.wait_signal WHERE r.parked"),
     ("open_children is not the number of open children",

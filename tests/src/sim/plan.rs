@@ -271,10 +271,15 @@ async fn children(cx: &mut StepContext, count: u32) -> StepResult {
             start_children(cx.tx().await?, run_id, &child(), &children).await?;
             Ok(Outcome::Wait(Wait {
                 signal: None,
-                children: Children::Last,
+                children: if count.is_multiple_of(2) { Children::Any } else { Children::Last },
                 at_most: None,
                 state: after(cx, json!({"children": count})),
             }))
+        }
+        // One of several has ended: it waits for the next, as if nothing had been.
+        Wake::Child => {
+            let state = after(cx, json!({"children": count}));
+            Ok(Outcome::Wait(Wait { children: Children::Any, state, ..Wait::default() }))
         }
         Wake::Children => {
             // A worker that has lost the run may come so late that it finds the children of a later step.
