@@ -58,17 +58,9 @@ pub async fn serve_metrics(
     metrics::serve(addr, pool, || {}, stop).await
 }
 
-/// Runs a worker process until `stop`, then drains: steps get a few seconds to end, their runs are never lost.
-///
-/// # Errors
-/// Only for faults of ours; while Postgres is away it waits.
-pub async fn run(
-    pool: db::Pool,
-    agents: Arc<dyn Agents>,
-    registry: Registry,
-    options: Options,
-    stop: CancellationToken,
-) -> Result<()> {
+/// Runs a worker process until `stop`, then drains: steps get a few seconds to end, their runs are never lost. While Postgres is away it
+/// waits.
+pub async fn run(pool: db::Pool, agents: Arc<dyn Agents>, registry: Registry, options: Options, stop: CancellationToken) {
     let name = name(options.id);
     let pool = db::sibling(&pool, pool.options().get_max_connections(), &worker::PLANS);
     let services = Services { pool: pool.clone(), agents };
@@ -112,7 +104,6 @@ pub async fn run(
     };
     worker::run(registry, services, options, stop).await;
     tasks.end_within(Duration::from_secs(2)).await;
-    Ok(())
 }
 
 /// The runtime's own pools are made as all of the engine's are, and watched for as long as the runtime lives.

@@ -120,7 +120,7 @@ async fn run(arguments: Arguments) -> Result<(), String> {
     });
     let options =
         borealis_workers::Options { id, concurrency: arguments.concurrency, history_days: arguments.history_days, duties: true };
-    let ended = borealis_workers::run(pool, Arc::new(agents), borealis_workflows::registry(), options, stop).await;
+    borealis_workers::run(pool, Arc::new(agents), borealis_workflows::registry(), options, stop).await;
     telemetry.close().await;
-    ended.map_err(|error| error.to_string())
+    Ok(())
 }

@@ -47,7 +47,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         terminate.recv().await;
         stopping.cancel();
     });
-    borealis_workers::run(pool, agents, registry, options, stop).await?;
+    borealis_workers::run(pool, agents, registry, options, stop).await;
     telemetry.close().await;
     Ok(())
 }
