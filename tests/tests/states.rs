@@ -138,6 +138,33 @@ async fn what_has_ended_stays_as_it_ended() {
     }
 }
 
+/// The runtime knows nothing of the engine and judges errors of the database by itself. Both have to call the same ones transient.
+#[tokio::test]
+async fn runtime_and_engine_agree_on_what_is_transient() {
+    let database = TestDatabase::start().await;
+    let judged = |error: sqlx::Error| {
+        let by_runtime = borealis_workflows::durable::error::is_transient(&error);
+        let text = error.to_string();
+        let by_engine = borealis_engine::Error::from(error).is_transient();
+        assert_eq!(by_runtime, by_engine, "{text}");
+        by_runtime
+    };
+    let mut transient = 0;
+    for code in [
+        "08000", "08006", "53100", "53300", "57P01", "57P03", "25006", "25P03", "40001", "40P01", "55P03", "22021", "22P05",
+        "22003", "22008", "23505", "23514", "42601", "42P01", "26000", "57014", "25P02", "P0001", "XX000",
+    ] {
+        let sql = format!("DO $$ BEGIN RAISE EXCEPTION 'on purpose' USING ERRCODE = '{code}'; END $$");
+        let error = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&database.pool).await.unwrap_err();
+        assert_eq!(error.as_database_error().and_then(|error| error.code()).as_deref(), Some(code));
+        transient += usize::from(judged(error));
+    }
+    assert_eq!(transient, 11);
+    assert!(judged(sqlx::Error::PoolTimedOut) && judged(sqlx::Error::PoolClosed) && judged(sqlx::Error::WorkerCrashed));
+    assert!(judged(sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into())) && judged(sqlx::Error::Protocol(String::new())));
+    assert!(!judged(sqlx::Error::RowNotFound) && !judged(sqlx::Error::ColumnNotFound(String::new())));
+}
+
 /// A type as `.sqlx` writes it, in the words of Postgres: `UuidArray` is `UUID[]`.
 fn type_name(written: &Value) -> String {
     let name = written.as_str().or_else(|| written["Custom"]["name"].as_str()).unwrap_or_default();

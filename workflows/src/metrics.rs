@@ -205,7 +205,8 @@ impl Tables {
             restarts.inc_by(task.restarts.saturating_sub(restarts.get()));
             LOOKED.task_failing.with_label_values(&[task.name]).add(i64::from(task.is_failing()));
         }
-        LOOKED.timeouts.inc_by(db::timeouts().saturating_sub(LOOKED.timeouts.get()));
+        let timeouts = db::timeouts() + durable::metrics::pool_timeouts();
+        LOOKED.timeouts.inc_by(timeouts.saturating_sub(LOOKED.timeouts.get()));
         let zones = time_zones::current();
         LOOKED.zones_version.set(zones.version_number());
         LOOKED.zones_age.set(zones.age(Utc::now()).as_seconds_f64());

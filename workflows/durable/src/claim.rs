@@ -269,7 +269,7 @@ impl Fetcher {
             let claimed = match claim(pool, queue, worker, asked).await {
                 Ok(claimed) => claimed,
                 Err(error) => {
-                    metrics::failed_pass("claim");
+                    metrics::failed("claim", &error);
                     tracing::warn!(?error, queue, "claim failed");
                     drop(permits);
                     tokio::time::sleep(POLL_EVERY).await;

@@ -491,7 +491,7 @@ async fn persist(pool: &Pool, worker: &str, commits: &[Commit]) -> Vec<Written> 
                 return written;
             }
             Err(error) if is_transient(&error) => {
-                metrics::failed_pass("commit");
+                metrics::failed("commit", &error);
                 if started.elapsed() > LEASE {
                     tracing::error!(?error, count = commits.len(), "outcomes dropped: their leases are over");
                     let lost = vec![Written::Lost; commits.len()];

@@ -69,7 +69,7 @@ impl Leases {
         every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while stop.run_until_cancelled(every.tick()).await.is_some() {
             if let Err(error) = self.renew(&pool).await {
-                metrics::failed_pass("renewal");
+                metrics::failed("renewal", &error);
                 tracing::warn!(?error, "leases not renewed");
             }
             // Without word from Postgres for a whole lease, another worker may have taken over.

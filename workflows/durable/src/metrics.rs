@@ -5,7 +5,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{LazyLock, Mutex, PoisonError},
+    sync::{
+        LazyLock, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, core::Collector};
@@ -141,6 +144,23 @@ pub fn show(tasks: &[&str]) {
     for task in TASKS.iter().chain(tasks) {
         METERS.errors.with_label_values(&[task]);
     }
+}
+
+/// How often a statement of the runtime found no free connection in time.
+static POOL_TIMEOUTS: AtomicU64 = AtomicU64::new(0);
+
+/// How often a statement of the runtime's standing tasks found no free connection in time, since the start of the process.
+#[must_use]
+pub fn pool_timeouts() -> u64 {
+    POOL_TIMEOUTS.load(Ordering::Relaxed)
+}
+
+/// Counts a failed pass of a standing task of the runtime, and what it failed of.
+pub(crate) fn failed(task: &str, error: &sqlx::Error) {
+    if matches!(error, sqlx::Error::PoolTimedOut) {
+        POOL_TIMEOUTS.fetch_add(1, Ordering::Relaxed);
+    }
+    failed_pass(task);
 }
 
 /// Counts a failed pass of a standing task.

@@ -39,7 +39,7 @@ pub async fn keep<S: Services>(pool: Pool, registry: Registry<S>, gate: Gate, st
             Ok::<_, sqlx::Error>(())
         };
         if let Err(error) = done.await {
-            metrics::failed_pass("recovery");
+            metrics::failed("recovery", &error);
             tracing::warn!(?error, "recovery pass failed");
         }
         pass = pass.wrapping_add(1);
